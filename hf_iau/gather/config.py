@@ -1,0 +1,76 @@
+"""`GatherConfig`: what is gathered from a fine-tuning run, and how much of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from hf_iau.errors import ConfigError
+
+GradientSumKind = Literal["exact", "sampled", "none"]
+CurvatureName = Literal["ekfac", "diagonal", "adam", "identity", "none"]
+
+
+@dataclass(frozen=True)
+class GatherConfig:
+    """Configuration of what is remembered.
+
+    Parameters that control the gradient sum:
+        gradient_sum, sample_rows.
+    Parameters that control the curvature:
+        curvature, curvature_rows, fisher, max_factor_size, factor_device.
+    Parameters that control the passes:
+        batch_size, seed, progress.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    gradient_sum: GradientSumKind = field(
+        default="none",
+        metadata={
+            "help": "Σ_D, the gradient sum over all training rows: 'exact' (one pass over them), 'sampled' (a bounded "
+            "seeded sample with its standard error) or 'none'. `iau-paper` and `iau-released` need 'exact'."
+        },
+    )
+    sample_rows: int = field(default=4096, metadata={"help": "Rows of a sampled gradient sum."})
+    curvature: CurvatureName = field(
+        default="ekfac",
+        metadata={"help": "Curvature to remember: 'ekfac', 'diagonal', 'adam', 'identity' or 'none'."},
+    )
+    curvature_rows: int = field(
+        default=1024, metadata={"help": "Training rows that the curvature is fitted on; its cost does not grow with n."}
+    )
+    fisher: Literal["true", "empirical"] = field(
+        default="true", metadata={"help": "Labels drawn from the model ('true') or the training labels ('empirical')."}
+    )
+    max_factor_size: int = field(
+        default=4096, metadata={"help": "Widest Kronecker factor; a wider layer falls back to a diagonal (reported)."}
+    )
+    factor_device: str | None = field(
+        default=None, metadata={"help": "Device that factors are kept on, e.g. 'cpu'; default: the parameters' own."}
+    )
+    batch_size: int | None = field(
+        default=None, metadata={"help": "Rows a batch; default: the Trainer's per-device training batch size."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of samples and drawn labels."})
+    progress: bool = field(default=True, metadata={"help": "Show progress bars."})
+
+    def __post_init__(self) -> None:
+        choices = {
+            "gradient_sum": ("exact", "sampled", "none"),
+            "curvature": ("ekfac", "diagonal", "adam", "identity", "none"),
+            "fisher": ("true", "empirical"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"GatherConfig({name}={getattr(self, name)!r}): choose one of {', '.join(allowed)}.")
+        for name, least in {"sample_rows": 2, "curvature_rows": 1, "max_factor_size": 1}.items():
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise ConfigError(f"GatherConfig({name}={getattr(self, name)!r}): give a whole number >= {least}.")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ConfigError(f"GatherConfig(batch_size={self.batch_size!r}): give a whole number >= 1, or None.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON."""
+        return asdict(self)

@@ -1,0 +1,38 @@
+"""Measuring a model: figures of each set of rows, membership attacks, distance from retraining."""
+
+from hf_iau.measure.agreement import Agreement, ParameterDistance, agreement, parameter_distance
+from hf_iau.measure.attacks import (
+    ATTACK_SCORES,
+    AttackResult,
+    AttackScore,
+    all_attacks,
+    attack,
+    attack_auc,
+    attack_scores,
+    svc_confidence_attack,
+)
+from hf_iau.measure.figures import MINIMUM_ROWS_FOR_PER_ROW_FIGURES, Figures
+from hf_iau.measure.gap import Gap, gap
+from hf_iau.measure.measurement import Measurement, measure_model, rows_with_targets
+
+__all__ = [
+    "ATTACK_SCORES",
+    "MINIMUM_ROWS_FOR_PER_ROW_FIGURES",
+    "Agreement",
+    "AttackResult",
+    "AttackScore",
+    "Figures",
+    "Gap",
+    "Measurement",
+    "ParameterDistance",
+    "agreement",
+    "all_attacks",
+    "attack",
+    "attack_auc",
+    "attack_scores",
+    "gap",
+    "measure_model",
+    "parameter_distance",
+    "rows_with_targets",
+    "svc_confidence_attack",
+]

@@ -1,0 +1,30 @@
+"""What a row is, what its loss is, and how a model is asked for it without being disturbed."""
+
+from hf_iau.objective.evaluation_mode import evaluation_mode
+from hf_iau.objective.predictions import RowPredictions, predict_rows
+from hf_iau.objective.row_loss import (
+    ModelRowLoss,
+    OutputRowLoss,
+    RowLoss,
+    SmoothedRowLoss,
+    UserRowLoss,
+    probe_additivity,
+)
+from hf_iau.objective.rows import RowSource
+from hf_iau.objective.targets import Targets, TaskKind, read_targets
+
+__all__ = [
+    "ModelRowLoss",
+    "OutputRowLoss",
+    "RowLoss",
+    "RowPredictions",
+    "RowSource",
+    "SmoothedRowLoss",
+    "Targets",
+    "TaskKind",
+    "UserRowLoss",
+    "evaluation_mode",
+    "predict_rows",
+    "probe_additivity",
+    "read_targets",
+]

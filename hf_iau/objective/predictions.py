@@ -1,0 +1,130 @@
+"""One forward pass over some rows: what a model makes of each of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_iau.objective.evaluation_mode import evaluation_mode
+from hf_iau.objective.rows import RowSource
+from hf_iau.objective.targets import TaskKind, read_targets
+
+
+@dataclass(frozen=True)
+class RowPredictions:
+    """Per-row figures of a model, each a float64 array of shape `(rows,)`; NaN for rows without a target.
+
+    Attributes:
+        kind: the task.
+        loss: plain cross-entropy (or BCE, squared error), mean over the row's targets.
+        correct: share of the row's targets predicted correctly (0 or 1 for a classifier; NaN for regression).
+        confidence: mean probability of the true label (NaN for regression).
+        entropy: mean entropy of the predicted distribution, in nats.
+        modified_entropy: Song & Mittal's label-aware entropy (arXiv 2003.10595, equation 4), mean over targets.
+        targets: number of targets in the row.
+        label: the true class of a single-label row, else NaN.
+        predicted: the predicted class of a single-label row, else NaN.
+        probabilities: `(rows, classes)` predicted distribution of single-label rows when asked for, else None.
+    """
+
+    kind: TaskKind
+    loss: np.ndarray
+    correct: np.ndarray
+    confidence: np.ndarray
+    entropy: np.ndarray
+    modified_entropy: np.ndarray
+    targets: np.ndarray
+    label: np.ndarray
+    predicted: np.ndarray
+    probabilities: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.loss)
+
+    def select(self, positions: np.ndarray) -> RowPredictions:
+        """The figures of the rows at `positions` (int or bool array)."""
+        chosen = {f.name: getattr(self, f.name) for f in fields(self)}
+        return RowPredictions(
+            **{name: value[positions] if isinstance(value, np.ndarray) else value for name, value in chosen.items()}
+        )
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean loss a target, over all targets of all rows."""
+        return float(np.nansum(self.loss * self.targets) / max(self.targets.sum(), 1))
+
+    @property
+    def accuracy(self) -> float:
+        """Share of all targets predicted correctly; NaN for regression."""
+        if np.isnan(self.correct).all():
+            return float("nan")
+        return float(np.nansum(self.correct * self.targets) / max(self.targets.sum(), 1))
+
+
+def predict_rows(model: nn.Module, source: RowSource, *, keep_probabilities: bool = False) -> RowPredictions:
+    """Run `model` over the rows of `source` in evaluation mode, without gradients.
+
+    Args:
+        model: the bare model.
+        source: the rows, with labels.
+        keep_probabilities: keep each single-label row's distribution, `(rows, classes)`.
+    """
+    collected: dict[str, list[Tensor]] = {}
+    kind = TaskKind.SINGLE_LABEL
+    with evaluation_mode(model), torch.no_grad():
+        for _, inputs in source:
+            targets = read_targets(model, model(**inputs), inputs.get("labels"))
+            kind = targets.kind
+            figures = _target_figures(targets.kind, targets.logits, targets.labels, targets.losses())
+            counts = torch.bincount(targets.rows, minlength=targets.n_rows).double()
+            for name, values in figures.items():
+                sums = torch.zeros(targets.n_rows, dtype=torch.float64, device=values.device)
+                sums.index_add_(0, targets.rows, values.double())
+                collected.setdefault(name, []).append((sums / counts).cpu())  # 0/0 is NaN: a row without targets
+            collected.setdefault("targets", []).append(counts.cpu())
+            if keep_probabilities and kind is TaskKind.SINGLE_LABEL:
+                collected.setdefault("probabilities", []).append(targets.logits.softmax(dim=1).cpu())
+    arrays = {name: torch.cat(parts).numpy() for name, parts in collected.items()}
+    if not arrays:
+        arrays = {f.name: np.zeros(0) for f in fields(RowPredictions) if f.name not in ("kind", "probabilities")}
+    return RowPredictions(kind=kind, **arrays)
+
+
+def _target_figures(kind: TaskKind, logits: Tensor, labels: Tensor, losses: Tensor) -> dict[str, Tensor]:
+    missing = torch.full_like(losses, float("nan"))
+    figures = {"loss": losses, "label": missing, "predicted": missing}
+    if kind is TaskKind.REGRESSION:
+        return figures | dict.fromkeys(("correct", "confidence", "entropy", "modified_entropy"), missing)
+    if kind is TaskKind.MULTI_LABEL:
+        p = logits.sigmoid().clamp(1e-12, 1 - 1e-7)
+        entropy = -(p * p.log() + (1 - p) * (1 - p).log()).mean(dim=1)
+        of_label = torch.where(labels > 0.5, p, 1 - p)
+        # Two classes an output: the modified entropy reduces to -2 (1 - p_y) log p_y.
+        modified = (-2 * (1 - of_label) * of_label.log()).mean(dim=1)
+        correct = ((logits > 0) == (labels > 0.5)).double().mean(dim=1)
+        return figures | {
+            "correct": correct,
+            "confidence": of_label.mean(dim=1),
+            "entropy": entropy,
+            "modified_entropy": modified,
+        }
+    log_p = logits.log_softmax(dim=1)
+    p = log_p.exp()
+    entropy = -(p * log_p).sum(dim=1)
+    predicted = logits.argmax(dim=1)
+    p_y = p.gather(1, labels[:, None]).squeeze(1)
+    log_rest = torch.log1p(-p.clamp(max=1 - 1e-7))
+    others = -(p * log_rest).sum(dim=1) + p_y * log_rest.gather(1, labels[:, None]).squeeze(1)
+    modified = (1 - p_y) * losses + others
+    figures |= {
+        "correct": (predicted == labels).double(),
+        "confidence": p_y,
+        "entropy": entropy,
+        "modified_entropy": modified,
+    }
+    if kind is TaskKind.SINGLE_LABEL:
+        figures |= {"label": labels.double(), "predicted": predicted.double()}
+    return figures

@@ -1,0 +1,247 @@
+"""The row loss: the objective that was trained, *summed* over the rows of a batch and free of every divisor.
+
+A Trainer divides its loss by something that depends on the model class, its version, the accumulation steps and the
+process count. None of that may reach a number that is kept, so each `RowLoss` finds out once how the loss at hand
+scales and undoes it: sum-reduced where `num_items_in_batch=1` is honoured, mean times target count where it is not.
+"""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import inspect
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_iau.errors import CoupledRowsError, UnsupportedModelError
+from hf_iau.objective.evaluation_mode import evaluation_mode
+from hf_iau.objective.rows import Batch, RowSource
+from hf_iau.objective.targets import TaskKind, bare_model, count_targets, read_targets
+
+UserLossFunction = Callable[[nn.Module, Batch], Tensor]
+
+
+class RowLoss(abc.ABC):
+    """Sum over the rows of a batch of ℓ(row); ℓ(row) is itself the sum over the row's targets."""
+
+    kind: str = "row loss"
+
+    @abc.abstractmethod
+    def __call__(self, model: nn.Module, inputs: Batch) -> tuple[Tensor, int]:
+        """Returns `(Σ ℓ, number of targets)`; the first is a differentiable scalar."""
+
+    def fingerprint(self) -> dict[str, str]:
+        """JSON that names the loss; equal losses give equal fingerprints in every process."""
+        return {"kind": self.kind}
+
+
+class _ScaledRowLoss(RowLoss):
+    """A loss of unknown scale, probed once a model: is it a sum over `num_items_in_batch`, or a mean over targets?"""
+
+    def __init__(self) -> None:
+        self._is_sum: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+    @abc.abstractmethod
+    def _loss(self, model: nn.Module, inputs: Batch, num_items: int) -> Tensor:
+        """The loss as the library computes it when told that the batch has `num_items` items."""
+
+    def __call__(self, model: nn.Module, inputs: Batch) -> tuple[Tensor, int]:
+        labels = inputs.get("labels")
+        n_targets = count_targets(model, labels, batch_rows(inputs))
+        if n_targets == 0:  # nothing but ignored labels: no loss, and a mean over them would be NaN
+            return sum((p.sum() * 0.0 for p in model.parameters() if p.requires_grad), torch.zeros(())), 0
+        if model not in self._is_sum:
+            with torch.no_grad():
+                one, two = (float(self._loss(model, inputs, items)) for items in (1, 2))
+            if one == 0.0 or not np.isfinite(one):
+                return self._loss(model, inputs, 1) * n_targets, n_targets
+            self._is_sum[model] = abs(one - 2.0 * two) <= 1e-3 * abs(one)
+        loss = self._loss(model, inputs, 1)
+        return (loss if self._is_sum[model] else loss * n_targets), n_targets
+
+
+class ModelRowLoss(_ScaledRowLoss):
+    """The loss that the model itself returns when it is given labels."""
+
+    kind = "model"
+
+    def _loss(self, model: nn.Module, inputs: Batch, num_items: int) -> Tensor:
+        outputs = model(**inputs, **({"num_items_in_batch": num_items} if accepts_loss_kwargs(model) else {}))
+        loss = outputs.get("loss") if hasattr(outputs, "get") else outputs[0] if isinstance(outputs, tuple) else None
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}.forward returned no scalar `loss` for inputs {sorted(inputs)}. Give the rows "
+                "`labels`, return a mapping with `loss`, or pass `compute_loss_func=` to the trainer or `row_loss=`."
+            )
+        return loss
+
+
+class OutputRowLoss(_ScaledRowLoss):
+    """The Trainer's `compute_loss_func(outputs, labels, num_items_in_batch=…)`."""
+
+    kind = "compute_loss_func"
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def _loss(self, model: nn.Module, inputs: Batch, num_items: int) -> Tensor:
+        inputs = dict(inputs)
+        labels = inputs.pop("labels", None)
+        extra = {"num_items_in_batch": num_items} if accepts_loss_kwargs(model) else {}
+        return self.function(model(**inputs, **extra), labels, num_items_in_batch=num_items)
+
+    def fingerprint(self) -> dict[str, str]:
+        return {"kind": self.kind, **describe_function(self.function)}
+
+
+class TrainerRowLoss(_ScaledRowLoss):
+    """A Trainer subclass's own `compute_loss`."""
+
+    kind = "compute_loss"
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__()
+        self.trainer = weakref.ref(trainer)
+        self.description = describe_function(type(trainer).compute_loss)
+
+    def _loss(self, model: nn.Module, inputs: Batch, num_items: int) -> Tensor:
+        trainer = self.trainer()
+        if trainer is None:
+            raise UnsupportedModelError("The trainer whose `compute_loss` is the row loss no longer exists.")
+        across, trainer.args.average_tokens_across_devices = trainer.args.average_tokens_across_devices, False
+        try:
+            return trainer.compute_loss(model, dict(inputs), num_items_in_batch=torch.tensor(float(num_items)))
+        finally:
+            trainer.args.average_tokens_across_devices = across
+
+    def fingerprint(self) -> dict[str, str]:
+        return {"kind": self.kind, **self.description}
+
+
+class SmoothedRowLoss(RowLoss):
+    """Cross-entropy with the Trainer's `label_smoothing_factor` (Transformers' `LabelSmoother`, summed)."""
+
+    kind = "label smoothing"
+
+    def __init__(self, epsilon: float) -> None:
+        self.epsilon = float(epsilon)
+
+    def __call__(self, model: nn.Module, inputs: Batch) -> tuple[Tensor, int]:
+        inputs = dict(inputs)
+        labels = inputs.pop("labels", None)
+        targets = read_targets(model, model(**inputs), labels)
+        if targets.kind not in (TaskKind.SINGLE_LABEL, TaskKind.TOKENS):
+            raise UnsupportedModelError(f"label_smoothing_factor={self.epsilon} has no meaning for {targets.kind.value}.")
+        log_probabilities = F.log_softmax(targets.logits, dim=1)
+        true = -log_probabilities.gather(1, targets.labels[:, None]).sum()
+        spread = -log_probabilities.mean(dim=1).sum()
+        return (1.0 - self.epsilon) * true + self.epsilon * spread, len(targets)
+
+    def fingerprint(self) -> dict[str, str]:
+        return {"kind": self.kind, "epsilon": repr(self.epsilon)}
+
+
+class UserRowLoss(RowLoss):
+    """`row_loss(model, inputs)`, given by the user.
+
+    Args:
+        function: returns either the rows' losses, shape `(rows,)`, or their sum, a scalar; never a mean.
+    """
+
+    kind = "row_loss"
+
+    def __init__(self, function: UserLossFunction) -> None:
+        self.function = function
+
+    def __call__(self, model: nn.Module, inputs: Batch) -> tuple[Tensor, int]:
+        loss = self.function(model, dict(inputs))
+        rows = batch_rows(inputs)
+        if not isinstance(loss, Tensor) or loss.numel() not in (1, rows):
+            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise UnsupportedModelError(
+                f"row_loss returned {shape} for a batch of {rows} rows: return a tensor of shape ({rows},) with each "
+                "row's loss, or their sum as a scalar."
+            )
+        return loss.sum(), count_targets(model, inputs.get("labels"), rows)
+
+    def fingerprint(self) -> dict[str, str]:
+        return {"kind": self.kind, **describe_function(self.function)}
+
+
+def batch_rows(inputs: Batch) -> int:
+    """How many rows a collated batch holds."""
+    for key in ("labels", "input_ids", "pixel_values"):
+        if isinstance(inputs.get(key), Tensor) and inputs[key].dim() > 0:
+            return int(inputs[key].shape[0])
+    for value in inputs.values():
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return int(value.shape[0])
+    raise UnsupportedModelError(f"The collated batch holds no tensor to count rows by, only {sorted(inputs)}.")
+
+
+def accepts_loss_kwargs(model: nn.Module) -> bool:
+    """Whether the model's forward takes `num_items_in_batch` (it may still ignore it)."""
+    bare = bare_model(model)
+    declared = getattr(bare, "accepts_loss_kwargs", None)
+    if declared is False:
+        return False
+    forward = bare.__dict__.get("_original_forward", bare.forward)
+    parameters = inspect.signature(forward).parameters
+    return "num_items_in_batch" in parameters or any(
+        p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
+    )
+
+
+def describe_function(function: Callable[..., Any]) -> dict[str, str]:
+    """A function's name and a digest of its source (or byte code)."""
+    target = getattr(function, "func", function)  # functools.partial
+    name = f"{getattr(target, '__module__', '?')}.{getattr(target, '__qualname__', type(target).__qualname__)}"
+    try:
+        body = inspect.getsource(target if isinstance(target, (types.FunctionType, types.MethodType)) else type(target))
+    except (OSError, TypeError):
+        code = getattr(target, "__code__", None)
+        body = code.co_code.hex() if code is not None else name
+    return {"function": name, "source": hashlib.sha256(body.encode()).hexdigest()[:16]}
+
+
+def probe_additivity(row_loss: RowLoss, model: nn.Module, source: RowSource, *, rows: int = 6) -> float:
+    """Check that a batch's loss is the sum of its rows' losses, without which no row can be forgotten.
+
+    Args:
+        row_loss: the loss.
+        model: the bare model.
+        source: rows to probe with; a few are taken, with different labels where possible.
+        rows: how many.
+
+    Returns:
+        The sum of the probed rows' losses taken one by one.
+
+    Raises:
+        CoupledRowsError: when the two differ by more than rounding (contrastive losses, MoE auxiliary losses, a
+            class-weighted *mean*).
+    """
+    positions = np.unique(np.linspace(0, len(source) - 1, num=min(rows, len(source)), dtype=np.int64))
+    probe = source.select(positions)
+    with evaluation_mode(model), torch.no_grad():
+        singles = [float(row_loss(model, inputs)[0]) for _, inputs in probe.resized(1)]
+        together = float(row_loss(model, probe.resized(len(probe)).first_batch())[0])
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+    tolerance = 3e-2 if half else 1e-3
+    scale = sum(abs(loss) for loss in singles)
+    if np.isfinite(scale) and abs(together - sum(singles)) > tolerance * scale + 1e-6:
+        raise CoupledRowsError(
+            f"The loss ({row_loss.fingerprint()['kind']}) of a batch of {len(probe)} rows is {together:.6g} but its "
+            f"rows' losses add up to {sum(singles):.6g}: rows are coupled within a batch (a contrastive or mixture-of-"
+            "experts auxiliary loss, or a class-weighted mean). Give a loss that is a sum over rows: "
+            "`compute_loss_func(outputs, labels, num_items_in_batch)` dividing its *sum* by `num_items_in_batch`, or "
+            "`row_loss=`."
+        )
+    return float(sum(singles))

@@ -1,0 +1,205 @@
+"""Rows of a data set, collated into batches in a fixed order."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+
+from hf_iau.errors import RequestError, UnsupportedModelError
+
+Batch = dict[str, Any]
+Collator = Callable[[list[Any]], Mapping[str, Any]]
+
+
+class RowSource:
+    """Rows in a fixed order, with the collator that turns them into the model's inputs.
+
+    Iterating yields `(positions, inputs)`: `positions` is an int64 array with the rows' positions in this source and
+    `inputs` the collated batch on `device`. Nothing is shuffled, dropped or duplicated, so the order of the numbers
+    computed from a source is the order of its rows.
+
+    Args:
+        dataset: a map-style `datasets.Dataset` or torch `Dataset` of rows that the collator accepts.
+        collator: the function that builds a batch, usually the Trainer's `data_collator`.
+        batch_size: rows a batch.
+        device: where batches are moved.
+        name: what the rows are called in messages ("forget rows", "held-out rows").
+        num_workers: worker processes of the data loader.
+
+    Raises:
+        UnsupportedModelError: for an `IterableDataset`, which has neither row numbers nor a length.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        collator: Collator,
+        *,
+        batch_size: int = 32,
+        device: torch.device | str = "cpu",
+        name: str = "rows",
+        num_workers: int = 0,
+    ) -> None:
+        refuse_iterable(dataset, name)
+        if batch_size < 1:
+            raise RequestError(f"batch_size={batch_size} for the {name}: give a whole number of at least 1.")
+        self.dataset = dataset
+        self.collator = collator
+        self.batch_size = int(batch_size)
+        self.device = torch.device(device)
+        self.name = name
+        self.num_workers = num_workers
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, Batch]]:
+        loader: DataLoader[Any] = DataLoader(
+            self.dataset,
+            batch_size=self.batch_size,
+            shuffle=False,
+            collate_fn=self.collator,
+            num_workers=self.num_workers,
+            # A loader draws a base seed from the global generator unless it has its own.
+            generator=torch.Generator(),
+        )
+        start = 0
+        for batch in loader:
+            stop = min(start + self.batch_size, len(self))
+            yield np.arange(start, stop), to_device(dict(batch), self.device)
+            start = stop
+
+    def select(self, positions: Sequence[int] | np.ndarray, name: str | None = None) -> RowSource:
+        """The rows at `positions` (int array, shape `(m,)`), in that order."""
+        return RowSource(
+            select_rows(self.dataset, positions),
+            self.collator,
+            batch_size=self.batch_size,
+            device=self.device,
+            name=name or self.name,
+            num_workers=self.num_workers,
+        )
+
+    def resized(self, batch_size: int) -> RowSource:
+        """The same rows in batches of another size."""
+        return RowSource(
+            self.dataset,
+            self.collator,
+            batch_size=batch_size,
+            device=self.device,
+            name=self.name,
+            num_workers=self.num_workers,
+        )
+
+    def sample(self, size: int, seed: int, name: str | None = None) -> RowSource:
+        """At most `size` distinct rows drawn with `seed`, in ascending order."""
+        return self.select(sample_positions(len(self), size, seed), name)
+
+    def first_batch(self) -> Batch:
+        """The first batch, for probing."""
+        _, inputs = next(iter(self))
+        return inputs
+
+
+def sample_positions(length: int, size: int, seed: int) -> np.ndarray:
+    """`min(size, length)` distinct positions below `length`, drawn with `seed`, ascending (int64)."""
+    if size >= length:
+        return np.arange(length)
+    return np.sort(np.random.default_rng(seed).choice(length, size=size, replace=False))
+
+
+def select_rows(dataset: Any, positions: Sequence[int] | np.ndarray) -> Any:
+    """`dataset`'s rows at `positions`: `Dataset.select` where there is one, else a torch `Subset`."""
+    indices = [int(i) for i in positions]
+    if isinstance(dataset, datasets.Dataset):
+        return dataset.select(indices)
+    return Subset(dataset, indices)
+
+
+def refuse_iterable(dataset: Any, name: str) -> None:
+    """Raise for data sets that have no row numbers."""
+    if isinstance(dataset, (datasets.IterableDataset, IterableDataset)) or not (
+        hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    ):
+        raise UnsupportedModelError(
+            f"The {name} are a {type(dataset).__name__}, which has no row numbers, so no row of it can be named or "
+            "forgotten. Load them as a map-style data set, e.g. `load_dataset(..., streaming=False)` or "
+            "`datasets.Dataset.from_generator(...)`."
+        )
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """`value` with every tensor in it moved to `device`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_device(item, device) for item in value)
+    return value
+
+
+def row_bytes(row: Any) -> bytes:
+    """A digest of a row's content: equal content gives equal bytes in every process and data-set format.
+
+    Mappings are taken in the order of their keys; numbers by value (integers as int64, floats as float32) whether they
+    come as lists, arrays or tensors; images by mode, size and pixels.
+    """
+    digest = hashlib.blake2b(digest_size=32)
+    _feed(digest, row)
+    return digest.digest()
+
+
+def _feed(digest: Any, value: Any) -> None:
+    if isinstance(value, Mapping):
+        digest.update(b"{")
+        for key in sorted(value, key=str):
+            digest.update(repr(str(key)).encode())
+            _feed(digest, value[key])
+        digest.update(b"}")
+        return
+    if hasattr(value, "tobytes") and hasattr(value, "mode"):  # a PIL image
+        digest.update(f"I{value.mode}{value.size}".encode() + value.tobytes())
+        return
+    if isinstance(value, bytes):
+        digest.update(b"B" + value)
+        return
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().to(torch.float32 if value.is_floating_point() else torch.int64).numpy()
+    if isinstance(value, (bool, int, float, list, tuple, np.ndarray, np.generic)):
+        array = _numbers(value)
+        if array is not None:
+            digest.update(f"A{array.dtype}{array.shape}".encode() + array.tobytes())
+            return
+    if isinstance(value, (list, tuple)):
+        digest.update(b"[")
+        for item in value:
+            _feed(digest, item)
+        digest.update(b"]")
+        return
+    digest.update(f"{type(value).__name__}:{value!r};".encode())
+
+
+def _numbers(value: Any) -> np.ndarray | None:
+    """`value` as a contiguous int64 or float32 array, or None where it is not all numbers."""
+    try:
+        array = np.asarray(value)
+    except ValueError:  # ragged
+        return None
+    if array.dtype.kind in "biu":
+        return np.ascontiguousarray(array, dtype=np.int64)
+    if array.dtype.kind == "f":
+        return np.ascontiguousarray(array, dtype=np.float32)
+    return None
+
+
+def rows_are_deterministic(dataset: Dataset[Any] | datasets.Dataset, probes: int = 4) -> bool:
+    """Whether a few rows read twice have the same content; random transforms (augmentation) do not."""
+    positions = sample_positions(len(dataset), probes, seed=0)  # type: ignore[arg-type]
+    return all(row_bytes(dataset[int(i)]) == row_bytes(dataset[int(i)]) for i in positions)

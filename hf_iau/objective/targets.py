@@ -1,0 +1,204 @@
+"""Targets: what a model predicted and what it should have, one line a target, whatever the task."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_iau.errors import UnsupportedModelError
+
+IGNORED_LABEL = -100
+
+
+class TaskKind(enum.StrEnum):
+    """What one target of a row is."""
+
+    SINGLE_LABEL = "single-label classification"
+    TOKENS = "token prediction"
+    MULTI_LABEL = "multi-label classification"
+    REGRESSION = "regression"
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The targets of one batch.
+
+    Attributes:
+        kind: the task.
+        logits: `(targets, classes)`, at least float32. For regression the predicted values, `(rows, outputs)`.
+        labels: `(targets,)` int64 class numbers; `(rows, outputs)` floats for multi-label and regression.
+        rows: `(targets,)` int64, the row of the batch that each target belongs to.
+        n_rows: rows in the batch.
+        order: `(targets,)` int64, the target's number within its row (independent of padding).
+    """
+
+    kind: TaskKind
+    logits: Tensor
+    labels: Tensor
+    rows: Tensor
+    n_rows: int
+    order: Tensor
+
+    def __len__(self) -> int:
+        return int(self.rows.numel())
+
+    def losses(self) -> Tensor:
+        """Plain loss of each target, shape `(targets,)`: cross-entropy, mean BCE over labels, or mean squared error."""
+        if self.kind in (TaskKind.SINGLE_LABEL, TaskKind.TOKENS):
+            return F.cross_entropy(self.logits, self.labels, reduction="none")
+        if self.kind is TaskKind.MULTI_LABEL:
+            return F.binary_cross_entropy_with_logits(self.logits, self.labels, reduction="none").mean(dim=1)
+        return (self.logits - self.labels).square().mean(dim=1)
+
+    def fisher_loss(self, row_ids: np.ndarray, seed: int) -> Tensor:
+        """Summed loss at labels drawn from the model itself; its row gradients have the true Fisher as covariance.
+
+        The draw of a target depends on `(seed, row id, the target's number in its row)` alone, so it is the same for
+        every batch size, order and padding. For losses that are means over a row's outputs (multi-label, regression)
+        the gradient is scaled so that its covariance is the Gauss-Newton matrix of that mean.
+
+        Args:
+            row_ids: `(rows,)` int, the rows' numbers in the training data.
+            seed: the seed of the draw.
+
+        Returns:
+            A scalar to be differentiated.
+        """
+        uniforms = self._uniforms(row_ids, seed)
+        if self.kind in (TaskKind.SINGLE_LABEL, TaskKind.TOKENS):
+            with torch.no_grad():
+                cumulative = self.logits.double().softmax(dim=1).cumsum(dim=1)
+                drawn = (cumulative < uniforms[:, :1] * cumulative[:, -1:]).sum(dim=1)
+                drawn = drawn.clamp_(max=self.logits.shape[1] - 1)
+            return F.cross_entropy(self.logits, drawn, reduction="sum")
+        outputs = self.logits.shape[1]
+        if self.kind is TaskKind.MULTI_LABEL:
+            drawn = (uniforms < self.logits.detach().double().sigmoid()).to(self.logits.dtype)
+            loss = F.binary_cross_entropy_with_logits(self.logits, drawn, reduction="sum")
+        else:
+            # The Hessian of (f - y)^2 is 2 J'J; a residual of variance 1/2 gives gradients 2 r J with that covariance.
+            noise = torch.special.ndtri(uniforms.clamp(1e-12, 1 - 1e-12)) * 0.5**0.5
+            loss = (self.logits - (self.logits.detach() + noise.to(self.logits.dtype))).square().sum()
+        return loss / outputs**0.5
+
+    def _uniforms(self, row_ids: np.ndarray, seed: int) -> Tensor:
+        """`(targets, draws)` float64 in [0, 1): one draw a class target, one an output otherwise."""
+        draws = 1 if self.kind in (TaskKind.SINGLE_LABEL, TaskKind.TOKENS) else self.logits.shape[1]
+        counts = torch.bincount(self.rows, minlength=self.n_rows).tolist()
+        by_row = [
+            np.random.Generator(np.random.Philox(key=[seed & 0xFFFFFFFFFFFFFFFF, int(row_id)])).random((count, draws))
+            for row_id, count in zip(row_ids, counts, strict=True)
+        ]
+        ordered = np.zeros((len(self), draws))
+        rows = self.rows.cpu().numpy()
+        order = self.order.cpu().numpy()
+        for target, (row, number) in enumerate(zip(rows, order, strict=True)):
+            ordered[target] = by_row[row][number]
+        return torch.from_numpy(ordered).to(self.logits.device)
+
+
+def read_logits(outputs: Any) -> Tensor:
+    """The logits in a model's outputs: `outputs["logits"]`, or the first tensor after the loss of a tuple."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    if isinstance(outputs, Mapping):
+        if "logits" in outputs:
+            return outputs["logits"]
+        raise UnsupportedModelError(
+            f"The model returned {', '.join(map(str, outputs))} but no `logits`, so its predictions cannot be read. "
+            "Return a mapping with `logits` (and `loss`)."
+        )
+    for item in outputs:
+        if isinstance(item, Tensor) and item.dim() >= 2:
+            return item
+    raise UnsupportedModelError("The model's output tuple holds no tensor of two or more dimensions to read as logits.")
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """The Transformers model inside a PEFT wrapper, else `model` itself."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if callable(get_base_model) else model
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether the model's own loss predicts the *next* token (decoder-only language models)."""
+    bare = bare_model(model)
+    config = getattr(bare, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return False
+    return getattr(bare, "loss_type", None) in ("ForCausalLM", "ForConditionalGeneration")
+
+
+def count_targets(model: nn.Module, labels: Tensor | None, n_rows: int) -> int:
+    """How many targets the model's mean loss is a mean over."""
+    if labels is None or labels.is_floating_point():
+        return n_rows
+    if labels.dim() >= 2 and shifts_labels(model):
+        labels = labels[..., 1:]
+    return int(labels.ne(IGNORED_LABEL).sum())
+
+
+def read_targets(model: nn.Module, outputs: Any, labels: Tensor | None) -> Targets:
+    """Line up a batch's logits with its labels.
+
+    Args:
+        model: the model that made `outputs` (its configuration names the task).
+        outputs: mapping, tuple or tensor of outputs.
+        labels: `(rows,)`, `(rows, tokens)` int, or `(rows[, outputs])` float.
+
+    Raises:
+        UnsupportedModelError: when there are no labels or the shapes are of no supported task.
+    """
+    logits = read_logits(outputs)
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    if labels is None:
+        raise UnsupportedModelError(
+            "The rows have no `labels`, so there is no target to measure. Give the data set a `labels` column "
+            "(question answering and other tasks with several label columns are not supported)."
+        )
+    labels = labels.to(logits.device)
+    problem = getattr(getattr(bare_model(model), "config", None), "problem_type", None)
+    n_rows = int(logits.shape[0])
+    every_row = torch.arange(n_rows, device=logits.device)
+    first = torch.zeros_like(every_row)
+
+    scalar_output = logits.dim() == 1 or (logits.dim() == 2 and logits.shape[1] == 1)
+    if problem == "regression" or (
+        problem is None and logits.dim() <= 2 and (scalar_output or _is_real_valued(labels, logits))
+    ):
+        values = logits.reshape(n_rows, -1)
+        return Targets(
+            TaskKind.REGRESSION, values, labels.reshape(n_rows, -1).to(values.dtype), every_row, n_rows, first
+        )
+    if logits.dim() == 2 and labels.is_floating_point() and labels.shape == logits.shape:
+        return Targets(TaskKind.MULTI_LABEL, logits, labels.to(logits.dtype), every_row, n_rows, first)
+    if logits.dim() == 2 and not labels.is_floating_point() and labels.numel() == n_rows:
+        flat = labels.reshape(-1).long()
+        kept = flat.ne(IGNORED_LABEL)
+        return Targets(TaskKind.SINGLE_LABEL, logits[kept], flat[kept], every_row[kept], n_rows, first[kept])
+    if logits.dim() == 3 and not labels.is_floating_point() and labels.shape == logits.shape[:2]:
+        if shifts_labels(model):
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        kept = labels.ne(IGNORED_LABEL)
+        order = kept.long().cumsum(dim=1) - 1
+        rows = every_row[:, None].expand_as(labels)
+        return Targets(TaskKind.TOKENS, logits[kept], labels[kept].long(), rows[kept], n_rows, order[kept])
+    raise UnsupportedModelError(
+        f"Logits of shape {tuple(logits.shape)} with labels of shape {tuple(labels.shape)} and type {labels.dtype} are "
+        "of no supported task (single-label, multi-label or token classification, language modelling, regression)."
+    )
+
+
+def _is_real_valued(labels: Tensor, logits: Tensor) -> bool:
+    """Float labels that cannot be multi-label indicators."""
+    if not labels.is_floating_point() or labels.numel() != logits.numel():
+        return False
+    return bool(((labels != 0) & (labels != 1)).any())

@@ -1,0 +1,86 @@
+"""Fingerprints: which model, which rows and which loss a memory was made of."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import inspect
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_iau.objective.rows import row_bytes, sample_positions
+from hf_iau.objective.targets import bare_model
+
+FINGERPRINT_ROWS = 256
+_VERSIONED = ("hf-iau", "torch", "transformers", "datasets", "accelerate", "peft")
+
+
+def model_fingerprint(model: nn.Module) -> dict[str, str]:
+    """Name, architecture and weights of a model.
+
+    Returns:
+        `class`; `architecture`, a digest of every parameter's name and shape; `weights`, a digest of the values of all
+        parameters and persistent buffers, in the order of their names.
+    """
+    shapes = hashlib.blake2b(digest_size=16)
+    for name, parameter in sorted(model.named_parameters()):
+        shapes.update(f"{name}{tuple(parameter.shape)}".encode())
+    return {
+        "class": type(bare_model(model)).__name__,
+        "architecture": shapes.hexdigest(),
+        "weights": weights_fingerprint(model),
+    }
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Digest of every parameter and persistent buffer of a model, bit for bit."""
+    values = hashlib.blake2b(digest_size=16)
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
+    kept = model.state_dict(keep_vars=True).keys()
+    tensors.update({name: buffer for name, buffer in model.named_buffers() if name in kept})
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        values.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        if tensor.numel():
+            values.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return values.hexdigest()
+
+
+def input_columns(model: nn.Module) -> set[str]:
+    """The columns of a row that the model's forward (or its labels) can use."""
+    forward = bare_model(model).__dict__.get("_original_forward", bare_model(model).forward)
+    return set(inspect.signature(forward).parameters) | {"label", "labels", "label_ids"}
+
+
+def data_fingerprint(model: nn.Module, dataset: Any) -> dict[str, Any]:
+    """Row count and a digest of up to 256 evenly seeded rows of `dataset`, as far as the model sees them.
+
+    Columns that the model's forward does not take are left out, so that the fingerprint is the same before and after
+    the Trainer removes them. `columns` names those that are left.
+    """
+    columns = input_columns(model)
+    digest = hashlib.blake2b(digest_size=16)
+    seen: set[str] = set()
+    for position in sample_positions(len(dataset), FINGERPRINT_ROWS, seed=len(dataset)):
+        row = dataset[int(position)]
+        if isinstance(row, Mapping):
+            chosen = {key: value for key, value in row.items() if key in columns}
+            row = chosen or dict(row)
+            seen |= set(row)
+        digest.update(row_bytes(row))
+    return {"rows": len(dataset), "columns": sorted(seen), "content": digest.hexdigest()}
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages whose behaviour the numbers depend on."""
+    versions = {"python": platform.python_version()}
+    for name in _VERSIONED:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions

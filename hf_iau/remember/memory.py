@@ -1,0 +1,358 @@
+"""`GradientMemory`: the gradients and curvature of a training run, and proof of what they belong to."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hf_iau.curvature import Curvature
+from hf_iau.errors import IAUError, MemoryFileError, MemoryMismatchError, MissingMemoryError, StaleMemoryError
+from hf_iau.objective import RowLoss, RowSource, evaluation_mode
+from hf_iau.remember.files import PRIVATE_FOLDER, file_digest, sync_folder, write_atomically
+from hf_iau.remember.fingerprints import data_fingerprint, model_fingerprint, package_versions, weights_fingerprint
+
+SCHEMA_VERSION = 1
+MEMORY_FOLDER = "_iau"
+_HEADER = "memory.json"
+_TENSOR_FILE = re.compile(r"memory-[0-9a-f]{32}\.safetensors")
+_MAX_HEADER_BYTES = 64 * 2**20
+_SUM_PREFIX = "gradient_sum."
+_PROBE_ROWS = 8
+
+
+@dataclass
+class GradientMemory:
+    """What is remembered of one model and its training rows.
+
+    A memory is personal data: two versions of it differ by about the forgotten rows' gradient. It is written with mode
+    0600 into a folder that `push_to_hub` never uploads.
+
+    Attributes:
+        parameters: name → shape of every parameter that was fine-tuned, in the model's order.
+        n_rows: training rows that are still in.
+        n_targets: their targets (rows of a classifier, tokens of a language model).
+        label_counts: class → rows, for single-label rows; None where rows have no one class.
+        gradient_sum: Σ_D of row-loss gradients at these weights, float64, or None.
+        gradient_sum_kind: "exact", "sampled", "first-order" (moved along with the weights) or "none".
+        gradient_sum_rows: rows that the sum was made of.
+        gradient_sum_error: standard error of a sampled sum, as a Euclidean norm; 0 for an exact one.
+        weight_decay: parameter name → coefficient of coupled L2 in the mean loss; empty for decoupled decay.
+        curvature: the curvature of the mean row loss, or None.
+        model, data, loss: fingerprints.
+        settings: the gathering configuration.
+        calibration: what earlier calibrations found, or None.
+        forgotten_rows, forgotten_targets: taken out by requests since the memory was gathered.
+        relative_path: summed length of all steps since then, relative to the weights' norm.
+        seconds: what gathering cost, by phase.
+        versions: of the packages that made it.
+    """
+
+    parameters: dict[str, tuple[int, ...]]
+    n_rows: int
+    n_targets: int
+    model: dict[str, str]
+    data: dict[str, Any]
+    loss: dict[str, Any]
+    label_counts: dict[str, int] | None = None
+    gradient_sum: dict[str, Tensor] | None = None
+    gradient_sum_kind: str = "none"
+    gradient_sum_rows: int = 0
+    gradient_sum_error: float = 0.0
+    weight_decay: dict[str, float] = field(default_factory=dict)
+    curvature: Curvature | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
+    forgotten_rows: int = 0
+    forgotten_targets: int = 0
+    relative_path: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=package_versions)
+    schema_version: int = SCHEMA_VERSION
+
+    # --- belonging ------------------------------------------------------------------------------------------------
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise unless `model` has the architecture and, bit for bit, the weights of this memory.
+
+        Raises:
+            MemoryMismatchError: another architecture.
+            StaleMemoryError: the weights have moved since.
+        """
+        now = model_fingerprint(model)
+        if now["architecture"] != self.model["architecture"]:
+            raise MemoryMismatchError(
+                f"The memory was gathered from a {self.model['class']} (architecture {self.model['architecture'][:8]}) "
+                f"but the model is a {now['class']} (architecture {now['architecture'][:8]}): their parameters differ "
+                "in name or shape. Load the memory that lies beside this model, or gather anew with hf_iau.gather()."
+            )
+        if now["weights"] != self.model["weights"]:
+            raise StaleMemoryError(
+                f"The memory belongs to weights {self.model['weights'][:8]} but the model now has {now['weights'][:8]}:"
+                " it was trained, loaded in another precision or changed since. Load the weights that were saved with "
+                "the memory, or gather anew with hf_iau.gather()."
+            )
+
+    def check_data(self, model: nn.Module, dataset: Any) -> None:
+        """Raise `MemoryMismatchError` unless `dataset` is the training set of this memory."""
+        now = data_fingerprint(model, dataset)
+        if now != self.data:
+            raise MemoryMismatchError(
+                f"The memory was gathered from {self.data['rows']} rows with columns {self.data['columns']} (content "
+                f"{self.data['content'][:8]}) but train_dataset has {now['rows']} rows with columns {now['columns']} "
+                f"(content {now['content'][:8]}): row numbers would name other rows. Give the training set that the "
+                "memory was made of, in its order, or pass the rows themselves as forget_dataset."
+            )
+
+    def check_loss(self, row_loss: RowLoss) -> None:
+        """Raise `MemoryMismatchError` unless `row_loss` is the loss of this memory."""
+        now = row_loss.fingerprint()
+        recorded = {key: value for key, value in self.loss.items() if key not in ("probe", "probe_rows")}
+        if now != recorded:
+            raise MemoryMismatchError(
+                f"The memory was gathered with the loss {recorded} but the request uses {now}. Use the loss that was "
+                "trained, or gather anew with hf_iau.gather(..., row_loss=…)."
+            )
+
+    def probe_loss(self, model: nn.Module, row_loss: RowLoss, source: RowSource) -> float:
+        """Σ ℓ over the first few rows of `source`: a number that two different losses do not share."""
+        rows = source.select(np.arange(min(_PROBE_ROWS, len(source))))
+        with evaluation_mode(model), torch.no_grad():
+            return float(sum(float(row_loss(model, inputs)[0]) for _, inputs in rows))
+
+    def check_probe(self, model: nn.Module, row_loss: RowLoss, source: RowSource) -> None:
+        """Raise `MemoryMismatchError` when the loss of the first training rows is not what it was when gathering."""
+        if "probe" not in self.loss:
+            return
+        now = self.probe_loss(model, row_loss, source)
+        then = float(self.loss["probe"])
+        if not math.isclose(now, then, rel_tol=1e-2, abs_tol=1e-4):
+            raise MemoryMismatchError(
+                f"The loss of the first training rows was {then:.6g} when the memory was gathered and is {now:.6g} now "
+                "at the same weights, so the request uses another loss (other class weights or smoothing?) or other "
+                "rows. Use the loss that was trained, or gather anew."
+            )
+
+    # --- what it holds --------------------------------------------------------------------------------------------
+
+    def require_exact_sum(self, method: str) -> dict[str, Tensor]:
+        """The gradient sum, for a method that accepts an exact one only."""
+        if self.gradient_sum is None or self.gradient_sum_kind != "exact":
+            raise MissingMemoryError(
+                f"method={method!r} needs the exact gradient sum of the training rows but the memory's is "
+                f"{self.gradient_sum_kind!r}. Gather with GatherConfig(gradient_sum='exact') (one pass over the "
+                "training rows) or pass retain_dataset=."
+            )
+        return self.gradient_sum
+
+    def require_curvature(self, method: str) -> Curvature:
+        """The curvature, for a method that cannot do without."""
+        if self.curvature is None:
+            raise MissingMemoryError(
+                f"method={method!r} needs curvature but the memory holds none. Gather with "
+                "GatherConfig(curvature='ekfac'), or choose method='iau-paper' or 'iau-released'."
+            )
+        self.curvature.check()
+        return self.curvature
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors held."""
+        held = sum(t.numel() * t.element_size() for t in (self.gradient_sum or {}).values())
+        return held + (self.curvature.nbytes() if self.curvature is not None else 0)
+
+    def after_step(
+        self,
+        model: nn.Module,
+        *,
+        rows: int,
+        targets: int,
+        relative_step: float,
+        gradient_sum: dict[str, Tensor] | None,
+        label_counts: Mapping[str, int] | None = None,
+    ) -> GradientMemory:
+        """The memory of the moved model, without the forgotten rows.
+
+        Args:
+            model: the model after the step.
+            rows, targets: how many were forgotten.
+            relative_step: step length over the weights' norm.
+            gradient_sum: Σ′_D to first order, or None where it is not known.
+            label_counts: classes of the forgotten rows.
+        """
+        left = None
+        if self.label_counts is not None and label_counts is not None:
+            left = {label: count - label_counts.get(label, 0) for label, count in self.label_counts.items()}
+        return GradientMemory(
+            parameters=self.parameters,
+            n_rows=self.n_rows - rows,
+            n_targets=self.n_targets - targets,
+            model={**self.model, "weights": weights_fingerprint(model)},
+            data=self.data,
+            loss={key: value for key, value in self.loss.items() if key not in ("probe", "probe_rows")},
+            label_counts=left,
+            gradient_sum=gradient_sum,
+            gradient_sum_kind="none" if gradient_sum is None else "first-order",
+            gradient_sum_rows=self.gradient_sum_rows,
+            gradient_sum_error=self.gradient_sum_error,
+            weight_decay=self.weight_decay,
+            curvature=self.curvature,
+            settings=self.settings,
+            calibration=self.calibration,
+            forgotten_rows=self.forgotten_rows + rows,
+            forgotten_targets=self.forgotten_targets + targets,
+            relative_path=self.relative_path + relative_step,
+            seconds=self.seconds,
+            versions=package_versions(),
+        )
+
+    # --- files ----------------------------------------------------------------------------------------------------
+
+    def save(self, directory: str | Path) -> Path:
+        """Write the memory into `directory` (made if missing): tensors first, then the header that names them.
+
+        A crash in between leaves the older memory readable. Returns the header's path.
+        """
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
+        tensors = {f"{_SUM_PREFIX}{name}": t for name, t in (self.gradient_sum or {}).items()}
+        if self.curvature is not None:
+            tensors |= self.curvature.tensors()
+        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        digest: list[str] = []
+
+        def write_tensors(path: Path) -> None:
+            save_file(tensors, path, metadata={"format": "pt"})
+            digest.append(file_digest(path))
+
+        staged = folder / ".memory-staged.safetensors"
+        write_atomically(staged, write_tensors)
+        name = f"memory-{digest[0]}.safetensors"
+        staged.replace(folder / name)
+        sync_folder(folder)
+        header = self._header() | {"tensors": {"file": name, "digest": digest[0], "count": len(tensors)}}
+        text = json.dumps(header, indent=1, sort_keys=True)
+        write_atomically(folder / _HEADER, lambda path: _write_text(path, text))
+        for other in folder.glob("memory-*.safetensors"):
+            if other.name != name and _TENSOR_FILE.fullmatch(other.name):
+                other.unlink()
+        return folder / _HEADER
+
+    @classmethod
+    def load(cls, directory: str | Path) -> GradientMemory:
+        """Read a memory written by `save`; `directory` may also be the model's output directory.
+
+        Raises:
+            MemoryFileError: missing, truncated, corrupt or malformed.
+            MemoryMismatchError: written by another schema version.
+        """
+        folder = Path(directory)
+        if not (folder / _HEADER).is_file() and (folder / MEMORY_FOLDER / _HEADER).is_file():
+            folder = folder / MEMORY_FOLDER
+        header = _read_header(folder / _HEADER)
+        try:
+            tensors = _read_tensors(folder, header["tensors"])
+            return cls._from_parts(header, tensors)
+        except IAUError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+            raise MemoryFileError(
+                f"The memory in {folder} is malformed ({type(error).__name__}: {error}). Restore it from a copy or "
+                "gather anew with hf_iau.gather()."
+            ) from error
+
+    def _header(self) -> dict[str, Any]:
+        plain = {
+            name: getattr(self, name)
+            for name in self.__dataclass_fields__
+            if name not in ("parameters", "gradient_sum", "curvature")
+        }
+        return plain | {
+            "parameters": {name: list(shape) for name, shape in self.parameters.items()},
+            "parameter_order": list(self.parameters),
+            "curvature": None if self.curvature is None else self.curvature.metadata(),
+        }
+
+    @classmethod
+    def _from_parts(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> GradientMemory:
+        shapes = {name: tuple(int(n) for n in header["parameters"][name]) for name in header["parameter_order"]}
+        sums = {name[len(_SUM_PREFIX) :]: t for name, t in tensors.items() if name.startswith(_SUM_PREFIX)}
+        kind = header["gradient_sum_kind"]
+        if bool(sums) != (kind != "none") or (sums and set(sums) != set(shapes)):
+            raise MemoryFileError(f"The memory says its gradient sum is {kind!r} but its tensors do not match that.")
+        for name, tensor in sums.items():
+            if tuple(tensor.shape) != shapes[name] or tensor.dtype != torch.float64:
+                raise MemoryFileError(
+                    f"gradient_sum[{name!r}] is {tensor.dtype} of shape {tuple(tensor.shape)}, expected float64 of "
+                    f"shape {shapes[name]}: the memory is corrupt."
+                )
+            if not bool(torch.isfinite(tensor).all()):
+                raise MemoryFileError(f"gradient_sum[{name!r}] holds NaN or infinity: the memory is corrupt.")
+        for count in ("n_rows", "n_targets", "forgotten_rows", "forgotten_targets"):
+            if not isinstance(header[count], int) or header[count] < 0:
+                raise MemoryFileError(f"{count}={header[count]!r} in the memory is no count: the memory is corrupt.")
+        curvature = None
+        if header["curvature"] is not None:
+            rest = {name: t for name, t in tensors.items() if not name.startswith(_SUM_PREFIX)}
+            curvature = Curvature.from_tensors(rest, header["curvature"])
+        plain = {
+            name: header[name]
+            for name in cls.__dataclass_fields__
+            if name not in ("parameters", "gradient_sum", "curvature")
+        }
+        for name in ("model", "data", "loss", "settings", "weight_decay", "seconds", "versions"):
+            if not isinstance(plain[name], dict):
+                raise MemoryFileError(f"{name!r} in the memory is {plain[name]!r}, expected an object: it is corrupt.")
+        return cls(parameters=shapes, gradient_sum=sums or None, curvature=curvature, **plain)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise MemoryFileError(
+            f"No gradient memory at {path}. Train with callbacks=[IAUCallback()], or call hf_iau.gather(...).save(dir)."
+        )
+    if path.stat().st_size > _MAX_HEADER_BYTES:
+        raise MemoryFileError(f"{path} is {path.stat().st_size} bytes, too large for a memory's header: it is corrupt.")
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise MemoryFileError(f"{path} is not readable as JSON ({error}): it is corrupt or truncated.") from error
+    if not isinstance(header, dict) or "schema_version" not in header:
+        raise MemoryFileError(f"{path} is no gradient memory (no schema_version).")
+    if header["schema_version"] != SCHEMA_VERSION:
+        raise MemoryMismatchError(
+            f"{path} has schema version {header['schema_version']!r}; this hf_iau reads version {SCHEMA_VERSION}. "
+            "Install the hf-iau that wrote it, or gather anew."
+        )
+    return header
+
+
+def _read_tensors(folder: Path, entry: Any) -> dict[str, Tensor]:
+    name = entry["file"]
+    if not isinstance(name, str) or not _TENSOR_FILE.fullmatch(name):
+        raise MemoryFileError(f"The memory names its tensor file {name!r}, which is no such name: it is corrupt.")
+    path = folder / name
+    if not path.is_file():
+        raise MemoryFileError(f"The memory's tensor file {path} is missing.")
+    if file_digest(path) != entry["digest"]:
+        raise MemoryFileError(f"{path} is corrupt or truncated: its digest is not the one in {_HEADER}.")
+    try:
+        tensors = load_file(path)
+    except (safetensors.SafetensorError, ValueError, OSError) as error:
+        raise MemoryFileError(f"{path} is not readable as safetensors ({error}).") from error
+    if len(tensors) != entry["count"]:
+        raise MemoryFileError(f"{path} holds {len(tensors)} tensors, expected {entry['count']}.")
+    return tensors
