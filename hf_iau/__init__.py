@@ -1,0 +1,68 @@
+"""hf_iau: machine unlearning for `transformers.Trainer`.
+
+Data flows one way: gather → remember → forget → calibrate → measure → report.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from hf_iau.errors import (
+    CalibrationError,
+    ConfigError,
+    CoupledRowsError,
+    IAUError,
+    MemoryFileError,
+    MemoryMismatchError,
+    MissingMemoryError,
+    NonFiniteGradientError,
+    RequestError,
+    StaleMemoryError,
+    UnsupportedModelError,
+)
+from hf_iau.gather import GatherConfig, IAUCallback, gather
+from hf_iau.gather.checker import GradientCheck, check_row_gradients
+from hf_iau.methods import (
+    IAUConfig,
+    IAUPaperConfig,
+    IAUReleasedConfig,
+    UnlearningMethod,
+    available_methods,
+    register_method,
+)
+from hf_iau.remember import GradientMemory
+from hf_iau.report import UnlearningReport
+from hf_iau.train import RestrictionConfig, UnlearningTrainer, UnlearnOutput
+
+try:
+    __version__ = version("hf-iau")
+except PackageNotFoundError:  # a source tree that was not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "CalibrationError",
+    "ConfigError",
+    "CoupledRowsError",
+    "GatherConfig",
+    "GradientCheck",
+    "GradientMemory",
+    "IAUCallback",
+    "IAUConfig",
+    "IAUError",
+    "IAUPaperConfig",
+    "IAUReleasedConfig",
+    "MemoryFileError",
+    "MemoryMismatchError",
+    "MissingMemoryError",
+    "NonFiniteGradientError",
+    "RequestError",
+    "RestrictionConfig",
+    "StaleMemoryError",
+    "UnlearnOutput",
+    "UnlearningMethod",
+    "UnlearningReport",
+    "UnlearningTrainer",
+    "UnsupportedModelError",
+    "available_methods",
+    "check_row_gradients",
+    "gather",
+    "register_method",
+]

@@ -202,6 +202,10 @@ class Block(abc.ABC):
     def dtype(self) -> torch.dtype:
         return self.eigenvalues[0].dtype
 
+    def working_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The type in which vectors of `dtype` are scaled."""
+        return torch.promote_types(self.dtype, dtype)
+
     def describe(self) -> dict[str, Any]:
         """The layer's line in `Curvature.layers`."""
         return {
@@ -247,6 +251,9 @@ class KroneckerBlock(Block):
     @property
     def eigenvalues(self) -> list[Tensor]:
         return [self.values]
+
+    def working_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return self.dtype
 
     def apply(self, vector: Mapping[str, Tensor], transform: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         matrix = self.layout.matrix(vector)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -87,7 +87,7 @@ class Curvature:
                 )
             shift = damping * block.mean_eigenvalue
             floor = torch.finfo(block.dtype).eps ** 1.5 * self.mean_eigenvalue
-            result |= self._apply(block, part, lambda values, s=shift, f=floor: (values + s).clamp_(min=f).reciprocal_())
+            result |= self._apply(block, part, _inverse(shift, floor))
         return {name: result[name] for name in vector}
 
     def multiply(self, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -124,7 +124,8 @@ class Curvature:
 
     def nbytes(self) -> int:
         """Bytes of all stored tensors."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+        stored = (tensor for block in self.blocks.values() for tensor in block.tensors().values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in stored)
 
     def to(self, device: torch.device | str) -> Curvature:
         """The same curvature on another device."""
@@ -237,11 +238,17 @@ class Curvature:
         return [(self.blocks[name], part) for name, part in parts.items()]
 
     @staticmethod
-    def _apply(block: Block, part: dict[str, Tensor], transform: Any) -> dict[str, Tensor]:
-        moved = {name: tensor.detach().to(block.device, block.dtype) for name, tensor in part.items()}
+    def _apply(block: Block, part: dict[str, Tensor], transform: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        moved = {
+            name: tensor.detach().to(block.device, block.working_dtype(tensor.dtype)) for name, tensor in part.items()
+        }
         scaled = block.apply(moved, transform)
         return {name: scaled[name].to(tensor.device, tensor.dtype) for name, tensor in part.items()}
 
     def __repr__(self) -> str:
         covered = ", ".join(f"{kind}: {count:,}" for kind, count in self.coverage().items())
         return f"Curvature({self.kind}, layers={len(self.blocks)}, rows={self.n_rows}, {covered})"
+
+
+def _inverse(shift: float, floor: float) -> Callable[[Tensor], Tensor]:
+    return lambda values: (values + shift).clamp_(min=floor).reciprocal_()

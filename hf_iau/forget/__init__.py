@@ -1,0 +1,17 @@
+"""Forgetting: the step that is taken, and the transaction around it."""
+
+from hf_iau.forget.request import ForgetContext, MethodOutcome
+from hf_iau.forget.step import Step, apply_step, finish_forgetting_step, moved_gradient_sum, step_norm, weights_norm
+from hf_iau.forget.transaction import WeightTransaction
+
+__all__ = [
+    "ForgetContext",
+    "MethodOutcome",
+    "Step",
+    "WeightTransaction",
+    "apply_step",
+    "finish_forgetting_step",
+    "moved_gradient_sum",
+    "step_norm",
+    "weights_norm",
+]

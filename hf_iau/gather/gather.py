@@ -135,7 +135,9 @@ def build_memory(
         label_counts=count_labels(source.dataset),
         gradient_sum=None if total is None else total.tensors,
         gradient_sum_kind=config.gradient_sum,
-        gradient_sum_rows=0 if total is None else min(config.sample_rows, len(source))
+        gradient_sum_rows=0
+        if total is None
+        else min(config.sample_rows, len(source))
         if config.gradient_sum == "sampled"
         else total.n_rows,
         gradient_sum_error=error,

@@ -160,9 +160,7 @@ def sum_row_gradients(
     return result
 
 
-def _raise_for_row(
-    model: nn.Module, row_loss: RowLoss, source: RowSource, parameters: dict[str, nn.Parameter]
-) -> None:
+def _raise_for_row(model: nn.Module, row_loss: RowLoss, source: RowSource, parameters: dict[str, nn.Parameter]) -> None:
     """Find the first row whose loss or gradient is not finite, and say so."""
     with evaluation_mode(model), torch.enable_grad():
         for positions, inputs in source.resized(1):

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy.spatial.distance import jensenshannon
+from scipy.special import rel_entr
 from torch import Tensor
 
 from hf_iau.errors import RequestError
@@ -73,12 +73,10 @@ def agreement(a: RowPredictions, b: RowPredictions) -> Agreement:
         )
     if p.shape != q.shape:
         raise RequestError(f"a has {p.shape[1]} and b {q.shape[1]} classes: compare models with the same classes.")
-    p, q = p.astype(np.float64), q.astype(np.float64)
-    # Rounding can leave a tiny negative number under SciPy's square root, hence NaN, where both are equal.
-    with np.errstate(invalid="ignore"):
-        distance = jensenshannon(p, q, axis=1)
-    equal = (p == q).all(axis=1)
-    divergence = np.where(equal, 0.0, distance**2)
+    p, q = (values.astype(np.float64) / values.sum(axis=1, keepdims=True, dtype=np.float64) for values in (p, q))
+    middle = (p + q) / 2
+    # Not `scipy.spatial.distance.jensenshannon`: it takes a root first, which is NaN where rounding goes below 0.
+    divergence = np.maximum((rel_entr(p, middle) + rel_entr(q, middle)).sum(axis=1) / 2, 0)
     return Agreement(
         agreement=float((p.argmax(axis=1) == q.argmax(axis=1)).mean()),
         jensen_shannon=float(divergence.mean()),

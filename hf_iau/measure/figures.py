@@ -72,4 +72,5 @@ class Figures:
 def _attack_from(result: AttackResult | Mapping[str, Any]) -> AttackResult:
     if isinstance(result, AttackResult):
         return result
-    return AttackResult(**{name: float("nan") if value is None else value for name, value in result.items()})
+    values: dict[str, Any] = {name: float("nan") if value is None else value for name, value in result.items()}
+    return AttackResult(**values)

@@ -73,7 +73,7 @@ class Measurement:
             except (RequestError, NonFiniteGradientError):
                 results = None
         return Figures(
-            **values,  # type: ignore[arg-type]
+            **values,
             mia_auc=test if self.test is not None else held_out,
             mia_auc_held_out=held_out,
             mia_auc_test=test,

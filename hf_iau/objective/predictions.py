@@ -53,8 +53,9 @@ class RowPredictions:
 
     @property
     def mean_loss(self) -> float:
-        """Mean loss a target, over all targets of all rows."""
-        return float(np.nansum(self.loss * self.targets) / max(self.targets.sum(), 1))
+        """Mean loss a target, over all targets of all rows; NaN if the loss of any row with targets is."""
+        counted = self.targets > 0
+        return float(np.sum(self.loss[counted] * self.targets[counted]) / max(self.targets.sum(), 1))
 
     @property
     def accuracy(self) -> float:

@@ -139,7 +139,9 @@ class SmoothedRowLoss(RowLoss):
         labels = inputs.pop("labels", None)
         targets = read_targets(model, model(**inputs), labels)
         if targets.kind not in (TaskKind.SINGLE_LABEL, TaskKind.TOKENS):
-            raise UnsupportedModelError(f"label_smoothing_factor={self.epsilon} has no meaning for {targets.kind.value}.")
+            raise UnsupportedModelError(
+                f"label_smoothing_factor={self.epsilon} has no meaning for {targets.kind.value}."
+            )
         log_probabilities = F.log_softmax(targets.logits, dim=1)
         true = -log_probabilities.gather(1, targets.labels[:, None]).sum()
         spread = -log_probabilities.mean(dim=1).sum()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import functools
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -96,11 +98,9 @@ class Targets:
             np.random.Generator(np.random.Philox(key=[seed & 0xFFFFFFFFFFFFFFFF, int(row_id)])).random((count, draws))
             for row_id, count in zip(row_ids, counts, strict=True)
         ]
-        ordered = np.zeros((len(self), draws))
-        rows = self.rows.cpu().numpy()
-        order = self.order.cpu().numpy()
-        for target, (row, number) in enumerate(zip(rows, order, strict=True)):
-            ordered[target] = by_row[row][number]
+        starts = np.cumsum([0, *counts[:-1]]) if counts else np.zeros(0, dtype=int)
+        drawn = np.concatenate(by_row) if by_row else np.zeros((0, draws))
+        ordered = drawn[starts[self.rows.cpu().numpy()] + self.order.cpu().numpy()]
         return torch.from_numpy(ordered).to(self.logits.device)
 
 
@@ -133,7 +133,20 @@ def shifts_labels(model: nn.Module) -> bool:
     config = getattr(bare, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         return False
-    return getattr(bare, "loss_type", None) in ("ForCausalLM", "ForConditionalGeneration")
+    loss_type = getattr(bare, "loss_type", None)
+    if loss_type is None and hasattr(bare, "loss_function"):
+        # Transformers falls back on the causal loss for classes that it has no loss for, such as `GPT2LMHeadModel`.
+        return _uses_loss_function(type(bare))
+    return loss_type in ("ForCausalLM", "ForConditionalGeneration")
+
+
+@functools.cache
+def _uses_loss_function(model_class: type[nn.Module]) -> bool:
+    """Whether the class's forward calls `self.loss_function`, rather than a loss of its own."""
+    try:
+        return "self.loss_function(" in inspect.getsource(model_class.forward)
+    except (OSError, TypeError):
+        return False
 
 
 def count_targets(model: nn.Module, labels: Tensor | None, n_rows: int) -> int:

@@ -77,12 +77,13 @@ class RestrictionConfig:
             "the norms of the parameter tensors, as in the released code."
         },
     )
-    epsilon: float = field(
-        default=1e-4,
+    epsilon: float | None = field(
+        default=None,
         metadata={
             "help": "Step of the finite difference, relative to the norm of the trainable parameters: they are moved "
-            "by epsilon·‖θ‖ in all. Too small a step drowns in rounding, too large a one is no derivative. Under bf16 "
-            "autocast, where a weight is rounded to 3 digits, give about 1e-2. Not used by the other modes."
+            "by epsilon·‖θ‖ in all. Too small a step drowns in rounding, too large a one is no derivative. None takes "
+            "1e-3, and 1e-2 under bf16 or fp8 autocast, which would round a smaller step away. Not used by the other "
+            "modes."
         },
     )
 
@@ -101,10 +102,12 @@ class RestrictionConfig:
                 f"every={self.every!r} is no interval of micro-batches: give a whole number of at least 1 "
                 "(1 restricts each of them; mode='none' restricts none)."
             )
-        if not _is_number(self.epsilon) or not math.isfinite(self.epsilon) or self.epsilon <= 0:
+        if self.epsilon is not None and (
+            not _is_number(self.epsilon) or not math.isfinite(self.epsilon) or self.epsilon <= 0
+        ):
             raise ConfigError(
                 f"epsilon={self.epsilon!r} is no step of a finite difference: give a finite number above 0, "
-                "relative to the parameters' norm, e.g. 1e-4."
+                "relative to the parameters' norm, e.g. 1e-3, or None."
             )
 
 
@@ -118,11 +121,13 @@ class GradientRestriction:
         config: which term is added, and how.
         model: the model to be trained, bare or wrapped; it is only inspected here.
         mixed_precision: Accelerate's `accelerator.mixed_precision` ("no", "bf16", "fp16", "fp8"); "fp16" is refused,
-            because its unscaled gradients, of which the norm is made, underflow.
+            because its unscaled gradients, of which the norm is made, underflow. It also sets the default of
+            `config.epsilon`.
 
     Attributes:
         calls: number of calls of `backward` so far. It decides which micro-batches are restricted when
             `config.every > 1`; set it to the number of micro-batches already seen when training is resumed.
+        epsilon: the relative step of the finite difference in use.
 
     Raises:
         ConfigError: when the configuration contradicts the model or its precision (fused attention, re-entrant
@@ -134,6 +139,7 @@ class GradientRestriction:
     def __init__(self, config: RestrictionConfig, model: nn.Module, *, mixed_precision: str | None = None) -> None:
         self.config = config
         self.calls = 0
+        self.epsilon = config.epsilon if config.epsilon is not None else _default_epsilon(mixed_precision)
         self._checked: nn.Module | None = None
         if self._active:
             if mixed_precision is not None and str(mixed_precision) == "fp16":
@@ -280,7 +286,7 @@ class GradientRestriction:
             return torch.ones_like(loss), []
         norms = torch.stack([_tensor_norm(gradient).to(loss.device) for gradient in gradients])
         length = torch.linalg.vector_norm(torch.stack([_tensor_norm(p).to(loss.device) for p in parameters]))
-        step = self.config.epsilon * torch.where(length > 0, length, torch.ones_like(length))
+        step = self.epsilon * torch.where(length > 0, length, torch.ones_like(length))
         if self.config.norm == "per-tensor":
             # As many unit vectors as tensors with a gradient: together they are this much longer than one.
             step = step / (norms > 0).sum().clamp(min=1).sqrt()
@@ -367,6 +373,10 @@ def _tensor_norm(tensor: Tensor) -> Tensor:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _default_epsilon(mixed_precision: str | None) -> float:
+    return 1e-3 if mixed_precision is None or str(mixed_precision) == "no" else 1e-2
 
 
 def _half_precision_scaling(config: RestrictionConfig) -> ConfigError:

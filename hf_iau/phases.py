@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import psutil  # comes with accelerate
+import psutil  # type: ignore[import-untyped]  # comes with accelerate
 import torch
 
 from hf_iau.errors import RequestError

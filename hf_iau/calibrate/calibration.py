@@ -1,0 +1,213 @@
+"""The search for k, λ and c by what held-out rows look like, with forward passes only.
+
+A retrained model treats forgotten rows like rows it never saw. So k is the length at which the loss attack cannot tell
+forgotten from held-out rows (AUC one half), and λ and c are those with the lowest held-out loss. The rows on which this
+is tried must be exchangeable with the held-out ones: random training rows as proxies, or the forget rows themselves
+where they are many and pass a shift test. The step is additive in rows, so its scale carries over.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_iau.calibrate.trial import Trial, TrialRunner
+
+# Trials of one search for k: a guess from the first-order response, then interpolation.
+_TRIALS_PER_LENGTH = 5
+
+
+@dataclass
+class Calibration:
+    """The values found, and what they rest on.
+
+    Attributes:
+        length, damping, finish_weight: k, λ (relative) and c.
+        source: "forget rows", "proxies", "class share", "remembered", "given" or "uncalibrated".
+        reached: whether the criterion was brought within its tolerance.
+        criterion: its value at the step chosen; `tolerance` and `standard_error` beside it.
+        held_out_loss_before, held_out_loss: mean loss of the held-out rows without and with the step.
+        lengths: k of every draw (their spread is the uncertainty of `length`).
+        curve: every trial, for the report.
+        draws: rows of each proxy draw.
+    """
+
+    length: float
+    damping: float
+    finish_weight: float
+    source: str
+    reached: bool = True
+    criterion: float | None = None
+    tolerance: float | None = None
+    standard_error: float | None = None
+    held_out_loss_before: float | None = None
+    held_out_loss: float | None = None
+    lengths: list[float] = field(default_factory=list)
+    curve: list[dict[str, float]] = field(default_factory=list)
+    draws: list[int] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return dict(self.__dict__)
+
+    @property
+    def relative_spread(self) -> float:
+        """Largest over smallest k of the draws, minus one; 0 for a single draw."""
+        return max(self.lengths) / min(self.lengths) - 1.0 if len(self.lengths) > 1 and min(self.lengths) > 0 else 0.0
+
+
+def standard_error_of_auc(n_forget: int, n_held_out: int) -> float:
+    """Standard error of an AUC near one half: √((m+n+1)/(12mn)) (Mann-Whitney)."""
+    return math.sqrt((n_forget + n_held_out + 1) / (12.0 * n_forget * n_held_out))
+
+
+def find_length(
+    runner: TrialRunner,
+    damping: float,
+    finish_weight: float,
+    *,
+    start: Trial,
+    tolerance: float,
+    max_relative_step: float,
+    guess: float | None = None,
+    trials: int = _TRIALS_PER_LENGTH,
+) -> tuple[Trial, bool]:
+    """The k at which the criterion vanishes, by bracketing and interpolation.
+
+    Args:
+        runner: tries steps.
+        damping, finish_weight: λ and c.
+        start: the trial of k = 0.
+        tolerance: how near to 0 the criterion must come.
+        max_relative_step: longest ‖Δ‖/‖θ‖ allowed.
+        guess: first k; default: from the first-order response of the target rows' loss.
+        trials: how many steps may be tried.
+
+    Returns:
+        The best trial, and whether it is within the tolerance.
+    """
+    limit = runner.longest(damping, max_relative_step)
+    low, low_value = 0.0, start.criterion
+    high: float | None = None
+    high_value = 0.0
+    best: Trial | None = None
+    length = min(guess if guess is not None else _first_guess(runner, damping, start), limit)
+    for _ in range(trials):
+        trial = runner.run(length, damping, finish_weight)
+        if best is None or abs(trial.criterion) < abs(best.criterion):
+            best = trial
+        if abs(trial.criterion) <= tolerance:
+            return trial, True
+        if trial.criterion > 0:
+            if length >= limit:
+                return best, False
+            low, low_value = length, trial.criterion
+        else:
+            high, high_value = length, trial.criterion
+        if high is None:
+            # Still too short: extrapolate the line through the start, at most fourfold.
+            fall = max(start.criterion - trial.criterion, 1e-12)
+            length = min(length * min(max(start.criterion / fall, 1.3), 4.0), limit)
+        else:
+            share = low_value / (low_value - high_value)
+            share = min(max(share, 0.1), 0.9)
+            if low > 0.0:
+                length = math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
+            else:
+                length = share * high
+    assert best is not None
+    return best, False
+
+
+def _first_guess(runner: TrialRunner, damping: float, start: Trial) -> float:
+    """The k at which the rows' loss would reach the held-out loss if it rose along the tangent, halved.
+
+    Loss rises faster than its tangent, so half of it is nearer; at most the k of an influence function's 1.
+    """
+    missing = start.held_out_loss - start.target_loss
+    slope = runner.directions.slope(damping) / max(runner.n_target, 1)
+    if not math.isfinite(missing) or missing <= 0 or slope <= 0:
+        return 0.25
+    return min(0.5 * missing / slope, 1.0)
+
+
+def calibrate(
+    runner: TrialRunner,
+    *,
+    source: str,
+    dampings: tuple[float, ...],
+    finish_weights: tuple[float, ...],
+    max_relative_step: float,
+    length: float | None = None,
+    tolerance: float | None = None,
+) -> Calibration:
+    """Find k for every λ, keep the λ with the lowest held-out loss, then the c with the lowest.
+
+    Args:
+        runner: tries steps that forget the calibration rows.
+        source: what those rows are, for the report.
+        dampings: λ to be tried, relative to each layer's mean eigenvalue.
+        finish_weights: c to be tried beside 0; empty without a gradient sum.
+        max_relative_step: longest ‖Δ‖/‖θ‖ allowed.
+        length: keep k at this value and choose λ and c only.
+        tolerance: of the criterion; default: a quarter of its standard error, at least 0.005.
+    """
+    error = standard_error_of_auc(runner.n_target, len(runner.held_out))
+    tolerance = tolerance if tolerance is not None else max(0.005, 0.25 * error)
+    start = runner.run(0.0, dampings[0])
+    candidates: list[tuple[Trial, bool]] = []
+    for damping in dampings:
+        if length is not None:
+            candidates.append((runner.run(length, damping), True))
+        else:
+            candidates.append(
+                find_length(runner, damping, 0.0, start=start, tolerance=tolerance, max_relative_step=max_relative_step)
+            )
+    trial, reached = _best(candidates)
+    for weight in finish_weights:
+        tried: tuple[Trial, bool] = (runner.run(trial.length, trial.damping, weight), True)
+        if tried[0].held_out_loss >= trial.held_out_loss:
+            break
+        if length is None and abs(tried[0].criterion) > tolerance:
+            again = runner.run(0.0, trial.damping, weight)
+            tried = find_length(
+                runner,
+                trial.damping,
+                weight,
+                start=again,
+                tolerance=tolerance,
+                max_relative_step=max_relative_step,
+                guess=trial.length * 1.1,
+                trials=2,
+            )
+        if tried[1] and tried[0].held_out_loss < trial.held_out_loss:
+            trial, reached = tried
+    return Calibration(
+        length=trial.length,
+        damping=trial.damping,
+        finish_weight=trial.finish_weight,
+        source=source,
+        reached=reached,
+        criterion=trial.criterion,
+        tolerance=tolerance,
+        standard_error=error,
+        held_out_loss_before=start.held_out_loss,
+        held_out_loss=trial.held_out_loss,
+        lengths=[trial.length],
+        curve=[t.to_dict() for t in runner.trials],
+        draws=[runner.n_target],
+    )
+
+
+def _best(candidates: list[tuple[Trial, bool]]) -> tuple[Trial, bool]:
+    """The lowest held-out loss among those that reached the target; if none did, the nearest to it."""
+    reached = [candidate for candidate in candidates if candidate[1]]
+    if reached:
+        return min(reached, key=lambda candidate: candidate[0].held_out_loss)
+    return min(candidates, key=lambda candidate: abs(candidate[0].criterion))
+
+
+def conservative_calibration(runner_limit: float, damping: float) -> Calibration:
+    """Without held-out rows: the influence function's k = 1, or less where the step would be long; uncalibrated."""
+    return Calibration(min(1.0, runner_limit), damping, 0.0, source="uncalibrated", reached=False)

@@ -1,0 +1,180 @@
+"""Trying a step: apply it, look at some rows, put the weights back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_iau.curvature import Curvature
+from hf_iau.forget.step import Step, apply_step, finish_forgetting_step, step_norm, weights_norm
+from hf_iau.measure import attack_auc
+from hf_iau.objective import RowPredictions, RowSource, predict_rows
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one tried step did.
+
+    Attributes:
+        length, damping, finish_weight: k, λ (relative to each layer's mean eigenvalue) and c.
+        relative_step: ‖Δ‖ / ‖θ‖.
+        criterion: signed distance to the target; positive: forgets too little, negative: too much.
+        held_out_loss: mean plain loss of the held-out rows that are to stay as they are.
+        target_loss: mean plain loss of the rows that the step forgets.
+    """
+
+    length: float
+    damping: float
+    finish_weight: float
+    relative_step: float
+    criterion: float
+    held_out_loss: float
+    target_loss: float
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain JSON."""
+        return asdict(self)
+
+
+@dataclass
+class Directions:
+    """Preconditioned directions of one set of rows, made once a damping.
+
+    Attributes:
+        curvature: C.
+        forget_sum: Σ of the rows' gradients.
+        finish_sum: Σ_D, or None where c = 0.
+        remaining: n_r, targets that stay.
+    """
+
+    curvature: Curvature
+    forget_sum: Mapping[str, Tensor]
+    finish_sum: Mapping[str, Tensor] | None
+    remaining: int
+
+    def __post_init__(self) -> None:
+        self._made: dict[float, tuple[Step, Step | None]] = {}
+
+    def at(self, damping: float) -> tuple[Step, Step | None]:
+        """(C+λ)⁻¹Σ_f/n_r and (C+λ)⁻¹Σ_D/n_r."""
+        if damping not in self._made:
+            forget = self._solve(self.forget_sum, damping)
+            finish = None if self.finish_sum is None else self._solve(self.finish_sum, damping)
+            self._made = {damping: (forget, finish)}  # one damping at a time is held
+        return self._made[damping]
+
+    def step(self, length: float, damping: float, finish_weight: float) -> Step:
+        """Δ = (C+λ)⁻¹(k·Σ_f − c·Σ_D)/n_r."""
+        forget, finish = self.at(damping)
+        return finish_forgetting_step(forget, finish, length, finish_weight)
+
+    def slope(self, damping: float) -> float:
+        """Σ_f·(C+λ)⁻¹Σ_f/n_r: what a unit of k adds to the summed loss of the forget rows, to first order."""
+        forget, _ = self.at(damping)
+        return float(sum(float((self.forget_sum[name].to(change) * change).sum()) for name, change in forget.items()))
+
+    def _solve(self, vector: Mapping[str, Tensor], damping: float) -> Step:
+        return {name: change / self.remaining for name, change in self.curvature.solve(vector, damping).items()}
+
+
+class TrialRunner:
+    """Tries steps on a model and counts them; the weights are put back after each, bit for bit.
+
+    Args:
+        model: the bare model.
+        directions: of the rows that the steps forget.
+        target: those rows.
+        held_out: rows that were never trained on.
+        criterion: signed distance to the target from (target rows, held-out rows); default: the loss attack's AUC
+            minus one half.
+        kept: bool array over the held-out rows: those whose loss must not rise (all of them by default).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        directions: Directions,
+        target: RowSource | None,
+        held_out: RowSource,
+        *,
+        criterion: Callable[[RowPredictions | None, RowPredictions], float] | None = None,
+        kept: np.ndarray | None = None,
+    ) -> None:
+        self.model = model
+        self.directions = directions
+        self.target = target
+        self.held_out = held_out
+        self.criterion = criterion or auc_distance
+        self.kept = kept
+        self.trials: list[Trial] = []
+        self._names = list(directions.forget_sum)
+        self._weights_norm = weights_norm(model, self._names)
+        parameters = dict(model.named_parameters())
+        self._weights = {name: parameters[name].detach().clone() for name in self._names}
+
+    @property
+    def n_target(self) -> int:
+        """How many rows the criterion rests on."""
+        return len(self.target) if self.target is not None else len(self.held_out)
+
+    def longest(self, damping: float, relative_step: float) -> float:
+        """The k at which ‖Δ‖/‖θ‖ reaches `relative_step` (with c = 0)."""
+        forget, _ = self.directions.at(damping)
+        return relative_step * self._weights_norm / max(step_norm(forget), 1e-300)
+
+    def run(self, length: float, damping: float, finish_weight: float = 0.0) -> Trial:
+        """Apply the step, look, and undo it."""
+        step = self.directions.step(length, damping, finish_weight)
+        try:
+            apply_step(self.model, step)
+            target = None if self.target is None else predict_rows(self.model, self.target)
+            held_out = predict_rows(self.model, self.held_out)
+        finally:
+            self._restore()
+        kept = held_out if self.kept is None else held_out.select(self.kept)
+        trial = Trial(
+            length=length,
+            damping=damping,
+            finish_weight=finish_weight,
+            relative_step=step_norm(step) / max(self._weights_norm, 1e-300),
+            criterion=self.criterion(target, held_out),
+            held_out_loss=_loss_or_infinity(kept),
+            target_loss=float("nan") if target is None else _loss_or_infinity(target),
+        )
+        self.trials.append(trial)
+        return trial
+
+    def _restore(self) -> None:
+        parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, value in self._weights.items():
+                parameters[name].copy_(value)
+
+
+def auc_distance(target: RowPredictions | None, held_out: RowPredictions) -> float:
+    """AUC of the loss attack on the forgotten rows against held-out rows, minus one half."""
+    if target is None or not np.isfinite(target.loss).all() or not np.isfinite(held_out.loss).all():
+        return -0.5  # the step destroyed the model: far too long
+    return float(attack_auc(target, held_out, "loss")) - 0.5
+
+
+def class_share_distance(label: int) -> Callable[[RowPredictions | None, RowPredictions], float]:
+    """Criterion for the removal of a class: its predicted share on its own held-out rows minus that on the others."""
+
+    def distance(target: RowPredictions | None, held_out: RowPredictions) -> float:
+        own = held_out.label == label
+        if not np.isfinite(held_out.loss).all():
+            return -1.0
+        return float(np.mean(held_out.predicted[own] == label) - np.mean(held_out.predicted[~own] == label))
+
+    return distance
+
+
+def _loss_or_infinity(predictions: RowPredictions) -> float:
+    loss: Any = predictions.mean_loss
+    return float(loss) if np.isfinite(loss) else float("inf")

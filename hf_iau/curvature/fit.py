@@ -1,0 +1,595 @@
+"""Fitting the curvature to rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from hf_iau.curvature.blocks import Block, DiagonalBlock, IdentityBlock, KroneckerBlock
+from hf_iau.curvature.capture import Capture, parameter_gradients
+from hf_iau.curvature.curvature import KINDS, Curvature, CurvatureKind
+from hf_iau.curvature.layers import (
+    Call,
+    Layer,
+    LayerPlan,
+    MatrixLayer,
+    NotSeparableError,
+    plan_layers,
+    row_gradients,
+    sum_of_squared_gradients,
+    sum_of_squares,
+)
+from hf_iau.errors import ConfigError, MissingMemoryError, NonFiniteGradientError, RequestError
+from hf_iau.objective import RowLoss, RowSource, evaluation_mode, read_targets
+
+FisherKind = Literal["true", "empirical"]
+Reduce = Callable[[Tensor], Tensor]
+
+LOOP_ROWS = 128
+"""Rows on which parameters without a closed form are measured, one at a time."""
+
+PROBE_ROWS = 3
+CACHE_BYTES = 256 * 2**20
+
+
+def fit_curvature(
+    model: nn.Module,
+    source: RowSource,
+    *,
+    kind: CurvatureKind = "ekfac",
+    row_ids: np.ndarray | None = None,
+    seed: int = 0,
+    fisher: FisherKind = "true",
+    row_loss: RowLoss | None = None,
+    max_factor_size: int = 4096,
+    factor_device: torch.device | str | None = None,
+    cache_bytes: int = CACHE_BYTES,
+    optimizer: Any = None,
+    weight_decay: float = 0.0,
+    progress: bool = False,
+    reduce: Reduce | None = None,
+) -> Curvature:
+    """Fit C = (1 / targets) Σ_rows E[g gᵀ] to the rows of `source`, in evaluation mode.
+
+    * `"ekfac"`: eigenvalue-corrected Kronecker factors (George et al. 2018, arXiv 1806.03884; Grosse et al. 2023, arXiv
+      2308.03296) for `nn.Linear`, `nn.Conv1d`, `nn.Conv2d` and Transformers' `Conv1D`, and so for attention projections
+      and LoRA matrices. With inputs a (extended by a 1 where the bias is trainable) and output gradients g, the bases
+      are those of A = Σ a aᵀ and S = Σ g gᵀ, summed over rows, positions and calls (the *expand* setting), and the
+      eigenvalues Λ = (1 / targets) Σ_rows (Q_Sᵀ G Q_A)² with G = Σ_positions g aᵀ of a row. Each group of a grouped
+      convolution has factors of its own. Positions whose output gradient is exactly zero are left out of A too, so
+      padding and unused positions drop out and the factors do not depend on the padding length.
+    * `"diagonal"`: the same without rotation, Λ = (1 / targets) Σ_rows g².
+    * `"adam"`: the optimizer's bias-corrected second moment. It belongs to the last step, is clipped, and is at the
+      scale of a batch's mean gradient rather than of a row's. The rows are not read.
+    * `"identity"`: 1 everywhere. The rows are not read.
+
+    With `"ekfac"`, all other parameters are diagonal: embeddings and normalisation layers in closed form over all rows;
+    tied weights, raw parameters and unknown modules over at most 128 evenly spaced rows, one at a time. `layers()` of
+    the result says which and why. Every closed form is first compared with rows taken one by one on three rows; a layer
+    that disagrees (its module is bypassed, or mixes rows) is measured by the loop, and says so.
+
+    The two statistics (bases, then Λ) need two passes over the rows, or one if what the second needs fits in
+    `cache_bytes`.
+
+    Args:
+        model: the bare model (no DDP or FSDP wrapper).
+        source: the rows, with labels.
+        kind: see above.
+        row_ids: `(rows,)` int, the rows' numbers in the training data, which seed their draws; positions in `source`
+            if None.
+        seed: the seed of the label draws.
+        fisher: "true" draws labels from the model, "empirical" uses `row_loss`.
+        row_loss: the summed loss; for "empirical" only.
+        max_factor_size: largest side of a Kronecker factor; larger layers are diagonal.
+        factor_device: where statistics are kept; each layer's own device if None.
+        cache_bytes: memory for sparing the second pass; 0 forces it.
+        optimizer: for "adam".
+        weight_decay: coefficient of a coupled L2 regulariser on the mean loss, added to every eigenvalue of "ekfac" and
+            "diagonal".
+        progress: show a progress bar.
+        reduce: applied to every summed statistic, e.g. an all-reduce over processes that hold different rows. It is
+            called the same number of times, on the same shapes, in each of them.
+
+    Returns:
+        The curvature, in float32 (float64 for float64 parameters), on `factor_device`.
+
+    Raises:
+        ConfigError: for arguments out of range.
+        RequestError: when there are no rows or no targets, or `row_ids` has another length.
+        MissingMemoryError: for "adam" without an optimizer that keeps second moments.
+        NonFiniteGradientError: naming the layer and the row.
+        UnsupportedModelError: when the model's outputs cannot be read.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"kind={kind!r}: give one of {', '.join(KINDS)}.")
+    if kind == "identity":
+        return _identity(model)
+    if kind == "adam":
+        return _from_adam(model, optimizer)
+    if fisher not in ("true", "empirical"):
+        raise ConfigError(f"fisher={fisher!r}: give 'true' or 'empirical'.")
+    if fisher == "empirical" and row_loss is None:
+        raise ConfigError("fisher='empirical' needs row_loss=, the summed loss whose gradients are squared.")
+    if max_factor_size < 1 or cache_bytes < 0 or not weight_decay >= 0:
+        raise ConfigError(
+            f"max_factor_size={max_factor_size}, cache_bytes={cache_bytes}, weight_decay={weight_decay}: give a size "
+            "of at least 1 and non-negative numbers."
+        )
+    ids = np.arange(len(source)) if row_ids is None else np.asarray(row_ids)
+    if len(ids) != len(source):
+        raise RequestError(f"row_ids has {len(ids)} numbers for {len(source)} {source.name}: give one a row.")
+    if len(source) == 0 and reduce is None:
+        raise RequestError(f"There are no {source.name} to fit the curvature to: give at least one row.")
+    fit = _Fit(
+        model,
+        source,
+        plan=plan_layers(model, kronecker=kind == "ekfac", max_factor_size=max_factor_size),
+        row_ids=ids,
+        seed=seed,
+        row_loss=row_loss if fisher == "empirical" else None,
+        factor_device=None if factor_device is None else torch.device(factor_device),
+        cache_bytes=cache_bytes,
+        progress=progress,
+        reduce=reduce or (lambda tensor: tensor),
+    )
+    with evaluation_mode(model), torch.enable_grad():
+        blocks = fit.run(weight_decay)
+    order = {name: number for number, (name, _) in enumerate(model.named_parameters())}
+    blocks.sort(key=lambda block: min(order[name] for name in block.shapes))
+    details = {
+        "fisher": fisher,
+        "seed": int(seed),
+        "max_factor_size": int(max_factor_size),
+        "weight_decay": float(weight_decay),
+        "passes": fit.passes,
+    }
+    return Curvature(kind, blocks, n_rows=fit.n_rows, n_targets=fit.n_targets, details=details)
+
+
+def _identity(model: nn.Module) -> Curvature:
+    owners: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            owners.setdefault(name.rpartition(".")[0] or name, {})[name] = tuple(parameter.shape)
+    return Curvature("identity", [IdentityBlock(name, shapes) for name, shapes in owners.items()])
+
+
+def _from_adam(model: nn.Module, optimizer: Any) -> Curvature:
+    while (
+        optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer")
+    ):
+        optimizer = optimizer.optimizer
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # AcceleratedOptimizer is itself a torch Optimizer
+    state: Mapping[Any, Mapping[str, Any]] = getattr(optimizer, "state", {})
+    groups = {id(p): group for group in getattr(optimizer, "param_groups", []) for p in group["params"]}
+    blocks: list[Block] = []
+    found = 0
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        own = state.get(parameter, {})
+        moment = own.get("exp_avg_sq")
+        reason: str = "Adam's second moment"
+        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        if isinstance(moment, Tensor) and moment.shape == parameter.shape:
+            beta = groups.get(id(parameter), {}).get("betas", (0.0, 0.0))[1]
+            step = float(own.get("step", 0))
+            values = moment.detach().to(dtype) / (1.0 - beta**step if step > 0 else 1.0)
+            found += 1
+        else:
+            values = torch.zeros_like(parameter, dtype=dtype)
+            reason = "the optimizer holds no second moment for it"
+        blocks.append(DiagonalBlock(name, {name: values.contiguous()}, reason))
+    if not found:
+        held = "no optimizer" if optimizer is None else type(optimizer).__name__
+        raise MissingMemoryError(
+            f"kind='adam' reads the second moments (`exp_avg_sq`) of the optimizer's state, and {held} has none for "
+            "this model's parameters. Train with Adam or AdamW and pass its optimizer after training, or use "
+            "kind='ekfac' or 'diagonal'."
+        )
+    details = {"adam": "second moment of the optimizer's last step: of clipped, batch-mean gradients"}
+    return Curvature("adam", blocks, details=details)
+
+
+class _Fit:
+    """One run over the rows and what it has summed so far."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        source: RowSource,
+        *,
+        plan: LayerPlan,
+        row_ids: np.ndarray,
+        seed: int,
+        row_loss: RowLoss | None,
+        factor_device: torch.device | None,
+        cache_bytes: int,
+        progress: bool,
+        reduce: Reduce,
+    ) -> None:
+        self.model = model
+        self.source = source
+        self.plan = plan
+        self.row_ids = row_ids
+        self.seed = seed
+        self.row_loss = row_loss
+        self.factor_device = factor_device
+        self.cache_bytes = cache_bytes
+        self.progress = progress
+        self.reduce = reduce
+        self.every_layer = plan.layers
+        self.needs_backward = False
+        self.n_rows = 0
+        self.n_targets = 0
+        self.passes = 1
+        self.cache: list[tuple[str, Tensor | None, Tensor]] | None = []
+        self.cached_bytes = 0
+        self.covariances: dict[str, tuple[Tensor, Tensor]] = {}
+        self.bases: dict[str, tuple[Tensor, Tensor]] = {}
+        self.kronecker_sums: dict[str, Tensor] = {}
+        self.diagonal_sums: dict[str, dict[str, Tensor]] = {}
+
+    def run(self, weight_decay: float) -> list[Block]:
+        self._probe()
+        self._first_pass()
+        self._agree_on_layers()
+        counts = self._reduced(torch.tensor([self.n_rows, self.n_targets], dtype=torch.float64, device=self._device))
+        self.n_rows, self.n_targets = (round(count) for count in counts.tolist())
+        if self.n_targets == 0:
+            raise RequestError(
+                f"The {self.n_rows} {self.source.name} have no targets (every label is ignored), so there is no "
+                "curvature. Give rows with labels."
+            )
+        self._rotate()
+        self._second_pass()
+        return self._blocks(weight_decay)
+
+    # --- losses -------------------------------------------------------------------------------------------------------
+
+    def _loss(self, positions: np.ndarray, inputs: dict[str, Any]) -> tuple[Tensor, int]:
+        """The summed loss of some rows, to be differentiated, and their number of targets."""
+        if self.row_loss is not None:
+            loss, n_targets = self.row_loss(self.model, inputs)
+        else:
+            targets = read_targets(self.model, self.model(**inputs), inputs.get("labels"))
+            loss, n_targets = targets.fisher_loss(self.row_ids[positions], self.seed), len(targets)
+        return loss, n_targets
+
+    def _capture(self, capture: Capture, positions: np.ndarray, inputs: dict[str, Any]) -> dict[str, list[Call]]:
+        losses: list[Tensor] = []
+
+        def loss() -> Tensor:
+            value, self._batch_targets = self._loss(positions, inputs)
+            losses.append(value.detach())
+            self.needs_backward |= capture.needs_backward
+            return value
+
+        calls = capture.run(loss)
+        self._refuse_non_finite(losses[0], calls, positions)
+        return calls
+
+    def _refuse_non_finite(self, loss: Tensor, calls: dict[str, list[Call]], positions: np.ndarray) -> None:
+        sums = [g.sum(dtype=torch.float32).to(loss.device) for pairs in calls.values() for _, g in pairs]
+        inputs = [x.sum(dtype=torch.float32).to(loss.device) for pairs in calls.values() for x, _ in pairs]
+        if bool(torch.stack([loss.float().to(loss.device), *sums, *inputs]).isfinite().all()):
+            return
+        for name, pairs in calls.items():  # in the order of differentiation: the first is where it began
+            for what, index in (("gradient", 1), ("input", 0)):
+                for pair in pairs:
+                    bad = ~pair[index].isfinite()
+                    if bool(bad.any()):
+                        row = self._name_row(bad, positions)
+                        raise NonFiniteGradientError(
+                            f"The {what} of layer {name!r} is NaN or infinite{row}. Remove or repair such rows, or "
+                            "compute in a wider type (bfloat16 or float32 instead of float16)."
+                        )
+        if not bool(loss.isfinite()):
+            raise NonFiniteGradientError(
+                f"The loss of the {self.source.name} at positions {positions[0]} to {positions[-1]} is {float(loss)}. "
+                "Remove or repair such rows."
+            )
+
+    def _name_row(self, bad: Tensor, positions: np.ndarray) -> str:
+        leading = bad.shape[0] if bad.dim() else 0
+        if leading == 0 or leading % len(positions):
+            return ""
+        by_row = bad.reshape(len(positions), -1).any(dim=1).cpu().numpy()
+        position = int(positions[int(by_row.argmax())])
+        return f" for row {int(self.row_ids[position])} (position {position} of the {self.source.name})"
+
+    # --- passes -------------------------------------------------------------------------------------------------------
+
+    def _probe(self) -> None:
+        """Compare each closed form with rows taken one by one, and send layers that disagree to the loop."""
+        positions = np.unique(np.linspace(0, len(self.source) - 1, num=min(PROBE_ROWS, len(self.source)), dtype=int))
+        if not len(positions):
+            return
+        rows = len(positions)
+        inputs = self.source.select(positions).resized(rows).first_batch()
+        if self.row_loss is not None:
+            with torch.no_grad():
+                self.row_loss(self.model, inputs)  # lets the loss find its own scale outside of the hooks
+        layers = self.plan.layers
+        sums: dict[str, dict[str, Tensor]] = {}
+        with Capture(self.model, layers) as capture:
+            calls = self._capture(capture, positions, inputs)
+            unreadable = capture.unreadable
+        called = set(calls)
+        for layer in layers:
+            layer.accepts_merged_rows = True
+            sums[layer.name] = layer.new_sums()
+            try:
+                if layer.name in unreadable:
+                    raise NotSeparableError(unreadable[layer.name])
+                if layer.name in calls:
+                    layer.add_squares(calls.pop(layer.name), rows, sums[layer.name])
+            except NotSeparableError as error:
+                self._demote(layer, str(error))
+        layers = self.plan.layers
+        largest = max((float(t.max()) for layer in layers for t in sums[layer.name].values()), default=0.0)
+        scales = {layer.name: _norm(sums[layer.name]) for layer in layers}
+        names = [(layer, attribute, name) for layer in layers for attribute, name in layer.parameters.items()]
+        parameters = [layer.module._parameters[attribute] for layer, attribute, _ in names]
+        for index in range(rows):
+            loss, _ = self._loss(positions[index : index + 1], _one_row(inputs, index, rows))
+            gradients = parameter_gradients(
+                loss, [p for p in parameters if p is not None], backward=self.needs_backward
+            )
+            for (layer, _, name), gradient in zip(names, gradients, strict=True):
+                if gradient is not None:
+                    total = sums[layer.name][name]
+                    total -= gradient.to(total.dtype).square()
+        for layer in layers:
+            half = any(layer.parameter(key).dtype in (torch.float16, torch.bfloat16) for key in layer.parameters)
+            rounding = (100 * torch.finfo(layer.dtype).eps) ** 2 * largest
+            size = sum(total.numel() for total in sums[layer.name].values())
+            tolerance = (0.2 if half else 0.01) * scales[layer.name] + rounding * size**0.5
+            if layer.name not in called:  # its parameters may still be used without calling it
+                tolerance = 0.0
+            if _norm(sums[layer.name]) > tolerance:
+                self._demote(layer, "its gradients differ from those of rows taken one by one")
+            layer.accepts_merged_rows = layer.saw_merged_rows and scales[layer.name] > 0
+
+    def _batches(self, what: str) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+        total = -(-len(self.source) // self.source.batch_size)
+        yield from tqdm(self.source, total=total, desc=what, disable=not self.progress)
+
+    def _first_pass(self) -> None:
+        """Covariances of the Kronecker layers and squared gradients of the diagonal ones."""
+        if not self.plan.layers:  # only counts are needed
+            for positions, inputs in self._batches("curvature: targets"):
+                with torch.no_grad():
+                    self._count(positions, self._loss(positions, inputs)[1])
+            return
+        for layer in self.plan.diagonal:
+            self.diagonal_sums[layer.name] = self._on_factor_device(layer.new_sums())
+        with Capture(self.model, self.plan.layers) as capture:
+            for positions, inputs in self._batches("curvature: factors"):
+                calls = self._capture(capture, positions, inputs)
+                self._count(positions, self._batch_targets)
+                for layer in self.plan.layers:
+                    if layer.name not in calls:
+                        continue
+                    pairs = calls.pop(layer.name)
+                    try:
+                        if layer.name in self.diagonal_sums:
+                            layer.add_squares(pairs, len(positions), self.diagonal_sums[layer.name])
+                        else:
+                            assert isinstance(layer, MatrixLayer)
+                            self._add_covariances(layer, *layer.expand(pairs, len(positions)))
+                    except NotSeparableError as error:
+                        self._demote(layer, str(error))
+
+    def _count(self, positions: np.ndarray, n_targets: int) -> None:
+        self.n_rows += len(positions)
+        self.n_targets += n_targets
+
+    def _add_covariances(self, layer: MatrixLayer, a: Tensor, g: Tensor) -> None:
+        live = g.ne(0).any(dim=-1, keepdim=True)
+        groups = a.shape[0]
+        inputs, weighted = a.reshape(groups, -1, a.shape[-1]), (a * live).reshape(groups, -1, a.shape[-1])
+        outputs = g.reshape(groups, -1, g.shape[-1])
+        input_sum, output_sum = self._covariance(layer)
+        input_sum += (weighted.mT @ inputs).to(input_sum.device)
+        output_sum += (outputs.mT @ outputs).to(output_sum.device)
+        self._keep(layer, a, g)
+
+    def _covariance(self, layer: MatrixLayer) -> tuple[Tensor, Tensor]:
+        if layer.name not in self.covariances:
+            groups, columns, rows = layer.layout.groups, layer.layout.columns, layer.layout.group_outputs
+            options: dict[str, Any] = {"dtype": layer.dtype, "device": self._device_of(layer)}
+            self.covariances[layer.name] = (
+                torch.zeros(groups, columns, columns, **options),
+                torch.zeros(groups, rows, rows, **options),
+            )
+        return self.covariances[layer.name]
+
+    def _keep(self, layer: MatrixLayer, a: Tensor, g: Tensor) -> None:
+        """Cache what Λ needs: a row's gradient or, where that is smaller, its factors."""
+        if self.cache is None:
+            return
+        positions, columns, outputs = a.shape[2], a.shape[3], g.shape[3]
+        as_matrices = positions > 1 and outputs * columns <= positions * (outputs + columns)
+        rows = a.shape[0] * a.shape[1]
+        size = rows * (outputs * columns if as_matrices else positions * (outputs + columns)) * a.element_size()
+        self.cached_bytes += size
+        if self.cached_bytes > self.cache_bytes:
+            self.cache = None
+        elif as_matrices:
+            self.cache.append((layer.name, None, row_gradients(a, g)))
+        else:
+            self.cache.append((layer.name, a.contiguous(), g.contiguous()))
+
+    def _agree_on_layers(self) -> None:
+        """Measure a layer by the loop everywhere when one process has to."""
+        kept = {layer.name for layer in self.plan.layers}
+        flags = torch.tensor(
+            [float(layer.name not in kept) for layer in self.every_layer], dtype=torch.float64, device=self._device
+        )
+        if not len(flags):
+            return
+        for layer, flag in zip(self.every_layer, self._reduced(flags).tolist(), strict=True):
+            if flag > 0 and layer.name in kept:
+                self._demote(layer, "another process could not tell its rows apart")
+
+    def _rotate(self) -> None:
+        """Eigenbases of the covariances."""
+        for layer in self.plan.kronecker:
+            sums = self._covariance(layer)
+            inputs, outputs = (_eigenvectors(self._reduced(total), layer.name) for total in sums)
+            self.bases[layer.name] = (inputs, outputs)
+            groups, columns, rows = layer.layout.groups, layer.layout.columns, layer.layout.group_outputs
+            self.kronecker_sums[layer.name] = inputs.new_zeros(groups, rows, columns)
+            del self.covariances[layer.name]
+
+    def _second_pass(self) -> None:
+        """Λ of the Kronecker layers."""
+        if not self.plan.kronecker:
+            return
+        if self.cache is not None:
+            for name, a, g in self.cache:
+                if name not in self.bases:
+                    continue
+                inputs, outputs = (basis.to(g.device) for basis in self.bases[name])
+                if a is None:
+                    found = sum_of_squares(g, inputs, outputs)
+                else:
+                    found = sum_of_squared_gradients(a, g, inputs, outputs)
+                self.kronecker_sums[name] += found.to(self.kronecker_sums[name].device)
+            self.cache = None
+            return
+        self.passes = 2
+        with Capture(self.model, self.plan.kronecker) as capture:
+            for positions, inputs_of_batch in self._batches("curvature: eigenvalues"):
+                calls = self._capture(capture, positions, inputs_of_batch)
+                for layer in self.plan.kronecker:
+                    if layer.name not in calls:
+                        continue
+                    a, g = layer.expand(calls.pop(layer.name), len(positions))
+                    inputs, outputs = (basis.to(g.device) for basis in self.bases[layer.name])
+                    total = self.kronecker_sums[layer.name]
+                    total += sum_of_squared_gradients(a, g, inputs, outputs).to(total.device)
+
+    def _loop(self) -> tuple[dict[str, Tensor], int]:
+        """Squared gradients of the loose parameters, summed over some rows, and those rows' targets."""
+        loose = self.plan.loose
+        sums = {}
+        for entry in loose:
+            dtype = torch.float64 if entry.parameter.dtype == torch.float64 else torch.float32
+            zeros = torch.zeros_like(entry.parameter, dtype=dtype, memory_format=torch.contiguous_format).detach()
+            sums[entry.name] = zeros.to(self.factor_device or zeros.device)
+        n_targets = 0
+        size = min(LOOP_ROWS, len(self.source))
+        positions = np.unique(np.linspace(0, len(self.source) - 1, num=size, dtype=int))
+        rows = self.source.select(positions).resized(1)
+        for index, inputs in tqdm(rows, desc="curvature: row by row", disable=not self.progress):
+            position = positions[index]
+            loss, targets = self._loss(position, inputs)
+            n_targets += targets
+            gradients = parameter_gradients(loss, [e.parameter for e in loose], backward=self.needs_backward)
+            for entry, gradient in zip(loose, gradients, strict=True):
+                if gradient is None:
+                    continue
+                total = sums[entry.name]
+                if gradient.is_sparse:
+                    gradient = gradient.to_dense()
+                squares = gradient.to(total.dtype).square().to(total.device)
+                if not bool(squares.sum().isfinite()) and not bool(gradient.isfinite().all()):
+                    raise NonFiniteGradientError(
+                        f"The gradient of {entry.name!r} is NaN or infinite for row {int(self.row_ids[position[0]])} "
+                        f"(position {int(position[0])} of the {self.source.name}). Remove or repair such rows."
+                    )
+                total += squares
+        return sums, n_targets
+
+    # --- results ------------------------------------------------------------------------------------------------------
+
+    def _blocks(self, weight_decay: float) -> list[Block]:
+        blocks: list[Block] = []
+        for layer in self.plan.kronecker:
+            values = self._reduced(self.kronecker_sums[layer.name]) / self.n_targets + weight_decay
+            inputs, outputs = self.bases[layer.name]
+            blocks.append(KroneckerBlock(layer.name, layer.layout, inputs, outputs, values))
+        for other in self.plan.diagonal:
+            totals = self.diagonal_sums[other.name]
+            found = {name: self._reduced(total) / self.n_targets + weight_decay for name, total in totals.items()}
+            blocks.append(DiagonalBlock(other.name, found, other.reason))
+        if self.plan.loose:
+            loose = sorted(self.plan.loose, key=lambda entry: entry.name)
+            sums, n_targets = self._loop()
+            count = torch.tensor([n_targets], dtype=torch.float64, device=self._device)
+            n_targets = max(round(float(self._reduced(count))), 1)
+            for entry in loose:
+                values = self._reduced(sums[entry.name]) / n_targets + weight_decay
+                reason = f"{entry.reason}; measured on at most {LOOP_ROWS} rows"
+                blocks.append(DiagonalBlock(entry.name, {entry.name: values}, reason))
+        for block in blocks:
+            if not all(bool(tensor.isfinite().all()) for tensor in block.tensors().values()):
+                raise NonFiniteGradientError(
+                    f"The curvature of layer {block.name!r} overflows although every row's gradient is finite. "
+                    "Compute in a wider type, or scale the loss down."
+                )
+        return blocks
+
+    def _demote(self, layer: Layer, reason: str) -> None:
+        self.plan.demote(layer, reason)
+        self.covariances.pop(layer.name, None)
+        self.diagonal_sums.pop(layer.name, None)
+
+    def _reduced(self, tensor: Tensor) -> Tensor:
+        return self.reduce(tensor)
+
+    @property
+    def _device(self) -> torch.device:
+        if self.factor_device is not None:
+            return self.factor_device
+        return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+
+    def _device_of(self, layer: Layer) -> torch.device:
+        return self.factor_device or layer.parameter(next(iter(layer.parameters))).device
+
+    def _on_factor_device(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: total.to(self.factor_device or total.device) for name, total in sums.items()}
+
+
+def _eigenvectors(covariance: Tensor, name: str) -> Tensor:
+    """Eigenvectors in columns, `(groups, size, size)`, found in float64 and returned in the input's type."""
+    if not bool(covariance.isfinite().all()):
+        raise NonFiniteGradientError(
+            f"A covariance of layer {name!r} overflows although every row's gradient is finite. Compute in a wider "
+            "type, or scale the loss down."
+        )
+    if covariance.shape[-1] == 1:
+        return torch.ones_like(covariance)
+    where = torch.device("cpu") if covariance.device.type == "mps" else covariance.device
+    matrix = covariance.to(where, torch.float64)
+    matrix = (matrix + matrix.mT) / 2
+    scale = matrix.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[:, None, None]
+    matrix = torch.where(scale > 0, matrix / scale, torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=where))
+    try:
+        vectors = torch.linalg.eigh(matrix).eigenvectors
+    except torch.linalg.LinAlgError:
+        # A multiple of the identity does not move eigenvectors; another driver on the CPU often converges.
+        vectors = torch.linalg.eigh(matrix.cpu() + torch.eye(matrix.shape[-1], dtype=matrix.dtype)).eigenvectors
+    return vectors.to(covariance.device, covariance.dtype).contiguous()
+
+
+def _norm(tensors: Mapping[str, Tensor]) -> float:
+    return float(sum(float(tensor.double().square().sum()) for tensor in tensors.values())) ** 0.5
+
+
+def _one_row(value: Any, index: int, rows: int) -> Any:
+    """A batch's row as a batch of one; tensors without a row dimension are kept."""
+    if isinstance(value, Tensor):
+        return value[index : index + 1] if value.dim() and value.shape[0] == rows else value
+    if isinstance(value, Mapping):
+        return {key: _one_row(item, index, rows) for key, item in value.items()}
+    if isinstance(value, (list, tuple)) and len(value) == rows:
+        return type(value)([value[index]])
+    return value

@@ -1,0 +1,62 @@
+"""The step of curvature-aware forgetting, and what a step does to the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hf_iau.curvature import Curvature
+
+Step = dict[str, Tensor]
+
+
+def apply_step(model: nn.Module, step: Mapping[str, Tensor], scale: float = 1.0) -> None:
+    """θ ← θ + scale · step, in float64 before rounding to each parameter's own dtype."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, change in step.items():
+            parameter = parameters[name]
+            parameter.copy_(parameter.double() + scale * change.to(parameter.device, torch.float64))
+
+
+def step_norm(step: Mapping[str, Tensor]) -> float:
+    """Euclidean length of a step."""
+    return float(sum(float(change.double().square().sum()) for change in step.values()) ** 0.5)
+
+
+def weights_norm(model: nn.Module, names: list[str]) -> float:
+    """Euclidean norm of the named parameters."""
+    parameters = dict(model.named_parameters())
+    return float(sum(float(parameters[name].detach().double().square().sum()) for name in names) ** 0.5)
+
+
+def finish_forgetting_step(forget: Step, finish: Step | None, length: float, finish_weight: float) -> Step:
+    """k·forget − c·finish: the two preconditioned directions put together."""
+    if finish is None or finish_weight == 0.0:
+        return {name: length * change for name, change in forget.items()}
+    return {name: length * change - finish_weight * finish[name] for name, change in forget.items()}
+
+
+def moved_gradient_sum(
+    gradient_sum: Mapping[str, Tensor],
+    forget_sum: Mapping[str, Tensor],
+    curvature: Curvature,
+    step: Mapping[str, Tensor],
+    remaining_targets: int,
+) -> dict[str, Tensor]:
+    """Σ′_D = Σ_D − Σ_f + n_r·C·Δ: the gradient sum of the retained rows at the moved weights, to first order.
+
+    Args:
+        gradient_sum: Σ_D before the step, float64.
+        forget_sum: Σ_f before the step.
+        curvature: C, of the mean row loss.
+        step: Δ.
+        remaining_targets: n_r.
+    """
+    bent = curvature.multiply(step)
+    return {
+        name: total.double() - forget_sum[name].to(total.device).double() + remaining_targets * bent[name].to(total)
+        for name, total in gradient_sum.items()
+    }

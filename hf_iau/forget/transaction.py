@@ -1,0 +1,80 @@
+"""All or nothing: weights are changed wholly, or not at all, and can be changed back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from hf_iau.errors import RequestError
+from hf_iau.remember.fingerprints import weights_fingerprint
+
+
+class WeightTransaction:
+    """Keeps a copy of a model's parameters and buffers while something changes them.
+
+    Used as a context manager: an exception inside puts every bit back, and so does `rollback()`. Afterwards `revert()`
+    undoes the change, as long as nothing else has moved the weights.
+
+    Args:
+        model: the bare model.
+        device: where the copy is kept; default: beside each tensor.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device | str | None = None) -> None:
+        self.model = model
+        self._copies = {
+            name: tensor.detach().to(device or tensor.device, copy=True) for name, tensor in _state(model).items()
+        }
+        self._after: str | None = None
+
+    def __enter__(self) -> WeightTransaction:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.rollback()
+
+    def before(self, name: str) -> Tensor:
+        """The value that parameter `name` had at the start."""
+        return self._copies[name]
+
+    def moved(self, names: list[str]) -> dict[str, Tensor]:
+        """Present minus former value of each named parameter, float64."""
+        now = dict(self.model.named_parameters())
+        return {name: now[name].detach().double() - self._copies[name].to(now[name].device).double() for name in names}
+
+    def rollback(self) -> None:
+        """Put every parameter and buffer back, bit for bit."""
+        with torch.no_grad():
+            for name, tensor in _state(self.model).items():
+                tensor.copy_(self._copies[name])
+
+    def commit(self) -> Callable[[], None]:
+        """Keep the change. Returns the function that undoes it."""
+        self._after = weights_fingerprint(self.model)
+        return self.revert
+
+    def revert(self) -> None:
+        """Undo the change, bit for bit.
+
+        Raises:
+            RequestError: the weights have moved since, by training or another request.
+        """
+        if self._after is None or not self._copies:
+            raise RequestError("revert() was called twice, or before the update was applied.")
+        if weights_fingerprint(self.model) != self._after:
+            raise RequestError(
+                "revert() would overwrite weights that have moved since this request (more training, or a later "
+                "request). Revert later requests first, or load a checkpoint."
+            )
+        self.rollback()
+        self._copies = {}
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}

@@ -1,0 +1,425 @@
+"""`iau`, the default: one curvature-aware step whose length is calibrated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+from hf_iau.calibrate import (
+    Calibration,
+    Directions,
+    ShiftTest,
+    TrialRunner,
+    calibrate,
+    conservative_calibration,
+    shift_test,
+)
+from hf_iau.calibrate.calibration import find_length
+from hf_iau.calibrate.trial import class_share_distance
+from hf_iau.errors import CalibrationError, ConfigError, RequestError
+from hf_iau.forget import ForgetContext, MethodOutcome, apply_step, step_norm, weights_norm
+from hf_iau.gather.gradient_sum import GradientSum, sum_row_gradients
+from hf_iau.methods.base import add_weight_decay, register_method
+from hf_iau.methods.verdict import judge
+from hf_iau.objective import RowPredictions, RowSource, predict_rows
+from hf_iau.remember import GradientMemory
+
+# A forget set of this size sets its own target, if it passes the shift test: the standard error of its AUC is 2 points.
+ENOUGH_FORGET_ROWS = 200
+_FEWEST_HELD_OUT_ROWS = 100
+_CLASS_TOLERANCE = 0.01
+# Memories may be moved this far, relative to the weights, before an earlier calibration is not trusted any more.
+_CALIBRATION_RANGE = 0.05
+
+
+@dataclass(frozen=True)
+class IAUConfig:
+    """Configuration of `iau`. None means: calibrated.
+
+    Parameters that control the step:
+        length, damping, finish_weight, max_relative_step.
+    Parameters that control calibration:
+        calibrate_on, dampings, finish_weights, proxy_rows, held_out_rows, recalibrate.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    length: float | None = field(
+        default=None, metadata={"help": "k, the length of the step; 1 is the influence function's (Newton's)."}
+    )
+    damping: float | None = field(
+        default=None, metadata={"help": "λ, relative to each layer's mean eigenvalue of the curvature."}
+    )
+    finish_weight: float | None = field(
+        default=None, metadata={"help": "c, how much of the training's own unfinished step is taken along (0 = none)."}
+    )
+    max_relative_step: float = field(
+        default=0.5, metadata={"help": "Longest step allowed, relative to the norm of the weights."}
+    )
+    calibrate_on: str = field(
+        default="auto",
+        metadata={
+            "help": "'proxies' (random training rows), 'forget-rows', or 'auto': the forget rows where there are at "
+            "least 200 that look like any other training rows, else proxies."
+        },
+    )
+    dampings: Sequence[float] = field(default=(0.1, 1.0, 10.0), metadata={"help": "λ to be tried."})
+    finish_weights: Sequence[float] = field(default=(0.01, 0.03), metadata={"help": "c to be tried beside 0."})
+    proxy_rows: Sequence[int] = field(default=(512, 256), metadata={"help": "Size of each proxy draw."})
+    held_out_rows: int = field(default=2000, metadata={"help": "Most held-out rows looked at in a trial."})
+    recalibrate: bool = field(default=False, metadata={"help": "Calibrate anew though the memory knows the answer."})
+
+    def __post_init__(self) -> None:
+        for name, least in {"length": 0.0, "damping": 0.0, "finish_weight": 0.0}.items():
+            value = getattr(self, name)
+            if value is not None and (not math.isfinite(value) or value < least):
+                raise ConfigError(
+                    f"IAUConfig({name}={value}): give a finite number >= {least:g}, or None to calibrate."
+                )
+        if not 0 < self.max_relative_step <= 10:
+            raise ConfigError(
+                f"IAUConfig(max_relative_step={self.max_relative_step}): give a number above 0, e.g. 0.5."
+            )
+        if self.calibrate_on not in ("auto", "proxies", "forget-rows"):
+            raise ConfigError(
+                f"IAUConfig(calibrate_on={self.calibrate_on!r}): choose 'auto', 'proxies' or 'forget-rows'."
+            )
+        if not self.dampings or any(not math.isfinite(d) or d <= 0 for d in self.dampings):
+            raise ConfigError(f"IAUConfig(dampings={self.dampings}): give one or more positive numbers.")
+        if not self.proxy_rows or any(rows < 20 for rows in self.proxy_rows):
+            raise ConfigError(f"IAUConfig(proxy_rows={self.proxy_rows}): give one or more sizes of at least 20 rows.")
+        if self.held_out_rows < _FEWEST_HELD_OUT_ROWS:
+            raise ConfigError(
+                f"IAUConfig(held_out_rows={self.held_out_rows}): give at least {_FEWEST_HELD_OUT_ROWS}, for the "
+                "attack's error to stay below 3 points."
+            )
+
+    @property
+    def is_given(self) -> bool:
+        """Whether k and λ were both given, so that nothing is calibrated."""
+        return self.length is not None and self.damping is not None
+
+
+@register_method
+class IAU:
+    """Δ = (C+λ)⁻¹(k·Σ_f − c·Σ_D)/n_r with remembered curvature C; k, λ and c calibrated without a retrained model.
+
+    With k = c = 1 and C the Hessian of the retained rows this is the Newton step to their optimum. C is the EK-FAC
+    approximation of the true Fisher (George et al. 2018; Grosse et al. 2023); a request costs one pass over its rows,
+    and calibration about 20 evaluations of a few thousand rows.
+    """
+
+    name: ClassVar[str] = "iau"
+    config_class: ClassVar[type] = IAUConfig
+    citation: ClassVar[str] = (
+        "after Liu et al. 2025 (arXiv 2507.23257), with EK-FAC curvature (George et al. 2018; Grosse et al. 2023)"
+    )
+
+    def check(self, context: ForgetContext, config: IAUConfig) -> None:
+        memory = context.require_memory(self.name)
+        memory.require_curvature(self.name)
+        if config.is_given or context.held_out is None:
+            return
+        if len(context.held_out) < _FEWEST_HELD_OUT_ROWS:
+            raise CalibrationError(
+                f"held_out_dataset has {len(context.held_out)} rows, too few to calibrate with: give at least "
+                f"{_FEWEST_HELD_OUT_ROWS} rows that were never trained on (2,000 are better), or set IAUConfig(length=…, "
+                "damping=…) yourself."
+            )
+        _refuse_overlap(context)
+
+    def run(self, context: ForgetContext, config: IAUConfig) -> MethodOutcome:
+        memory = context.require_memory(self.name)
+        curvature = memory.require_curvature(self.name)
+        names = list(memory.parameters)
+        with context.timer.phase("gradient"):
+            forget = sum_row_gradients(
+                context.model, context.row_loss, context.forget, names=names, progress=context.progress
+            )
+            add_weight_decay(context, forget)
+            finish = _finish_sum(context, memory)
+        directions = Directions(curvature, forget.tensors, finish, memory.n_targets - forget.n_targets)
+        with context.timer.phase("calibration"):
+            calibration, notes = self._calibrate(context, config, memory, directions)
+        with context.timer.phase("update"):
+            step, calibration, halvings = self._bounded_step(context, config, directions, calibration)
+            apply_step(context.model, step)
+        relative = step_norm(step) / max(weights_norm(context.model, names), 1e-300)
+        verdict, reasons = judge(
+            calibration=calibration,
+            relative_step=relative,
+            share_forgotten=(memory.forgotten_rows + len(context.forget)) / (memory.forgotten_rows + memory.n_rows),
+            kronecker_share=_kronecker_share(memory),
+            whole_class=notes.get("whole_class"),
+            halvings=halvings,
+        )
+        return MethodOutcome(
+            forget_sum=forget.tensors,
+            forget_targets=forget.n_targets,
+            diagnostics={
+                "forget_gradient_norm": forget.norm(),
+                "calibration": calibration.to_dict(),
+                "curvature": {"kind": curvature.kind, "rows": curvature.n_rows, "parameters": curvature.coverage()},
+                "reasons": reasons,
+                **notes,
+            },
+            calibrated=calibration.source not in ("uncalibrated",),
+            verdict=verdict,
+            warnings=notes.pop("warnings", []),
+            calibration=_to_remember(calibration, memory),
+        )
+
+    # --- calibration ----------------------------------------------------------------------------------------------
+
+    def _calibrate(
+        self, context: ForgetContext, config: IAUConfig, memory: GradientMemory, directions: Directions
+    ) -> tuple[Calibration, dict[str, Any]]:
+        notes: dict[str, Any] = {"warnings": []}
+        if config.is_given:
+            assert config.length is not None and config.damping is not None
+            return Calibration(config.length, config.damping, config.finish_weight or 0.0, source="given"), notes
+        if context.held_out is None:
+            notes["warnings"].append(
+                "There are no held-out rows, so the step was not calibrated: a short, norm-bounded one was taken. Pass "
+                "held_out_dataset= (or eval_dataset=) to calibrate."
+            )
+            damping = config.damping if config.damping is not None else max(config.dampings)
+            limit = _limit(context, directions, damping, min(0.02, config.max_relative_step))
+            return conservative_calibration(limit, damping), notes
+        held_out = context.held_out.sample(config.held_out_rows, context.seed, "held-out rows").resized(
+            context.held_out.batch_size
+        )
+        label = _whole_class(context, memory)
+        if label is not None:
+            notes["whole_class"] = label
+            return self._calibrate_class(context, config, directions, held_out, label, notes), notes
+        remembered = _remembered(config, memory)
+        if remembered is not None:
+            return remembered, notes
+        shift = self._shift(context)
+        notes["shift_test"] = None if shift is None else shift.to_dict()
+        own = len(context.forget) >= ENOUGH_FORGET_ROWS and shift is not None and shift.passed
+        if config.calibrate_on == "forget-rows" or (config.calibrate_on == "auto" and own):
+            runner = TrialRunner(context.model, directions, _for_prediction(context.forget, held_out), held_out)
+            return self._search(runner, "forget rows", config, directions.finish_sum is not None), notes
+        if context.train is None:
+            notes["warnings"].append(
+                "The trainer has no train_dataset to draw proxy rows from, so the forget rows themselves set the "
+                "target; that is unreliable for few or unusual rows."
+            )
+            runner = TrialRunner(context.model, directions, _for_prediction(context.forget, held_out), held_out)
+            return self._search(runner, "forget rows", config, directions.finish_sum is not None), notes
+        return self._calibrate_on_proxies(context, config, memory, directions, held_out), notes
+
+    def _search(self, runner: TrialRunner, source: str, config: IAUConfig, can_finish: bool) -> Calibration:
+        weights = config.finish_weights if config.finish_weight is None else (config.finish_weight,)
+        return calibrate(
+            runner,
+            source=source,
+            dampings=tuple(config.dampings) if config.damping is None else (config.damping,),
+            finish_weights=tuple(weights) if can_finish else (),
+            max_relative_step=config.max_relative_step,
+            length=config.length,
+        )
+
+    def _calibrate_on_proxies(
+        self,
+        context: ForgetContext,
+        config: IAUConfig,
+        memory: GradientMemory,
+        directions: Directions,
+        held_out: RowSource,
+    ) -> Calibration:
+        """k, λ and c that make random training rows look held-out; the later draws find k alone, at the same λ."""
+        calibration: Calibration | None = None
+        for draw, size in enumerate(config.proxy_rows):
+            share = max(1, min(size, (memory.n_rows - len(context.forget)) // 4))
+            proxies = context.retained_sample(share, context.seed + 1000 + draw, "proxy rows")
+            if proxies is None or len(proxies) < 2:
+                continue
+            total = sum_row_gradients(
+                context.model,
+                context.row_loss,
+                proxies,
+                names=list(memory.parameters),
+                progress=context.progress,
+            )
+            add_weight_decay(context, total)
+            of_proxies = Directions(
+                directions.curvature, total.tensors, directions.finish_sum, memory.n_targets - total.n_targets
+            )
+            runner = TrialRunner(context.model, of_proxies, _for_prediction(proxies, held_out), held_out)
+            if calibration is None:
+                calibration = self._search(runner, "proxies", config, directions.finish_sum is not None)
+                continue
+            if config.length is not None:
+                break
+            start = runner.run(0.0, calibration.damping)
+            trial, reached = find_length(
+                runner,
+                calibration.damping,
+                calibration.finish_weight,
+                start=start,
+                tolerance=calibration.tolerance or 0.005,
+                max_relative_step=config.max_relative_step,
+                guess=calibration.length,
+                trials=3,
+            )
+            if reached:
+                calibration.lengths.append(trial.length)
+                calibration.draws.append(len(proxies))
+            calibration.curve += [t.to_dict() for t in runner.trials]
+        if calibration is None:
+            raise CalibrationError(
+                "There are no retained training rows to use as proxies. Give the trainer its train_dataset, or set "
+                "IAUConfig(length=…, damping=…)."
+            )
+        weights = np.asarray(calibration.draws, dtype=float)
+        logs = np.log(np.maximum(calibration.lengths, 1e-12))
+        calibration.length = float(np.exp(np.average(logs, weights=weights)))
+        return calibration
+
+    def _calibrate_class(
+        self,
+        context: ForgetContext,
+        config: IAUConfig,
+        directions: Directions,
+        held_out: RowSource,
+        label: int,
+        notes: dict[str, Any],
+    ) -> Calibration:
+        """A whole class goes: its share on its own held-out rows falls to its rate on the others."""
+        predicted = predict_rows(context.model, held_out)
+        own = predicted.label == label
+        notes["warnings"].append(
+            f"Every row of class {label} is to be forgotten. One step cannot remove a class as retraining would: retrain "
+            "if you can."
+        )
+        if int(own.sum()) < 10 or int((~own).sum()) < 10:
+            damping = config.damping if config.damping is not None else max(config.dampings)
+            limit = _limit(context, directions, damping, min(0.02, config.max_relative_step))
+            return conservative_calibration(limit, damping)
+        runner = TrialRunner(
+            context.model, directions, None, held_out, criterion=class_share_distance(label), kept=~own
+        )
+        return calibrate(
+            runner,
+            source="class share",
+            dampings=tuple(config.dampings) if config.damping is None else (config.damping,),
+            finish_weights=(),
+            max_relative_step=config.max_relative_step,
+            length=config.length,
+            tolerance=_CLASS_TOLERANCE,
+        )
+
+    def _shift(self, context: ForgetContext) -> ShiftTest | None:
+        others = context.retained_sample(max(ENOUGH_FORGET_ROWS, min(len(context.forget), 1000)), context.seed + 7)
+        if others is None or len(context.forget) < 20:
+            return None
+        return shift_test(_predict(context, context.forget), _predict(context, others))
+
+    # --- the step -------------------------------------------------------------------------------------------------
+
+    def _bounded_step(
+        self, context: ForgetContext, config: IAUConfig, directions: Directions, calibration: Calibration
+    ) -> tuple[dict[str, Any], Calibration, int]:
+        """The calibrated step, no longer than allowed, and halved while it would ruin the held-out loss."""
+        names = list(directions.forget_sum)
+        step = directions.step(calibration.length, calibration.damping, calibration.finish_weight)
+        allowed = config.max_relative_step * weights_norm(context.model, names)
+        length = step_norm(step)
+        if not math.isfinite(length):
+            raise RequestError("The step is not finite: the curvature or a gradient is. Gather the memory anew.")
+        if length > allowed:
+            step = {name: change * (allowed / length) for name, change in step.items()}
+            calibration.reached = False
+        return step, calibration, 0
+
+
+def _predict(context: ForgetContext, source: RowSource) -> RowPredictions:
+    size = context.held_out.batch_size if context.held_out is not None else source.batch_size
+    return predict_rows(context.model, source.resized(size))
+
+
+def _for_prediction(rows: RowSource, held_out: RowSource) -> RowSource:
+    """At most as many rows as the held-out sample, in batches of its size."""
+    return rows.sample(max(len(held_out), ENOUGH_FORGET_ROWS), 0).resized(held_out.batch_size)
+
+
+def _finish_sum(context: ForgetContext, memory: GradientMemory) -> dict[str, Any] | None:
+    """Σ_D for c, where it is exact, or sampled with a standard error that is small beside it."""
+    if memory.gradient_sum is None:
+        return None
+    total = GradientSum(dict(memory.gradient_sum), memory.n_rows, memory.n_targets)
+    if memory.gradient_sum_error > 0.5 * total.norm():
+        return None
+    total.tensors = {name: tensor.clone() for name, tensor in total.tensors.items()}
+    add_weight_decay(context, total)
+    return total.tensors
+
+
+def _whole_class(context: ForgetContext, memory: GradientMemory) -> int | None:
+    """The class whose every remaining training row is in the request, if there is just one class in it."""
+    if not memory.label_counts or not context.label_counts or len(context.label_counts) != 1:
+        return None
+    (label, count), *_ = context.label_counts.items()
+    return int(label) if memory.label_counts.get(label) == count and len(memory.label_counts) > 1 else None
+
+
+def _limit(context: ForgetContext, directions: Directions, damping: float, relative_step: float) -> float:
+    forget, _ = directions.at(damping)
+    return relative_step * weights_norm(context.model, list(forget)) / max(step_norm(forget), 1e-300)
+
+
+def _kronecker_share(memory: GradientMemory) -> float:
+    assert memory.curvature is not None
+    coverage = memory.curvature.coverage()
+    return coverage.get("kronecker", 0) / max(sum(coverage.values()), 1)
+
+
+def _to_remember(calibration: Calibration, memory: GradientMemory) -> dict[str, Any] | None:
+    if calibration.source in ("proxies", "forget rows") and calibration.reached:
+        return {**calibration.to_dict(), "relative_path": memory.relative_path}
+    return memory.calibration
+
+
+def _remembered(config: IAUConfig, memory: GradientMemory) -> Calibration | None:
+    """An earlier answer, while the weights are still near to where it was found."""
+    known = memory.calibration
+    if (
+        known is None
+        or config.recalibrate
+        or any(value is not None for value in (config.length, config.damping, config.finish_weight))
+    ):
+        return None
+    if memory.relative_path - known.get("relative_path", 0.0) > _CALIBRATION_RANGE:
+        return None
+    fields = {name: known[name] for name in Calibration.__dataclass_fields__ if name in known}
+    return Calibration(**{**fields, "source": "remembered"})
+
+
+def _refuse_overlap(context: ForgetContext) -> None:
+    """Held-out rows that are being forgotten, or were trained on, would set a false target."""
+    from hf_iau.objective.rows import row_bytes
+
+    assert context.held_out is not None
+    probe = context.held_out.sample(512, context.seed)
+    digests = {row_bytes(probe.dataset[i]) for i in range(len(probe))}
+    shared = len(digests & context.excluded)
+    if not shared and context.train is not None:
+        trained = context.train.sample(20_000, context.seed)
+        shared = sum(row_bytes(trained.dataset[i]) in digests for i in range(len(trained)))
+    # Real data sets hold a few exact duplicates; an overlap of sets is another matter.
+    if shared > max(2, 0.02 * len(probe)):
+        raise RequestError(
+            f"{shared} of {len(probe)} held-out rows looked at are training rows: a model treats those as known, so "
+            "calibrating on them would forget nothing. Pass held_out_dataset= with rows that were never trained on."
+        )
+
+
+__all__ = ["ENOUGH_FORGET_ROWS", "IAU", "IAUConfig"]

@@ -1,0 +1,66 @@
+"""When to say no: what a step's size and side effects say about whether to trust it."""
+
+from __future__ import annotations
+
+from hf_iau.calibrate import Calibration
+
+SAFE, CHECK, RETRAIN = "safe", "check", "retrain"
+
+_LONG_STEP, _TOO_LONG_STEP = 0.25, 0.5
+_DRIFT, _TOO_MUCH_DRIFT = 0.10, 0.30
+_SHARE, _TOO_LARGE_SHARE = 0.15, 0.40
+_LITTLE_CURVATURE = 0.5
+_SPREAD = 1.0
+
+
+def judge(
+    *,
+    calibration: Calibration,
+    relative_step: float,
+    share_forgotten: float,
+    kronecker_share: float,
+    whole_class: int | None,
+    halvings: int = 0,
+) -> tuple[str, list[str]]:
+    """ "safe", "check" or "retrain", and the reasons.
+
+    Args:
+        calibration: what was found, with the held-out loss before and with the step.
+        relative_step: ‖Δ‖ / ‖θ‖. The picture is first-order: it ends where steps are long.
+        share_forgotten: of all training rows, by this and earlier requests.
+        kronecker_share: share of the parameters whose curvature is more than a diagonal.
+        whole_class: the class that was removed altogether, if any.
+        halvings: how often the step had to be shortened to spare the held-out rows.
+    """
+    grave: list[str] = []
+    mild: list[str] = []
+    if whole_class is not None:
+        grave.append(f"all rows of class {whole_class} were removed, which one step cannot do as retraining would")
+    if relative_step >= _TOO_LONG_STEP:
+        grave.append(f"the step is {relative_step:.0%} of the weights' norm, beyond a first-order picture")
+    elif relative_step >= _LONG_STEP:
+        mild.append(f"the step is {relative_step:.0%} of the weights' norm")
+    before, after = calibration.held_out_loss_before, calibration.held_out_loss
+    if before is not None and after is not None and calibration.source != "remembered":
+        drift = (after - before) / max(abs(before), 1e-12)
+        if not drift < _TOO_MUCH_DRIFT:
+            grave.append(f"the held-out loss rose by {drift:.0%}")
+        elif drift >= _DRIFT:
+            mild.append(f"the held-out loss rose by {drift:.0%}")
+    if share_forgotten >= _TOO_LARGE_SHARE:
+        grave.append(f"{share_forgotten:.0%} of the training rows are forgotten by now")
+    elif share_forgotten >= _SHARE:
+        mild.append(f"{share_forgotten:.0%} of the training rows are forgotten by now")
+    if calibration.source == "uncalibrated":
+        mild.append("the step was not calibrated, for want of held-out rows")
+    elif calibration.source not in ("given", "remembered") and not calibration.reached:
+        mild.append("calibration did not reach its target within the longest step allowed")
+    if calibration.relative_spread >= _SPREAD:
+        mild.append(f"the proxy draws disagree on the length (by a factor of {1 + calibration.relative_spread:.1f})")
+    if kronecker_share < _LITTLE_CURVATURE:
+        mild.append(f"only {kronecker_share:.0%} of the parameters have curvature beyond a diagonal")
+    if halvings:
+        mild.append(f"the step was halved {halvings} times to spare the held-out rows")
+    if grave:
+        return RETRAIN, grave + mild
+    return (CHECK, mild) if mild else (SAFE, ["short step, held-out loss kept, calibration on target"])

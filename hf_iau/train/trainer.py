@@ -1,0 +1,584 @@
+"""`UnlearningTrainer`: a Trainer that can also forget."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from hf_iau.errors import ConfigError, MissingMemoryError, RequestError
+from hf_iau.forget import ForgetContext, MethodOutcome, WeightTransaction, moved_gradient_sum, step_norm, weights_norm
+from hf_iau.gather import GatherConfig, IAUCallback
+from hf_iau.gather.callback import announce_row_loss, refuse_unsupported_engines, unwrapped
+from hf_iau.gather.gather import build_memory, check_gatherable, choose_row_loss, count_labels
+from hf_iau.measure import Measurement, measure_model
+from hf_iau.methods import find_method
+from hf_iau.methods.base import UnlearningMethod
+from hf_iau.objective import RowLoss, RowSource
+from hf_iau.objective.row_loss import TrainerRowLoss, UserLossFunction
+from hf_iau.objective.rows import refuse_iterable, row_bytes, rows_are_deterministic, select_rows
+from hf_iau.phases import PhaseTimer
+from hf_iau.remember import MEMORY_FOLDER, GradientMemory
+from hf_iau.remember.fingerprints import package_versions
+from hf_iau.report import UnlearningReport
+from hf_iau.train.restriction import GradientRestriction, RestrictionConfig
+
+logger = logging.getLogger(__name__)
+
+# Retained rows that a report measures; their accuracy is then good to about one point.
+_MEASURED_RETAINED_ROWS = 2000
+
+
+@dataclass
+class UnlearnOutput:
+    """What `unlearn()` returns.
+
+    Attributes:
+        report: before, after and how; see `UnlearningReport`.
+        applied: whether the weights were changed (False for an empty request and for a dry run).
+        memory: the memory of the changed model, or None where there was none.
+    """
+
+    report: UnlearningReport
+    applied: bool
+    memory: GradientMemory | None
+    _undo: Callable[[], None] | None = None
+
+    def revert(self) -> None:
+        """Put the weights (bit for bit) and the memory back to what they were before the request.
+
+        Raises:
+            RequestError: nothing was applied, it was reverted already, or the weights have moved since.
+        """
+        if self._undo is None:
+            raise RequestError("revert(): this request changed nothing, or was reverted already.")
+        self._undo()
+        self._undo, self.applied = None, False
+
+
+class UnlearningTrainer(Trainer):
+    """A drop-in `Trainer` that can forget training rows.
+
+    Args:
+        *args, **kwargs: as for `transformers.Trainer`; add `callbacks=[IAUCallback()]` to gather a memory.
+        row_loss: `row_loss(model, inputs)`, each row's loss or their sum, where the objective is neither the model's
+            own loss nor `compute_loss_func=` nor an overridden `compute_loss` that honours `num_items_in_batch`.
+        memory: a `GradientMemory` of the model as it is now, gathered earlier; default: the callback's, else the one
+            below `args.output_dir`, if there is one.
+        restriction: gradient restriction in training: a `RestrictionConfig`, or its mode "exact" or
+            "finite-difference"; default: none.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        row_loss: UserLossFunction | RowLoss | None = None,
+        memory: GradientMemory | None = None,
+        restriction: RestrictionConfig | str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._given_row_loss = row_loss
+        self._given_memory = memory
+        self._memory_of_request: GradientMemory | None = None
+        self._forgotten: set[bytes] = set()
+        self._restriction_config: RestrictionConfig | None = None
+        self._restriction: GradientRestriction | None = None
+        super().__init__(*args, **kwargs)
+        refuse_unsupported_engines(self.args)
+        self.row_loss: RowLoss = self._choose_row_loss()
+        self._restriction_config = self._choose_restriction(restriction)
+        if self.model is not None:
+            self._prepare_model(self.model)
+
+    # --- training -------------------------------------------------------------------------------------------------
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """As in `Trainer`; the new model's callbacks learn which loss is trained."""
+        model = super().call_model_init(trial)
+        if hasattr(self, "row_loss"):
+            self._prepare_model(model)
+        return model
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`. The memory of an earlier run no longer fits afterwards and is dropped here."""
+        self._memory_of_request = None
+        self._given_memory = None
+        self._forgotten = set()
+        return super().train(*args, **kwargs)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """As in `Trainer`, with gradient restriction where it was asked for."""
+        if self._restriction is None:
+            return super().training_step(model, inputs, num_items_in_batch=num_items_in_batch)
+        return self._restricted_step(model, inputs, num_items_in_batch)
+
+    def _restricted_step(
+        self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        assert self._restriction is not None
+        model.train()
+        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
+            self.optimizer.train()
+        inputs = self._prepare_inputs(inputs)
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = by_model or self.compute_loss_func is not None
+
+        def compute_loss() -> Tensor:
+            with self.compute_loss_context_manager():
+                # A copy, for compute_loss takes the labels out of what it is given.
+                loss = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+            return loss if scaled else loss / self.current_gradient_accumulation_steps
+
+        return self._restriction.backward(model, compute_loss, self.accelerator.backward)
+
+    def _choose_restriction(self, restriction: RestrictionConfig | str | None) -> RestrictionConfig | None:
+        callbacks = [cb.restriction for cb in self.callback_handler.callbacks if isinstance(cb, IAUCallback)]
+        for asked in [restriction, *callbacks]:
+            if asked is not None:
+                config = RestrictionConfig(mode=asked) if isinstance(asked, str) else asked  # type: ignore[arg-type]
+                return None if config.mode == "none" else config
+        return None
+
+    def _prepare_model(self, model: nn.Module) -> None:
+        announce_row_loss(unwrapped(model), self.row_loss)
+        if self._restriction_config is not None:
+            if self.args.optim in ("lomo", "adalomo"):
+                raise ConfigError(
+                    f"optim={self.args.optim!r} steps inside the backward pass: use another with restriction=."
+                )
+            self._restriction = GradientRestriction(
+                self._restriction_config, model, mixed_precision=self.accelerator.mixed_precision
+            )
+
+    def _choose_row_loss(self) -> RowLoss:
+        inherited = (Trainer.compute_loss, UnlearningTrainer.compute_loss)
+        if self._given_row_loss is None and type(self).compute_loss not in inherited:
+            return TrainerRowLoss(self)
+        smoother = getattr(self, "label_smoother", None)
+        return choose_row_loss(
+            row_loss=self._given_row_loss,
+            compute_loss_func=self.compute_loss_func,
+            label_smoothing_factor=0.0 if smoother is None else self.args.label_smoothing_factor,
+        )
+
+    # --- memory ---------------------------------------------------------------------------------------------------
+
+    @property
+    def memory(self) -> GradientMemory | None:
+        """The memory in force: after the last request, else the one given, gathered, or saved under `output_dir`."""
+        if self._memory_of_request is not None:
+            return self._memory_of_request
+        if self._given_memory is not None:
+            return self._given_memory
+        callback = self._gathering_callback()
+        if callback is not None and (callback.has_memory or callback._failure is not None):
+            return callback.memory
+        folder = Path(self.args.output_dir) / MEMORY_FOLDER
+        if (folder / "memory.json").is_file():
+            self._given_memory = GradientMemory.load(folder)
+            return self._given_memory
+        return None
+
+    def gather(self, config: GatherConfig | None = None, *, dataset: Any = None) -> GradientMemory:
+        """Gather a memory now, at the model's present weights, from the training rows.
+
+        Args:
+            config: what to gather; default: the callback's configuration, else `GatherConfig()`.
+            dataset: the training rows without augmentation, when `train_dataset` is augmented at random.
+        """
+        callback = self._gathering_callback()
+        config = config or (callback.config if callback is not None else GatherConfig())
+        rows = dataset if dataset is not None else self.train_dataset
+        if rows is None:
+            raise RequestError("gather(): the trainer has no train_dataset. Give it one, or pass dataset=.")
+        batch_size = config.batch_size or self.args.per_device_train_batch_size
+        source = self._rows(rows, "training rows", batch_size)
+        memory = build_memory(self._bare_model(), source, self.row_loss, config, optimizer=self.optimizer)
+        self._memory_of_request = memory
+        return memory
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `Trainer`; the memory that belongs to these weights is saved with them, under `_iau/`.
+
+        Checkpoints (saved by the training loop itself) carry no memory.
+        """
+        super().save_model(output_dir, _internal_call)
+        memory = None if _internal_call or self.is_in_train else self._memory_in_ram()
+        if memory is not None and self.args.should_save:
+            memory.save(Path(output_dir or self.args.output_dir) / MEMORY_FOLDER)
+
+    def _memory_in_ram(self) -> GradientMemory | None:
+        callback = self._gathering_callback()
+        gathered = callback.memory if callback is not None and callback.has_memory else None
+        return self._memory_of_request or self._given_memory or gathered
+
+    def _gathering_callback(self) -> IAUCallback | None:
+        # Looked up each time: restoring callback states puts other objects into the handler.
+        return next((cb for cb in self.callback_handler.callbacks if isinstance(cb, IAUCallback)), None)
+
+    # --- forgetting -----------------------------------------------------------------------------------------------
+
+    def unlearn(
+        self,
+        forget_dataset: Any = None,
+        *,
+        row_indices: Sequence[int] | np.ndarray | Tensor | None = None,
+        method: str = "iau",
+        config: Any = None,
+        held_out_dataset: Any = None,
+        retain_dataset: Any = None,
+        test_dataset: Any = None,
+        retrained_model: nn.Module | Sequence[nn.Module] | None = None,
+        dry_run: bool = False,
+    ) -> UnlearnOutput:
+        """Make the model forget training rows, and report how well it did.
+
+        The update is applied whole or not at all: after any exception the weights are bit-identical to before.
+
+        Args:
+            forget_dataset: the rows to forget, e.g. `train_dataset.select(ids)`, with the training rows' columns.
+            row_indices: instead, their numbers in `train_dataset`, which must be the set the memory was made of.
+            method: "iau" (curvature-aware, calibrated), "iau-paper", "iau-released", or any registered name.
+            config: the method's configuration; default: its class with default values.
+            held_out_dataset: rows never trained on, for calibration and report; default: `eval_dataset`.
+            retain_dataset: all rows to be kept, for methods that would otherwise need an exact gradient sum.
+            test_dataset: rows never trained on that nothing but the report looks at.
+            retrained_model: a model trained without the forget rows, for comparison only; of several, the first is
+                the reference and the next gives the noise floor between two retrained models.
+            dry_run: do everything, report, and put the weights back.
+
+        Returns:
+            The report, `revert()`, and the memory that belongs to the new weights.
+
+        Raises:
+            RequestError: the request itself is at fault (rows out of range, repeated, without labels, ...).
+            ConfigError: unknown method or wrong configuration.
+            MemoryMismatchError: the memory belongs to another model, data or loss.
+            MissingMemoryError: the method needs something that was not gathered.
+            NonFiniteGradientError: a forget row's gradient is NaN or infinite.
+        """
+        chosen, config = find_method(method, config)
+        timer = PhaseTimer(self.args.device)
+        with timer.phase("check"):
+            forget_rows, positions = self._resolve_request(forget_dataset, row_indices)
+            if len(forget_rows) == 0:
+                return self._nothing_to_forget(chosen, config)
+            context = self._context(forget_rows, positions, held_out_dataset, retain_dataset, timer)
+            test = self._optional_rows(test_dataset, "test rows")
+            chosen.check(context, config)
+        model = context.model
+        with timer.phase("measure_before"):
+            retained = context.retained_sample(_MEASURED_RETAINED_ROWS, self.args.seed)
+            if retained is not None:
+                retained = retained.resized(self.args.per_device_eval_batch_size)
+            measured = context.forget.resized(self.args.per_device_eval_batch_size)
+            splits = (measured, retained, context.held_out, test)
+            before = measure_model(model, *splits)
+        transaction = WeightTransaction(model)
+        with transaction:
+            outcome = chosen.run(context, config)
+            memory, diagnostics = self._after(context, outcome, transaction)
+            with timer.phase("measure_after"):
+                after = measure_model(model, *splits)
+            report = self._report(chosen, config, context, outcome, diagnostics, before, after, splits, retrained_model)
+            if dry_run:
+                transaction.rollback()
+        if dry_run:
+            return UnlearnOutput(report, applied=False, memory=self.memory)
+        undo = self._commit(transaction, context, memory)
+        for sentence in report.warnings:
+            logger.warning(sentence)
+        return UnlearnOutput(report, applied=True, memory=memory, _undo=undo)
+
+    def _bare_model(self) -> nn.Module:
+        return unwrapped(self.accelerator.unwrap_model(self.model))
+
+    def _rows(self, dataset: Any, name: str, batch_size: int) -> RowSource:
+        refuse_iterable(dataset, name)
+        collator = self.data_collator
+        custom = isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom"
+        if isinstance(dataset, datasets.Dataset) and not custom:
+            dataset = self._remove_unused_columns(dataset, description=name)
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description=name)
+        return RowSource(
+            dataset,
+            collator,
+            batch_size=batch_size,
+            device=self.args.device,
+            name=name,
+            num_workers=self.args.dataloader_num_workers,
+        )
+
+    def _optional_rows(self, dataset: Any, name: str) -> RowSource | None:
+        if dataset is None:
+            return None
+        if isinstance(dataset, dict):
+            if len(dataset) != 1:
+                raise RequestError(
+                    f"The {name} are a dictionary of {len(dataset)} data sets ({', '.join(dataset)}): name one, e.g. "
+                    f"held_out_dataset=eval_dataset[{next(iter(dataset), 'name')!r}]."
+                )
+            dataset = next(iter(dataset.values()))
+        source = self._rows(dataset, name, self.args.per_device_eval_batch_size)
+        return source if len(source) else None
+
+    def _resolve_request(self, forget_dataset: Any, row_indices: Any) -> tuple[Any, np.ndarray | None]:
+        """The forget rows and, where they were named by number, their positions in `train_dataset`."""
+        if (forget_dataset is None) == (row_indices is None):
+            given = "neither" if forget_dataset is None else "both"
+            raise RequestError(f"unlearn() was given {given}: pass either forget_dataset= or row_indices=.")
+        if forget_dataset is not None:
+            refuse_iterable(forget_dataset, "forget rows")
+            return forget_dataset, None
+        if self.train_dataset is None:
+            raise RequestError(
+                "row_indices= name rows of train_dataset, but the trainer has none: pass forget_dataset=."
+            )
+        refuse_iterable(self.train_dataset, "training rows")
+        return _checked_positions(self.train_dataset, row_indices)
+
+    def _context(
+        self,
+        forget_rows: Any,
+        positions: np.ndarray | None,
+        held_out_dataset: Any,
+        retain_dataset: Any,
+        timer: PhaseTimer,
+    ) -> ForgetContext:
+        args = self.args
+        model = self._bare_model()
+        check_gatherable(model, forget_rows)
+        forget = self._rows(forget_rows, "forget rows", args.per_device_train_batch_size)
+        self._check_columns(forget)
+        memory = self.memory
+        train = None
+        if self.train_dataset is not None:
+            refuse_iterable(self.train_dataset, "training rows")
+            train = self._rows(self.train_dataset, "training rows", args.per_device_train_batch_size)
+            if not rows_are_deterministic(train.dataset):
+                train = None
+        if memory is not None:
+            memory.check_model(model)
+            memory.check_loss(self.row_loss)
+            if positions is not None and train is not None:
+                memory.check_data(model, train.dataset)
+                memory.check_probe(model, self.row_loss, train)
+        known = memory.n_rows if memory is not None else len(train) if train is not None else None
+        if known is not None and len(forget) >= known:
+            raise RequestError(
+                f"The request is to forget {len(forget)} of {known} training rows, that is all of them: nothing would "
+                "be left to keep. Start again from the pretrained weights instead."
+            )
+        retain = None
+        if retain_dataset is not None:
+            retain = self._rows(retain_dataset, "retained rows", args.per_device_train_batch_size)
+            if len(retain) == 0:
+                raise RequestError("retain_dataset is empty: pass the rows to be kept, or leave it out.")
+        excluded = {row_bytes(forget.dataset[i]) for i in range(len(forget))}
+        again = len(excluded & self._forgotten)
+        if again:
+            raise RequestError(
+                f"{again} of the {len(forget)} rows were already forgotten by an earlier request to this trainer: "
+                "leave them out."
+            )
+        held_out = self._optional_rows(
+            held_out_dataset if held_out_dataset is not None else self.eval_dataset, "held-out rows"
+        )
+        return ForgetContext(
+            model=model,
+            row_loss=self.row_loss,
+            forget=forget,
+            memory=memory,
+            train=train,
+            forget_positions=positions,
+            retain=retain,
+            held_out=held_out,
+            excluded=excluded | self._forgotten,
+            label_counts=count_labels(forget.dataset),
+            seed=args.seed,
+            progress=not args.disable_tqdm,
+            timer=timer,
+        )
+
+    def _check_columns(self, forget: RowSource) -> None:
+        """Refuse forget rows that lack labels or columns of the training rows."""
+        row = forget.dataset[0]
+        if not isinstance(row, dict):
+            return
+        labels = {"label", "labels", "label_ids", *self.label_names}
+        if not labels & set(row):
+            raise RequestError(
+                f"The forget rows have columns {sorted(row)} and no labels, so they have no loss to unlearn. Pass rows "
+                "as they were trained on, e.g. train_dataset.select(ids)."
+            )
+        if self.train_dataset is None or len(self.train_dataset) == 0:  # type: ignore[arg-type]
+            return
+        trained = self._rows(self.train_dataset, "training rows", 1).dataset[0]
+        if isinstance(trained, dict) and set(trained) != set(row):
+            raise RequestError(
+                f"The forget rows have columns {sorted(row)} but the training rows have {sorted(trained)}. Preprocess "
+                "them alike, e.g. train_dataset.select(ids)."
+            )
+
+    def _after(
+        self, context: ForgetContext, outcome: MethodOutcome, transaction: WeightTransaction
+    ) -> tuple[GradientMemory | None, dict[str, Any]]:
+        """The memory that belongs to the moved weights, and figures about the move."""
+        memory = context.memory
+        names = (
+            list(memory.parameters)
+            if memory is not None
+            else [name for name, parameter in context.model.named_parameters() if parameter.requires_grad]
+        )
+        with context.timer.phase("remember"):
+            for name, parameter in context.model.named_parameters():
+                if not bool(torch.isfinite(parameter).all()):
+                    raise RequestError(
+                        f"The update made {name!r} non-finite, so it was not applied. Take a shorter step (smaller eta, "
+                        "lr or length)."
+                    )
+            move = transaction.moved(names)
+            length = step_norm(move)
+            relative = length / max(weights_norm(context.model, names), 1e-30)
+            diagnostics = {"step_norm": length, "relative_step_norm": relative, **outcome.diagnostics}
+            if memory is None:
+                return None, diagnostics
+            rows = len(context.forget)
+            targets = outcome.forget_targets if outcome.forget_targets is not None else rows
+            moved_sum = None
+            if memory.gradient_sum is not None and memory.curvature is not None and outcome.forget_sum is not None:
+                moved_sum = moved_gradient_sum(
+                    memory.gradient_sum, outcome.forget_sum, memory.curvature, move, memory.n_targets - targets
+                )
+            newer = memory.after_step(
+                context.model,
+                rows=rows,
+                targets=targets,
+                relative_step=relative,
+                gradient_sum=moved_sum,
+                label_counts=context.label_counts,
+            )
+            if outcome.calibration is not None:
+                newer.calibration = outcome.calibration
+        return newer, diagnostics
+
+    def _commit(
+        self, transaction: WeightTransaction, context: ForgetContext, memory: GradientMemory | None
+    ) -> Callable[[], None]:
+        earlier, forgotten = self._memory_of_request, set(self._forgotten)
+        revert_weights = transaction.commit()
+        if memory is not None:
+            self._memory_of_request = memory
+        self._forgotten = self._forgotten | context.excluded
+
+        def undo() -> None:
+            revert_weights()
+            self._memory_of_request, self._forgotten = earlier, forgotten
+
+        return undo
+
+    # --- reporting ------------------------------------------------------------------------------------------------
+
+    def _nothing_to_forget(self, method: UnlearningMethod, config: Any) -> UnlearnOutput:
+        sentence = "The request names no rows: nothing was forgotten and no weight was changed."
+        warnings.warn(sentence, stacklevel=3)
+        report = UnlearningReport(
+            method=method.name,
+            config=_plain(config),
+            seed=self.args.seed,
+            counts={"forget_rows": 0},
+            before={},
+            after={},
+            warnings=[sentence],
+            versions=package_versions(),
+        )
+        return UnlearnOutput(report, applied=False, memory=self._memory_in_ram())
+
+    def _report(
+        self,
+        method: UnlearningMethod,
+        config: Any,
+        context: ForgetContext,
+        outcome: MethodOutcome,
+        diagnostics: dict[str, Any],
+        before: Measurement,
+        after: Measurement,
+        splits: tuple[RowSource, RowSource | None, RowSource | None, RowSource | None],
+        retrained_model: nn.Module | Sequence[nn.Module] | None,
+    ) -> UnlearningReport:
+        references = (
+            []
+            if retrained_model is None
+            else [retrained_model]
+            if isinstance(retrained_model, nn.Module)
+            else list(retrained_model)
+        )
+        retrained = []
+        if references:
+            with context.timer.phase("measure_retrained"):
+                retrained = [measure_model(unwrapped(model).to(self.args.device), *splits) for model in references]
+        memory = context.memory
+        known = memory.n_rows if memory is not None else len(context.train) if context.train is not None else None
+        counts = {"train_rows": known}
+        return UnlearningReport.build(
+            method=method.name,
+            config=_plain(config),
+            seed=self.args.seed,
+            counts=counts,
+            before=before,
+            after=after,
+            retrained=retrained[0] if retrained else None,
+            second_retrained=retrained[1] if len(retrained) > 1 else None,
+            seconds=context.timer.seconds,
+            peak_memory_bytes=context.timer.peak_memory_bytes,
+            diagnostics=diagnostics,
+            warnings=outcome.warnings,
+            verdict=outcome.verdict,
+            calibrated=outcome.calibrated,
+        )
+
+
+def _checked_positions(train_dataset: Any, row_indices: Any) -> tuple[Any, np.ndarray]:
+    """The rows of `train_dataset` that `row_indices` name, after checking every number."""
+    positions = np.asarray(row_indices.cpu() if isinstance(row_indices, Tensor) else row_indices)
+    if positions.size == 0:
+        return select_rows(train_dataset, []), np.zeros(0, dtype=np.int64)
+    if positions.ndim != 1 or positions.dtype.kind not in "iu":
+        raise RequestError(
+            f"row_indices has shape {positions.shape} and type {positions.dtype}: give a flat list of whole numbers."
+        )
+    n_rows = len(train_dataset)
+    outside = positions[(positions < 0) | (positions >= n_rows)]
+    if outside.size:
+        raise RequestError(
+            f"row_indices holds {outside.size} numbers outside 0..{n_rows - 1}, e.g. {int(outside[0])}: train_dataset "
+            f"has {n_rows} rows."
+        )
+    values, counts = np.unique(positions, return_counts=True)
+    if (counts > 1).any():
+        raise RequestError(
+            f"row_indices names {int((counts > 1).sum())} rows more than once, e.g. row {int(values[counts > 1][0])}: "
+            "name each row once."
+        )
+    return select_rows(train_dataset, positions), positions.astype(np.int64)
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    return asdict(config) if is_dataclass(config) and not isinstance(config, type) else {}
+
+
+__all__ = ["ConfigError", "MissingMemoryError", "UnlearnOutput", "UnlearningTrainer"]
