@@ -190,6 +190,11 @@ class Block(abc.ABC):
         return self.total / self.numel
 
     @property
+    def rounding(self) -> float:
+        """Eigenvalues up to here are rounding: the square of 100 machine epsilons, relative to the mean."""
+        return (100 * torch.finfo(self.dtype).eps) ** 2 * self.mean_eigenvalue
+
+    @property
     def dead(self) -> bool:
         """No row had a gradient here: every eigenvalue is zero."""
         return self.total == 0.0

@@ -64,13 +64,14 @@ class Curvature:
 
         Args:
             vector: tensors by parameter name.
-            damping: at least 0; 0 needs positive eigenvalues.
+            damping: at least 0; 0 needs eigenvalues that are clearly positive, which a softmax output layer, for one,
+                does not have (its gradients add up to zero over the classes).
 
         Returns:
             Tensors by parameter name, of `vector`'s dtypes and on its devices.
 
         Raises:
-            ConfigError: for a negative or non-finite damping, and for 0 where a layer has zero eigenvalues.
+            ConfigError: for a negative or non-finite damping, and for 0 where a layer has eigenvalues of zero.
             MemoryMismatchError: for parameters of unknown name or other shape.
         """
         if not (math.isfinite(damping) and damping >= 0):
@@ -80,10 +81,11 @@ class Curvature:
             if block.dead:
                 result |= {name: torch.zeros_like(tensor) for name, tensor in part.items()}
                 continue
-            if damping == 0 and block.smallest <= 0:
+            if damping == 0 and block.smallest <= block.rounding:
                 raise ConfigError(
-                    f"damping=0 with layer {block.name!r}, whose smallest curvature is {block.smallest:g}: the step "
-                    "would be unbounded. Give a positive damping, e.g. 0.1."
+                    f"damping=0 with layer {block.name!r}, whose smallest eigenvalue ({block.smallest:g}) is zero or "
+                    f"rounding (mean {block.mean_eigenvalue:g}): the step would be unbounded. Give a positive damping, "
+                    "e.g. 0.1."
                 )
             shift = damping * block.mean_eigenvalue
             floor = torch.finfo(block.dtype).eps ** 1.5 * self.mean_eigenvalue

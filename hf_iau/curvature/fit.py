@@ -230,7 +230,8 @@ class _Fit:
         self.passes = 1
         self.cache: list[tuple[str, Tensor | None, Tensor]] | None = []
         self.cached_bytes = 0
-        self.covariances: dict[str, tuple[Tensor, Tensor]] = {}
+        self.covariances: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self.bounds: dict[str, float] = {}
         self.bases: dict[str, tuple[Tensor, Tensor]] = {}
         self.kronecker_sums: dict[str, Tensor] = {}
         self.diagonal_sums: dict[str, dict[str, Tensor]] = {}
@@ -395,18 +396,23 @@ class _Fit:
         groups = a.shape[0]
         inputs, weighted = a.reshape(groups, -1, a.shape[-1]), (a * live).reshape(groups, -1, a.shape[-1])
         outputs = g.reshape(groups, -1, g.shape[-1])
-        input_sum, output_sum = self._covariance(layer)
+        input_sum, output_sum, bound = self._covariance(layer)
+        bound += (
+            (weighted.square().sum(dim=-1) * outputs.square().sum(dim=-1)).sum(dtype=torch.float64).to(bound.device)
+        )
         input_sum += (weighted.mT @ inputs).to(input_sum.device)
         output_sum += (outputs.mT @ outputs).to(output_sum.device)
         self._keep(layer, a, g)
 
-    def _covariance(self, layer: MatrixLayer) -> tuple[Tensor, Tensor]:
+    def _covariance(self, layer: MatrixLayer) -> tuple[Tensor, Tensor, Tensor]:
+        """A, S, and Σ ‖a‖²‖g‖² over positions, which bounds Σ Λ but for the number of positions."""
         if layer.name not in self.covariances:
             groups, columns, rows = layer.layout.groups, layer.layout.columns, layer.layout.group_outputs
             options: dict[str, Any] = {"dtype": layer.dtype, "device": self._device_of(layer)}
             self.covariances[layer.name] = (
                 torch.zeros(groups, columns, columns, **options),
                 torch.zeros(groups, rows, rows, **options),
+                torch.zeros(1, **options).double(),
             )
         return self.covariances[layer.name]
 
@@ -441,8 +447,9 @@ class _Fit:
     def _rotate(self) -> None:
         """Eigenbases of the covariances."""
         for layer in self.plan.kronecker:
-            sums = self._covariance(layer)
+            *sums, bound = self._covariance(layer)
             inputs, outputs = (_eigenvectors(self._reduced(total), layer.name) for total in sums)
+            self.bounds[layer.name] = float(self._reduced(bound))
             self.bases[layer.name] = (inputs, outputs)
             groups, columns, rows = layer.layout.groups, layer.layout.columns, layer.layout.group_outputs
             self.kronecker_sums[layer.name] = inputs.new_zeros(groups, rows, columns)
@@ -513,7 +520,14 @@ class _Fit:
     def _blocks(self, weight_decay: float) -> list[Block]:
         blocks: list[Block] = []
         for layer in self.plan.kronecker:
-            values = self._reduced(self.kronecker_sums[layer.name]) / self.n_targets + weight_decay
+            values = self._reduced(self.kronecker_sums[layer.name])
+            if (
+                float(values.sum(dtype=torch.float64))
+                <= (100 * torch.finfo(layer.dtype).eps) ** 2 * self.bounds[layer.name]
+            ):
+                # The positions' gradients cancel but for rounding (the bias of attention keys): no curvature.
+                values = torch.zeros_like(values)
+            values = values / self.n_targets + weight_decay
             inputs, outputs = self.bases[layer.name]
             blocks.append(KroneckerBlock(layer.name, layer.layout, inputs, outputs, values))
         for other in self.plan.diagonal:

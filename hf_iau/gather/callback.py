@@ -126,7 +126,7 @@ class IAUCallback(TrainerCallback):
             loss = self._choose_loss(args, model)
             self._memory = build_memory(model, source, loss, self.config, optimizer=kwargs.get("optimizer"))
             if self.save and args.should_save:
-                self._memory.save(Path(args.output_dir) / MEMORY_FOLDER)
+                self._memory.save(Path(args.output_dir or ".") / MEMORY_FOLDER)
             logger.info("Gathered a gradient memory: %s", dict(describe_memory(self._memory)))
         except (IAUError, OSError, RuntimeError) as error:
             self._failure = error

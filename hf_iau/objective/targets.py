@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,15 +136,15 @@ def shifts_labels(model: nn.Module) -> bool:
     loss_type = getattr(bare, "loss_type", None)
     if loss_type is None and hasattr(bare, "loss_function"):
         # Transformers falls back on the causal loss for classes that it has no loss for, such as `GPT2LMHeadModel`.
-        return _uses_loss_function(type(bare))
+        return _uses_loss_function(type(bare).forward)
     return loss_type in ("ForCausalLM", "ForConditionalGeneration")
 
 
 @functools.cache
-def _uses_loss_function(model_class: type[nn.Module]) -> bool:
-    """Whether the class's forward calls `self.loss_function`, rather than a loss of its own."""
+def _uses_loss_function(forward: Callable[..., Any]) -> bool:
+    """Whether a model's forward calls `self.loss_function`, rather than a loss of its own."""
     try:
-        return "self.loss_function(" in inspect.getsource(model_class.forward)
+        return "self.loss_function(" in inspect.getsource(forward)
     except (OSError, TypeError):
         return False
 

@@ -47,4 +47,4 @@ def sync_folder(folder: Path) -> None:
 def file_digest(path: Path) -> str:
     """BLAKE2b digest of a file's bytes."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()  # type: ignore[arg-type]
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -46,7 +46,7 @@ def weights_fingerprint(model: nn.Module) -> str:
         tensor = tensors[name].detach()
         values.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         if tensor.numel():
-            values.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            values.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return values.hexdigest()
 
 

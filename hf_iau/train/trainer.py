@@ -128,8 +128,9 @@ class UnlearningTrainer(Trainer):
     ) -> Tensor:
         assert self._restriction is not None
         model.train()
-        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
-            self.optimizer.train()
+        optimizer: Any = self.optimizer
+        if hasattr(optimizer, "train") and callable(optimizer.train):
+            optimizer.train()
         inputs = self._prepare_inputs(inputs)
         scaled = getattr(self, "loss_is_scaled_for_ga", None)
         if scaled is None:
@@ -139,7 +140,7 @@ class UnlearningTrainer(Trainer):
         def compute_loss() -> Tensor:
             with self.compute_loss_context_manager():
                 # A copy, for compute_loss takes the labels out of what it is given.
-                loss = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+                loss: Any = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
             return loss if scaled else loss / self.current_gradient_accumulation_steps
 
         return self._restriction.backward(model, compute_loss, self.accelerator.backward)
@@ -186,7 +187,7 @@ class UnlearningTrainer(Trainer):
         callback = self._gathering_callback()
         if callback is not None and (callback.has_memory or callback._failure is not None):
             return callback.memory
-        folder = Path(self.args.output_dir) / MEMORY_FOLDER
+        folder = Path(self.args.output_dir or ".") / MEMORY_FOLDER
         if (folder / "memory.json").is_file():
             self._given_memory = GradientMemory.load(folder)
             return self._given_memory
@@ -218,7 +219,7 @@ class UnlearningTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
         memory = None if _internal_call or self.is_in_train else self._memory_in_ram()
         if memory is not None and self.args.should_save:
-            memory.save(Path(output_dir or self.args.output_dir) / MEMORY_FOLDER)
+            memory.save(Path(output_dir or self.args.output_dir or ".") / MEMORY_FOLDER)
 
     def _memory_in_ram(self) -> GradientMemory | None:
         callback = self._gathering_callback()

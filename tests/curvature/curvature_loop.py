@@ -144,9 +144,7 @@ def _cnn() -> nn.Module:
 
 
 def _images(n: int, channels: int, size: int, classes: int = 3) -> Rows:
-    return [
-        {"pixel_values": torch.randn(channels, size, size), "labels": torch.tensor(i % classes)} for i in range(n)
-    ]
+    return [{"pixel_values": torch.randn(channels, size, size), "labels": torch.tensor(i % classes)} for i in range(n)]
 
 
 def _vectors(n: int, *shape: int) -> Rows:
@@ -224,7 +222,10 @@ def build(name: str, *, n: int = 10, dtype: torch.dtype = torch.float64) -> tupl
         model, rows = BertForMaskedLM(BertConfig(**bert)), _texts(n, 13, tokens=True)
     elif name == "lora":
         config = LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=["classifier"], task_type="SEQ_CLS")
-        model, rows = get_peft_model(BertForSequenceClassification(BertConfig(**bert)), config), _texts(n, 13, tokens=False)
+        model, rows = (
+            get_peft_model(BertForSequenceClassification(BertConfig(**bert)), config),
+            _texts(n, 13, tokens=False),
+        )
         for key, parameter in model.named_parameters():
             if "lora_B" in key:
                 nn.init.normal_(parameter)
@@ -289,7 +290,8 @@ def covariances(model: nn.Module, rows: Rows, block: KroneckerBlock, seed: int =
     def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         out = output.clone()  # an own node, which in-place activations cannot touch
         calls.append((args[0].detach().clone(), out))
-        out.register_hook(lambda gradient, number=len(calls) - 1: store.update({number: gradient}))
+        number = len(calls) - 1
+        out.register_hook(lambda gradient: store.update({number: gradient}))
         return out
 
     sums = [
@@ -352,6 +354,8 @@ def relative(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> flo
     """Largest relative error, in norm, over tensors."""
     assert set(found) == set(expected)
     return max(
-        float((found[name].double() - expected[name].double()).norm() / expected[name].double().norm().clamp(min=1e-300))
+        float(
+            (found[name].double() - expected[name].double()).norm() / expected[name].double().norm().clamp(min=1e-300)
+        )
         for name in expected
     )

@@ -5,7 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from curvature_loop import build, collate, covariances, dense, make_source, one_by_one, random_vector, relative, trainable
+from curvature_loop import (
+    build,
+    collate,
+    covariances,
+    dense,
+    make_source,
+    one_by_one,
+    random_vector,
+    relative,
+    trainable,
+)
 from torch import nn
 
 from hf_iau.curvature import Curvature, DiagonalBlock, KroneckerBlock, fit_curvature
@@ -165,14 +175,16 @@ def test_a_sum_over_processes_equals_all_rows() -> None:
     recorded: list[list[torch.Tensor]] = [[], []]
     # The bases must be those of the sum, so replay: with n reductions known, the first i of them are final.
     for _ in range(60):
-        lengths = [len(recorded[0]), len(recorded[1])]
+        known = min(len(recorded[0]), len(recorded[1]))
         for half in (0, 1):
             calls = [0]
 
-            def reduce(tensor: torch.Tensor, half: int = half, calls: list[int] = calls) -> torch.Tensor:
+            def reduce(
+                tensor: torch.Tensor, half: int = half, calls: list[int] = calls, known: int = known
+            ) -> torch.Tensor:
                 number = calls[0]
                 calls[0] += 1
-                if number < min(lengths):
+                if number < known:
                     recorded[half][number] = tensor.clone()
                     return recorded[0][number] + recorded[1][number]
                 if number == len(recorded[half]):
@@ -181,7 +193,7 @@ def test_a_sum_over_processes_equals_all_rows() -> None:
 
             part = make_source(rows[half * 4 : half * 4 + 4])
             found = fit_curvature(model, part, row_ids=ids[half * 4 : half * 4 + 4], reduce=reduce)
-        if lengths[0] == calls[0]:
+        if known == calls[0]:
             break
     assert (found.n_rows, found.n_targets) == (8, 8)
     vector = random_vector(model)
