@@ -9,6 +9,7 @@ where they are many and pass a shift test. The step is additive in rows, so its 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from hf_iau.calibrate.trial import Trial, TrialRunner
 
 # Trials of one search for k: a guess from the first-order response, then interpolation.
 _TRIALS_PER_LENGTH = 5
+_TRIALS_AFTER_A_GUESS = 3
 
 
 @dataclass
@@ -136,53 +138,80 @@ def calibrate(
     runner: TrialRunner,
     *,
     source: str,
-    dampings: tuple[float, ...],
+    damping: float | None,
+    damping_range: tuple[float, float],
     finish_weights: tuple[float, ...],
     max_relative_step: float,
     length: float | None = None,
     tolerance: float | None = None,
+    start: Trial,
 ) -> Calibration:
-    """Find k for every λ, keep the λ with the lowest held-out loss, then the c with the lowest.
+    """Find k for every λ tried, keep the λ with the lowest held-out loss, then the c with the lowest.
+
+    λ is searched by factors of ten from the middle of its range, downhill in the held-out loss. The first k at a new λ
+    is the one with the same first-order effect as the k found before, so it is nearly right at once.
+
+    c repairs what forgetting cost the held-out rows and is raised only until it has; and as long as it helps.
 
     Args:
         runner: tries steps that forget the calibration rows.
         source: what those rows are, for the report.
-        dampings: λ to be tried, relative to each layer's mean eigenvalue.
+        damping: keep λ at this value.
+        damping_range: smallest and largest λ to be tried, relative to each layer's mean eigenvalue.
         finish_weights: c to be tried beside 0; empty without a gradient sum.
         max_relative_step: longest ‖Δ‖/‖θ‖ allowed.
         length: keep k at this value and choose λ and c only.
         tolerance: of the criterion; default: a quarter of its standard error, at least 0.005.
+        start: the trial of no step at all.
     """
     error = standard_error_of_auc(runner.n_target, len(runner.held_out))
     tolerance = tolerance if tolerance is not None else max(0.005, 0.25 * error)
-    start = runner.run(0.0, dampings[0])
-    candidates: list[tuple[Trial, bool]] = []
-    for damping in dampings:
+    def at(value: float, neighbour: _Candidate | None) -> _Candidate:
         if length is not None:
-            candidates.append((runner.run(length, damping), True))
-        else:
-            candidates.append(
-                find_length(runner, damping, 0.0, start=start, tolerance=tolerance, max_relative_step=max_relative_step)
-            )
-    trial, reached = _best(candidates)
+            return _Candidate(runner.run(length, value), True)
+        guess = None
+        if neighbour is not None and neighbour.trial.length > 0 and neighbour.slope > 0:
+            slope = runner.directions.slope(value)
+            guess = neighbour.trial.length * neighbour.slope / slope if slope > 0 else None
+        found = find_length(
+            runner,
+            value,
+            0.0,
+            start=start,
+            tolerance=tolerance,
+            max_relative_step=max_relative_step,
+            guess=guess,
+            trials=_TRIALS_PER_LENGTH if guess is None else _TRIALS_AFTER_A_GUESS,
+        )
+        return _Candidate(*found, slope=runner.directions.slope(value))
+
+    if damping is not None:
+        best = at(damping, None)
+    else:
+        best = _downhill(at, damping_range)
+    trial, reached = best.trial, best.reached
     for weight in finish_weights:
-        tried: tuple[Trial, bool] = (runner.run(trial.length, trial.damping, weight), True)
-        if tried[0].held_out_loss >= trial.held_out_loss:
+        # Finishing the training repairs what forgetting cost; a retrained model is not better trained than that.
+        if trial.held_out_loss <= start.held_out_loss:
             break
-        if length is None and abs(tried[0].criterion) > tolerance:
-            again = runner.run(0.0, trial.damping, weight)
-            tried = find_length(
+        tried = runner.run(trial.length, trial.damping, weight)
+        if not tried.held_out_loss < trial.held_out_loss or tried.relative_step > max_relative_step:
+            break
+        on_target = length is not None or abs(tried.criterion) <= tolerance
+        if not on_target:
+            tried, on_target = find_length(
                 runner,
                 trial.damping,
                 weight,
-                start=again,
+                start=runner.run(0.0, trial.damping, weight),
                 tolerance=tolerance,
                 max_relative_step=max_relative_step,
                 guess=trial.length * 1.1,
-                trials=2,
+                trials=_TRIALS_AFTER_A_GUESS,
             )
-        if tried[1] and tried[0].held_out_loss < trial.held_out_loss:
-            trial, reached = tried
+        allowed = tried.relative_step <= max_relative_step
+        if on_target and allowed and tried.held_out_loss < trial.held_out_loss:
+            trial, reached = tried, True
     return Calibration(
         length=trial.length,
         damping=trial.damping,
@@ -200,12 +229,36 @@ def calibrate(
     )
 
 
-def _best(candidates: list[tuple[Trial, bool]]) -> tuple[Trial, bool]:
-    """The lowest held-out loss among those that reached the target; if none did, the nearest to it."""
-    reached = [candidate for candidate in candidates if candidate[1]]
-    if reached:
-        return min(reached, key=lambda candidate: candidate[0].held_out_loss)
-    return min(candidates, key=lambda candidate: abs(candidate[0].criterion))
+@dataclass(frozen=True)
+class _Candidate:
+    """A λ with the k found for it."""
+
+    trial: Trial
+    reached: bool
+    slope: float = 0.0
+
+    def better_than(self, other: _Candidate) -> bool:
+        if self.reached != other.reached:
+            return self.reached
+        if self.reached:
+            return self.trial.held_out_loss < other.trial.held_out_loss
+        return abs(self.trial.criterion) < abs(other.trial.criterion)
+
+
+def _downhill(at: Callable[[float, _Candidate | None], _Candidate], damping_range: tuple[float, float]) -> _Candidate:
+    """The best λ by factors of ten: from the middle of the range towards smaller ones, else towards larger ones."""
+    low, high = damping_range
+    best = at(10.0 ** round(math.log10(low * high) / 2.0), None)
+    for factor in (0.1, 10.0):
+        moved = False
+        while low * 0.99 <= best.trial.damping * factor <= high * 1.01:
+            candidate = at(best.trial.damping * factor, best)
+            if not candidate.better_than(best):
+                break
+            best, moved = candidate, True
+        if moved:
+            break
+    return best
 
 
 def conservative_calibration(runner_limit: float, damping: float) -> Calibration:

@@ -92,6 +92,10 @@ class TrialRunner:
         held_out: rows that were never trained on.
         criterion: signed distance to the target from (target rows, held-out rows); default: the loss attack's AUC
             minus one half.
+        offset: subtracted from the criterion. The calibration rows are a small draw: they are a little easier or
+            harder than training rows are on average, and a retrained model would find them so too. What their AUC
+            exceeds that of a large sample of training rows by, before any step, is that luck of the draw, and it is
+            not to be forgotten.
         kept: bool array over the held-out rows: those whose loss must not rise (all of them by default).
     """
 
@@ -104,11 +108,13 @@ class TrialRunner:
         *,
         criterion: Callable[[RowPredictions | None, RowPredictions], float] | None = None,
         kept: np.ndarray | None = None,
+        offset: float = 0.0,
     ) -> None:
         self.model = model
         self.directions = directions
-        self.target = target
-        self.held_out = held_out
+        self.target = None if target is None else target.keep_batches()
+        self.held_out = held_out.keep_batches()
+        self.offset = offset
         self.criterion = criterion or auc_distance
         self.kept = kept
         self.trials: list[Trial] = []
@@ -142,7 +148,7 @@ class TrialRunner:
             damping=damping,
             finish_weight=finish_weight,
             relative_step=step_norm(step) / max(self._weights_norm, 1e-300),
-            criterion=self.criterion(target, held_out),
+            criterion=self.criterion(target, held_out) - self.offset,
             held_out_loss=_loss_or_infinity(kept),
             target_loss=float("nan") if target is None else _loss_or_infinity(target),
         )

@@ -107,10 +107,9 @@ def fit_curvature(
     """
     if kind not in KINDS:
         raise ConfigError(f"kind={kind!r}: give one of {', '.join(KINDS)}.")
-    if kind == "identity":
-        return _identity(model)
-    if kind == "adam":
-        return _from_adam(model, optimizer)
+    if kind in ("identity", "adam"):
+        fitted = _identity(model) if kind == "identity" else _from_adam(model, optimizer)
+        return fitted if factor_device is None else fitted.to(factor_device)
     if fisher not in ("true", "empirical"):
         raise ConfigError(f"fisher={fisher!r}: give 'true' or 'empirical'.")
     if fisher == "empirical" and row_loss is None:
@@ -153,10 +152,11 @@ def fit_curvature(
 
 def _identity(model: nn.Module) -> Curvature:
     owners: dict[str, dict[str, tuple[int, ...]]] = {}
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             owners.setdefault(name.rpartition(".")[0] or name, {})[name] = tuple(parameter.shape)
-    return Curvature("identity", [IdentityBlock(name, shapes) for name, shapes in owners.items()])
+    return Curvature("identity", [IdentityBlock(name, shapes).to(device) for name, shapes in owners.items()])
 
 
 def _from_adam(model: nn.Module, optimizer: Any) -> Curvature:
@@ -227,6 +227,7 @@ class _Fit:
         self.needs_backward = False
         self.n_rows = 0
         self.n_targets = 0
+        self._batch_targets = 0
         self.passes = 1
         self.cache: list[tuple[str, Tensor | None, Tensor]] | None = []
         self.cached_bytes = 0
@@ -383,7 +384,8 @@ class _Fit:
                             layer.add_squares(pairs, len(positions), self.diagonal_sums[layer.name])
                         else:
                             assert isinstance(layer, MatrixLayer)
-                            self._add_covariances(layer, *layer.expand(pairs, len(positions)))
+                            for a, g in layer.expand_in_chunks(pairs, len(positions)):
+                                self._add_covariances(layer, a, g)
                     except NotSeparableError as error:
                         self._demote(layer, str(error))
 
@@ -393,19 +395,20 @@ class _Fit:
 
     def _add_covariances(self, layer: MatrixLayer, a: Tensor, g: Tensor) -> None:
         live = g.ne(0).any(dim=-1, keepdim=True)
-        groups = a.shape[0]
-        inputs, weighted = a.reshape(groups, -1, a.shape[-1]), (a * live).reshape(groups, -1, a.shape[-1])
+        weighted = a if bool(live.all()) else a * live
+        groups, positions = a.shape[0], a.shape[2]
+        inputs, weighted = (tensor.reshape(groups, -1, a.shape[-1]) for tensor in (a, weighted))
         outputs = g.reshape(groups, -1, g.shape[-1])
         input_sum, output_sum, bound = self._covariance(layer)
-        bound += (
-            (weighted.square().sum(dim=-1) * outputs.square().sum(dim=-1)).sum(dtype=torch.float64).to(bound.device)
-        )
+        if positions > 1:
+            norms = torch.linalg.vector_norm(weighted, dim=-1) * torch.linalg.vector_norm(outputs, dim=-1)
+            bound += norms.square().sum(dtype=torch.float64).to(bound.device)
         input_sum += (weighted.mT @ inputs).to(input_sum.device)
         output_sum += (outputs.mT @ outputs).to(output_sum.device)
         self._keep(layer, a, g)
 
     def _covariance(self, layer: MatrixLayer) -> tuple[Tensor, Tensor, Tensor]:
-        """A, S, and Σ ‖a‖²‖g‖² over positions, which bounds Σ Λ but for the number of positions."""
+        """A, S, and Σ ‖a‖²‖g‖² over positions: what ΣΛ would be if positions did not cancel (0 for a single one)."""
         if layer.name not in self.covariances:
             groups, columns, rows = layer.layout.groups, layer.layout.columns, layer.layout.group_outputs
             options: dict[str, Any] = {"dtype": layer.dtype, "device": self._device_of(layer)}
@@ -478,10 +481,10 @@ class _Fit:
                 for layer in self.plan.kronecker:
                     if layer.name not in calls:
                         continue
-                    a, g = layer.expand(calls.pop(layer.name), len(positions))
-                    inputs, outputs = (basis.to(g.device) for basis in self.bases[layer.name])
                     total = self.kronecker_sums[layer.name]
-                    total += sum_of_squared_gradients(a, g, inputs, outputs).to(total.device)
+                    for a, g in layer.expand_in_chunks(calls.pop(layer.name), len(positions)):
+                        inputs, outputs = (basis.to(g.device) for basis in self.bases[layer.name])
+                        total += sum_of_squared_gradients(a, g, inputs, outputs).to(total.device)
 
     def _loop(self) -> tuple[dict[str, Tensor], int]:
         """Squared gradients of the loose parameters, summed over some rows, and those rows' targets."""

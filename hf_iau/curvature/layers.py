@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -122,10 +122,25 @@ class MatrixLayer(Layer):
             return inputs[0], gradients[0]
         return torch.cat(inputs, dim=2), torch.cat(gradients, dim=2)
 
+    def expand_in_chunks(self, calls: list[Call], n_rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """`expand` for some rows at a time, so that the patches of a convolution stay near `TEMPORARY_BYTES`."""
+        per_position = (self.layout.columns + self.layout.group_outputs) * self.layout.groups * self.dtype.itemsize
+        positions = sum(g.numel() for _, g in calls) / (self.layout.outputs * n_rows)
+        whole = all(x.dim() and x.shape[0] == g.shape[0] and x.shape[0] % n_rows == 0 for x, g in calls)
+        chunks = _chunks(n_rows, int(positions * per_position)) if whole else [(0, n_rows)]
+        for start, stop in chunks:
+            part = [
+                tuple(t[start * (t.shape[0] // n_rows) : stop * (t.shape[0] // n_rows)] for t in call)
+                if len(chunks) > 1
+                else call
+                for call in calls
+            ]
+            yield self.expand([(x, g) for x, g in part], stop - start)
+
     def add_squares(self, calls: list[Call], n_rows: int, sums: dict[str, Tensor]) -> None:
-        a, g = self.expand(calls, n_rows)
-        for name, values in self.layout.split(sum_of_squared_gradients(a, g)).items():
-            sums[name] += values.to(sums[name].device)
+        for a, g in self.expand_in_chunks(calls, n_rows):
+            for name, values in self.layout.split(sum_of_squared_gradients(a, g)).items():
+                sums[name] += values.to(sums[name].device)
 
     @property
     def largest_factor(self) -> int:

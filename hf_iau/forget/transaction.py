@@ -77,4 +77,10 @@ class WeightTransaction:
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    """Parameters and buffers; expanded constants, which nothing can write to, are left out."""
+    buffers = {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if not any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))
+    }
+    return {**dict(model.named_parameters()), **buffers}

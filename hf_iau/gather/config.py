@@ -27,10 +27,11 @@ class GatherConfig:
     """
 
     gradient_sum: GradientSumKind = field(
-        default="none",
+        default="sampled",
         metadata={
             "help": "Σ_D, the gradient sum over all training rows: 'exact' (one pass over them), 'sampled' (a bounded "
-            "seeded sample with its standard error) or 'none'. `iau-paper` and `iau-released` need 'exact'."
+            "seeded sample with its standard error; exact where the sample is all rows) or 'none'. `iau-paper` and "
+            "`iau-released` need 'exact'; `iau` uses it to repair what forgetting costs the other rows."
         },
     )
     sample_rows: int = field(default=4096, metadata={"help": "Rows of a sampled gradient sum."})

@@ -134,12 +134,8 @@ def build_memory(
         loss=dict(row_loss.fingerprint()),
         label_counts=count_labels(source.dataset),
         gradient_sum=None if total is None else total.tensors,
-        gradient_sum_kind=config.gradient_sum,
-        gradient_sum_rows=0
-        if total is None
-        else min(config.sample_rows, len(source))
-        if config.gradient_sum == "sampled"
-        else total.n_rows,
+        gradient_sum_kind="exact" if counted is not None else config.gradient_sum,
+        gradient_sum_rows=0 if total is None else len(source) if counted is not None else config.sample_rows,
         gradient_sum_error=error,
         weight_decay=decay,
         curvature=curvature,

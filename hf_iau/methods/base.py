@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from hf_iau.errors import ConfigError, MissingMemoryError
+from hf_iau.errors import ConfigError, MissingMemoryError, RequestError
 from hf_iau.forget.request import ForgetContext, MethodOutcome
 from hf_iau.gather.gradient_sum import GradientSum, sum_row_gradients
 
@@ -96,6 +96,9 @@ def forget_and_retain_sums(context: ForgetContext, name: str) -> tuple[GradientS
             memory = context.require_memory(name)
             total = GradientSum(dict(memory.require_exact_sum(name)), memory.n_rows, memory.n_targets)
             retain = total.minus(_on_device_of(total.tensors, forget))
+        for targets, rows in ((forget.n_targets, "forget rows"), (retain.n_targets, "retained rows")):
+            if targets <= 0:
+                raise RequestError(f"The {rows} hold no targets (all labels are ignored), so they have no gradient.")
         add_weight_decay(context, forget)
         add_weight_decay(context, retain)
     return forget, retain

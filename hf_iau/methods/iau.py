@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,13 +13,14 @@ from hf_iau.calibrate import (
     Calibration,
     Directions,
     ShiftTest,
+    Trial,
     TrialRunner,
     calibrate,
     conservative_calibration,
     shift_test,
 )
 from hf_iau.calibrate.calibration import find_length
-from hf_iau.calibrate.trial import class_share_distance
+from hf_iau.calibrate.trial import auc_distance, class_share_distance
 from hf_iau.errors import CalibrationError, ConfigError, RequestError
 from hf_iau.forget import ForgetContext, MethodOutcome, apply_step, step_norm, weights_norm
 from hf_iau.gather.gradient_sum import GradientSum, sum_row_gradients
@@ -31,6 +32,7 @@ from hf_iau.remember import GradientMemory
 # A forget set of this size sets its own target, if it passes the shift test: the standard error of its AUC is 2 points.
 ENOUGH_FORGET_ROWS = 200
 _FEWEST_HELD_OUT_ROWS = 100
+_REFERENCE_ROWS = 2000
 _CLASS_TOLERANCE = 0.01
 # Memories may be moved this far, relative to the weights, before an earlier calibration is not trusted any more.
 _CALIBRATION_RANGE = 0.05
@@ -43,7 +45,7 @@ class IAUConfig:
     Parameters that control the step:
         length, damping, finish_weight, max_relative_step.
     Parameters that control calibration:
-        calibrate_on, dampings, finish_weights, proxy_rows, held_out_rows, recalibrate.
+        calibrate_on, damping_range, finish_weights, proxy_rows, held_out_rows, recalibrate.
 
     Raises:
         ConfigError: a value is out of range.
@@ -68,8 +70,10 @@ class IAUConfig:
             "least 200 that look like any other training rows, else proxies."
         },
     )
-    dampings: Sequence[float] = field(default=(0.1, 1.0, 10.0), metadata={"help": "λ to be tried."})
-    finish_weights: Sequence[float] = field(default=(0.01, 0.03), metadata={"help": "c to be tried beside 0."})
+    damping_range: Sequence[float] = field(
+        default=(1e-3, 10.0), metadata={"help": "Smallest and largest λ that calibration may choose."}
+    )
+    finish_weights: Sequence[float] = field(default=(0.003, 0.01, 0.03), metadata={"help": "c to be tried beside 0."})
     proxy_rows: Sequence[int] = field(default=(512, 256), metadata={"help": "Size of each proxy draw."})
     held_out_rows: int = field(default=2000, metadata={"help": "Most held-out rows looked at in a trial."})
     recalibrate: bool = field(default=False, metadata={"help": "Calibrate anew though the memory knows the answer."})
@@ -89,8 +93,10 @@ class IAUConfig:
             raise ConfigError(
                 f"IAUConfig(calibrate_on={self.calibrate_on!r}): choose 'auto', 'proxies' or 'forget-rows'."
             )
-        if not self.dampings or any(not math.isfinite(d) or d <= 0 for d in self.dampings):
-            raise ConfigError(f"IAUConfig(dampings={self.dampings}): give one or more positive numbers.")
+        if len(self.damping_range) != 2 or not 0 < self.damping_range[0] <= self.damping_range[1] < math.inf:
+            raise ConfigError(
+                f"IAUConfig(damping_range={self.damping_range}): give a smallest and a largest positive number."
+            )
         if not self.proxy_rows or any(rows < 20 for rows in self.proxy_rows):
             raise ConfigError(f"IAUConfig(proxy_rows={self.proxy_rows}): give one or more sizes of at least 20 rows.")
         if self.held_out_rows < _FEWEST_HELD_OUT_ROWS:
@@ -188,7 +194,7 @@ class IAU:
                 "There are no held-out rows, so the step was not calibrated: a short, norm-bounded one was taken. Pass "
                 "held_out_dataset= (or eval_dataset=) to calibrate."
             )
-            damping = config.damping if config.damping is not None else max(config.dampings)
+            damping = config.damping if config.damping is not None else config.damping_range[1]
             limit = _limit(context, directions, damping, min(0.02, config.max_relative_step))
             return conservative_calibration(limit, damping), notes
         held_out = context.held_out.sample(config.held_out_rows, context.seed, "held-out rows").resized(
@@ -201,30 +207,38 @@ class IAU:
         remembered = _remembered(config, memory)
         if remembered is not None:
             return remembered, notes
-        shift = self._shift(context)
+        known = self._predict_known(context)
+        advantage = None if known is None else auc_distance(known, predict_rows(context.model, held_out.keep_batches()))
+        notes["advantage_of_training_rows"] = advantage
+        shift = self._shift(context, known)
         notes["shift_test"] = None if shift is None else shift.to_dict()
         own = len(context.forget) >= ENOUGH_FORGET_ROWS and shift is not None and shift.passed
         if config.calibrate_on == "forget-rows" or (config.calibrate_on == "auto" and own):
             runner = TrialRunner(context.model, directions, _for_prediction(context.forget, held_out), held_out)
-            return self._search(runner, "forget rows", config, directions.finish_sum is not None), notes
+            return self._search(runner, "forget rows", config, directions.finish_sum is not None, advantage), notes
         if context.train is None:
             notes["warnings"].append(
                 "The trainer has no train_dataset to draw proxy rows from, so the forget rows themselves set the "
                 "target; that is unreliable for few or unusual rows."
             )
             runner = TrialRunner(context.model, directions, _for_prediction(context.forget, held_out), held_out)
-            return self._search(runner, "forget rows", config, directions.finish_sum is not None), notes
-        return self._calibrate_on_proxies(context, config, memory, directions, held_out), notes
+            return self._search(runner, "forget rows", config, directions.finish_sum is not None, None), notes
+        return self._calibrate_on_proxies(context, config, memory, directions, held_out, advantage), notes
 
-    def _search(self, runner: TrialRunner, source: str, config: IAUConfig, can_finish: bool) -> Calibration:
+    def _search(
+        self, runner: TrialRunner, source: str, config: IAUConfig, can_finish: bool, advantage: float | None
+    ) -> Calibration:
+        start = _start(runner, advantage)
         weights = config.finish_weights if config.finish_weight is None else (config.finish_weight,)
         return calibrate(
             runner,
             source=source,
-            dampings=tuple(config.dampings) if config.damping is None else (config.damping,),
+            damping=config.damping,
+            damping_range=(config.damping_range[0], config.damping_range[1]),
             finish_weights=tuple(weights) if can_finish else (),
             max_relative_step=config.max_relative_step,
             length=config.length,
+            start=start,
         )
 
     def _calibrate_on_proxies(
@@ -234,6 +248,7 @@ class IAU:
         memory: GradientMemory,
         directions: Directions,
         held_out: RowSource,
+        advantage: float | None,
     ) -> Calibration:
         """k, λ and c that make random training rows look held-out; the later draws find k alone, at the same λ."""
         calibration: Calibration | None = None
@@ -255,11 +270,11 @@ class IAU:
             )
             runner = TrialRunner(context.model, of_proxies, _for_prediction(proxies, held_out), held_out)
             if calibration is None:
-                calibration = self._search(runner, "proxies", config, directions.finish_sum is not None)
+                calibration = self._search(runner, "proxies", config, directions.finish_sum is not None, advantage)
                 continue
             if config.length is not None:
                 break
-            start = runner.run(0.0, calibration.damping)
+            start = _start(runner, advantage)
             trial, reached = find_length(
                 runner,
                 calibration.damping,
@@ -301,7 +316,7 @@ class IAU:
             "if you can."
         )
         if int(own.sum()) < 10 or int((~own).sum()) < 10:
-            damping = config.damping if config.damping is not None else max(config.dampings)
+            damping = config.damping if config.damping is not None else config.damping_range[1]
             limit = _limit(context, directions, damping, min(0.02, config.max_relative_step))
             return conservative_calibration(limit, damping)
         runner = TrialRunner(
@@ -310,18 +325,24 @@ class IAU:
         return calibrate(
             runner,
             source="class share",
-            dampings=tuple(config.dampings) if config.damping is None else (config.damping,),
+            damping=config.damping,
+            damping_range=(config.damping_range[0], config.damping_range[1]),
             finish_weights=(),
             max_relative_step=config.max_relative_step,
             length=config.length,
             tolerance=_CLASS_TOLERANCE,
+            start=_start(runner, None),
         )
 
-    def _shift(self, context: ForgetContext) -> ShiftTest | None:
-        others = context.retained_sample(max(ENOUGH_FORGET_ROWS, min(len(context.forget), 1000)), context.seed + 7)
-        if others is None or len(context.forget) < 20:
+    def _predict_known(self, context: ForgetContext) -> RowPredictions | None:
+        """A large sample of retained training rows, before the step: how much better a known row is treated."""
+        others = context.retained_sample(_REFERENCE_ROWS, context.seed + 7)
+        return None if others is None or len(others) < ENOUGH_FORGET_ROWS else _predict(context, others)
+
+    def _shift(self, context: ForgetContext, known: RowPredictions | None) -> ShiftTest | None:
+        if known is None or len(context.forget) < 20:
             return None
-        return shift_test(_predict(context, context.forget), _predict(context, others))
+        return shift_test(_predict(context, context.forget.sample(_REFERENCE_ROWS, context.seed)), known)
 
     # --- the step -------------------------------------------------------------------------------------------------
 
@@ -344,6 +365,16 @@ class IAU:
 def _predict(context: ForgetContext, source: RowSource) -> RowPredictions:
     size = context.held_out.batch_size if context.held_out is not None else source.batch_size
     return predict_rows(context.model, source.resized(size))
+
+
+def _start(runner: TrialRunner, advantage: float | None) -> Trial:
+    """The trial of no step at all; with the draw's luck (see `TrialRunner.offset`) taken out where it is known."""
+    start = runner.run(0.0, 1.0)
+    if advantage is None:
+        return start
+    runner.offset = start.criterion - advantage
+    runner.trials[-1] = replace(start, criterion=advantage)
+    return runner.trials[-1]
 
 
 def _for_prediction(rows: RowSource, held_out: RowSource) -> RowSource:

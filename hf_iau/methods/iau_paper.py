@@ -26,8 +26,9 @@ class IAUPaperConfig:
 
     def __post_init__(self) -> None:
         for name in ("eta", "retain_weight"):
-            if not math.isfinite(getattr(self, name)):
-                raise ConfigError(f"IAUPaperConfig({name}={getattr(self, name)}): give a finite number.")
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ConfigError(f"IAUPaperConfig({name}={value!r}): give a finite number.")
         if self.eta < 0:
             raise ConfigError(f"IAUPaperConfig(eta={self.eta}): a negative rate would learn the forget rows; use >= 0.")
 

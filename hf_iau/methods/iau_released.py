@@ -24,8 +24,8 @@ class IAUReleasedConfig:
     lr: float = field(default=1e-3, metadata={"help": "Learning rate of the one Adam step, as in the released code."})
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.lr) or self.lr < 0:
-            raise ConfigError(f"IAUReleasedConfig(lr={self.lr}): give a finite number >= 0.")
+        if not isinstance(self.lr, (int, float)) or not math.isfinite(self.lr) or self.lr < 0:
+            raise ConfigError(f"IAUReleasedConfig(lr={self.lr!r}): give a finite number >= 0.")
 
 
 @register_method

@@ -6,7 +6,7 @@ from hf_iau.calibrate import Calibration
 
 SAFE, CHECK, RETRAIN = "safe", "check", "retrain"
 
-_LONG_STEP, _TOO_LONG_STEP = 0.25, 0.5
+_LONG_STEP, _TOO_LONG_STEP = 0.35, 0.6
 _DRIFT, _TOO_MUCH_DRIFT = 0.10, 0.30
 _SHARE, _TOO_LARGE_SHARE = 0.15, 0.40
 _LITTLE_CURVATURE = 0.5

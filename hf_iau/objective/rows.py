@@ -55,11 +55,15 @@ class RowSource:
         self.device = torch.device(device)
         self.name = name
         self.num_workers = num_workers
+        self._kept: list[tuple[np.ndarray, Batch]] | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, Batch]]:
+        if self._kept is not None:
+            yield from ((positions, dict(inputs)) for positions, inputs in self._kept)
+            return
         loader: DataLoader[Any] = DataLoader(
             self.dataset,
             batch_size=self.batch_size,
@@ -100,6 +104,19 @@ class RowSource:
     def sample(self, size: int, seed: int, name: str | None = None) -> RowSource:
         """At most `size` distinct rows drawn with `seed`, in ascending order."""
         return self.select(sample_positions(len(self), size, seed), name)
+
+    def keep_batches(self, max_bytes: int = 256 * 2**20) -> RowSource:
+        """This source, with its collated batches kept for further passes as far as `max_bytes` allow (else unchanged)."""
+        if self._kept is None and len(self):
+            kept: list[tuple[np.ndarray, Batch]] = []
+            size = 0
+            for positions, inputs in self:
+                size += sum(v.numel() * v.element_size() for v in inputs.values() if isinstance(v, torch.Tensor))
+                if size > max_bytes:
+                    return self
+                kept.append((positions, inputs))
+            self._kept = kept
+        return self
 
     def first_batch(self) -> Batch:
         """The first batch, for probing."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -13,22 +15,25 @@ import datasets
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 from transformers import Trainer
 
-from hf_iau.errors import ConfigError, MissingMemoryError, RequestError
+from hf_iau.errors import ConfigError, MissingMemoryError, RequestError, UnsupportedModelError
 from hf_iau.forget import ForgetContext, MethodOutcome, WeightTransaction, moved_gradient_sum, step_norm, weights_norm
 from hf_iau.gather import GatherConfig, IAUCallback
 from hf_iau.gather.callback import announce_row_loss, refuse_unsupported_engines, unwrapped
-from hf_iau.gather.gather import build_memory, check_gatherable, choose_row_loss, count_labels
+from hf_iau.gather.gather import build_memory, choose_row_loss, count_labels
+from hf_iau.gather.gradient_sum import trainable_parameters
 from hf_iau.measure import Measurement, measure_model
 from hf_iau.methods import find_method
 from hf_iau.methods.base import UnlearningMethod
-from hf_iau.objective import RowLoss, RowSource
+from hf_iau.objective import RowLoss, RowSource, probe_additivity
+from hf_iau.objective.evaluation_mode import _RandomState
 from hf_iau.objective.row_loss import TrainerRowLoss, UserLossFunction
 from hf_iau.objective.rows import refuse_iterable, row_bytes, rows_are_deterministic, select_rows
 from hf_iau.phases import PhaseTimer
 from hf_iau.remember import MEMORY_FOLDER, GradientMemory
-from hf_iau.remember.fingerprints import package_versions
+from hf_iau.remember.fingerprints import data_fingerprint, package_versions
 from hf_iau.report import UnlearningReport
 from hf_iau.train.restriction import GradientRestriction, RestrictionConfig
 
@@ -90,12 +95,13 @@ class UnlearningTrainer(Trainer):
         self._given_memory = memory
         self._memory_of_request: GradientMemory | None = None
         self._forgotten: set[bytes] = set()
+        self._given_restriction = restriction
         self._restriction_config: RestrictionConfig | None = None
         self._restriction: GradientRestriction | None = None
         super().__init__(*args, **kwargs)
         refuse_unsupported_engines(self.args)
         self.row_loss: RowLoss = self._choose_row_loss()
-        self._restriction_config = self._choose_restriction(restriction)
+        self._restriction_config = self._choose_restriction()
         if self.model is not None:
             self._prepare_model(self.model)
 
@@ -113,6 +119,11 @@ class UnlearningTrainer(Trainer):
         self._memory_of_request = None
         self._given_memory = None
         self._forgotten = set()
+        restriction = self._choose_restriction()
+        if restriction != self._restriction_config:  # a callback with restriction= was added or removed since
+            self._restriction_config, self._restriction = restriction, None
+            if self.model is not None:
+                self._prepare_model(self.model)
         return super().train(*args, **kwargs)
 
     def training_step(
@@ -145,12 +156,17 @@ class UnlearningTrainer(Trainer):
 
         return self._restriction.backward(model, compute_loss, self.accelerator.backward)
 
-    def _choose_restriction(self, restriction: RestrictionConfig | str | None) -> RestrictionConfig | None:
+    def _choose_restriction(self) -> RestrictionConfig | None:
         callbacks = [cb.restriction for cb in self.callback_handler.callbacks if isinstance(cb, IAUCallback)]
-        for asked in [restriction, *callbacks]:
-            if asked is not None:
-                config = RestrictionConfig(mode=asked) if isinstance(asked, str) else asked  # type: ignore[arg-type]
-                return None if config.mode == "none" else config
+        for asked in [self._given_restriction, *callbacks]:
+            if asked is None:
+                continue
+            config = RestrictionConfig(mode=asked) if isinstance(asked, str) else asked  # type: ignore[arg-type]
+            if not isinstance(config, RestrictionConfig):
+                raise ConfigError(
+                    f"restriction={asked!r}: give a RestrictionConfig, or one of 'none', 'exact', 'finite-difference'."
+                )
+            return None if config.mode == "none" else config
         return None
 
     def _prepare_model(self, model: nn.Module) -> None:
@@ -194,7 +210,7 @@ class UnlearningTrainer(Trainer):
         return None
 
     def gather(self, config: GatherConfig | None = None, *, dataset: Any = None) -> GradientMemory:
-        """Gather a memory now, at the model's present weights, from the training rows.
+        """Gather a memory now, at the model's present weights, from the training rows that were not forgotten.
 
         Args:
             config: what to gather; default: the callback's configuration, else `GatherConfig()`.
@@ -207,7 +223,17 @@ class UnlearningTrainer(Trainer):
             raise RequestError("gather(): the trainer has no train_dataset. Give it one, or pass dataset=.")
         batch_size = config.batch_size or self.args.per_device_train_batch_size
         source = self._rows(rows, "training rows", batch_size)
-        memory = build_memory(self._bare_model(), source, self.row_loss, config, optimizer=self.optimizer)
+        model = self._bare_model()
+        kept = source
+        if self._forgotten:
+            digests = (row_bytes(source.dataset[i]) for i in range(len(source)))
+            kept = source.select([i for i, digest in enumerate(digests) if digest not in self._forgotten])
+        memory = build_memory(model, kept, self.row_loss, config, optimizer=self.optimizer)
+        if len(kept) < len(source):
+            # Row numbers still name rows of the whole training set.
+            memory.data = data_fingerprint(model, source.dataset)
+            memory.loss["probe"] = memory.probe_loss(model, self.row_loss, source)
+            memory.forgotten_rows = len(source) - len(kept)
         self._memory_of_request = memory
         return memory
 
@@ -272,14 +298,40 @@ class UnlearningTrainer(Trainer):
             NonFiniteGradientError: a forget row's gradient is NaN or infinite.
         """
         chosen, config = find_method(method, config)
+        with _random_state_kept(self._bare_model()):
+            return self._serve(
+                forget_dataset,
+                row_indices,
+                chosen,
+                config,
+                held_out_dataset,
+                retain_dataset,
+                test_dataset,
+                _models(retrained_model),
+                dry_run,
+            )
+
+    def _serve(
+        self,
+        forget_dataset: Any,
+        row_indices: Any,
+        method: UnlearningMethod,
+        config: Any,
+        held_out_dataset: Any,
+        retain_dataset: Any,
+        test_dataset: Any,
+        retrained_models: list[nn.Module],
+        dry_run: bool,
+    ) -> UnlearnOutput:
         timer = PhaseTimer(self.args.device)
         with timer.phase("check"):
             forget_rows, positions = self._resolve_request(forget_dataset, row_indices)
             if len(forget_rows) == 0:
-                return self._nothing_to_forget(chosen, config)
+                return self._nothing_to_forget(method, config)
             context = self._context(forget_rows, positions, held_out_dataset, retain_dataset, timer)
             test = self._optional_rows(test_dataset, "test rows")
-            chosen.check(context, config)
+            method.check(context, config)
+            self._check_loss(context)
         model = context.model
         with timer.phase("measure_before"):
             retained = context.retained_sample(_MEASURED_RETAINED_ROWS, self.args.seed)
@@ -289,17 +341,21 @@ class UnlearningTrainer(Trainer):
             splits = (measured, retained, context.held_out, test)
             before = measure_model(model, *splits)
         transaction = WeightTransaction(model)
+        undo: Callable[[], None] | None = None
         with transaction:
-            outcome = chosen.run(context, config)
+            outcome = method.run(context, config)
             memory, diagnostics = self._after(context, outcome, transaction)
             with timer.phase("measure_after"):
                 after = measure_model(model, *splits)
-            report = self._report(chosen, config, context, outcome, diagnostics, before, after, splits, retrained_model)
+            report = self._report(
+                method, config, context, outcome, diagnostics, before, after, splits, retrained_models
+            )
             if dry_run:
                 transaction.rollback()
+            else:
+                undo = self._commit(transaction, context, memory)
         if dry_run:
             return UnlearnOutput(report, applied=False, memory=self.memory)
-        undo = self._commit(transaction, context, memory)
         for sentence in report.warnings:
             logger.warning(sentence)
         return UnlearnOutput(report, applied=True, memory=memory, _undo=undo)
@@ -312,7 +368,13 @@ class UnlearningTrainer(Trainer):
         collator = self.data_collator
         custom = isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom"
         if isinstance(dataset, datasets.Dataset) and not custom:
-            dataset = self._remove_unused_columns(dataset, description=name)
+            try:
+                dataset = self._remove_unused_columns(dataset, description=name)
+            except ValueError as error:
+                raise RequestError(
+                    f"The {name} have columns {dataset.column_names}, none of which the model takes. Preprocess them "
+                    "like the training rows."
+                ) from error
         else:
             collator = self._get_collator_with_removed_columns(collator, description=name)
         return RowSource(
@@ -361,41 +423,59 @@ class UnlearningTrainer(Trainer):
         timer: PhaseTimer,
     ) -> ForgetContext:
         args = self.args
+        if any(isinstance(m, nn.DataParallel) for m in (self.model, self.model_wrapped)):
+            raise UnsupportedModelError(
+                "The model is wrapped in nn.DataParallel, which splits batches behind the Trainer's back. Use one "
+                "device, or launch one process a GPU with `accelerate launch`."
+            )
         model = self._bare_model()
-        check_gatherable(model, forget_rows)
-        forget = self._rows(forget_rows, "forget rows", args.per_device_train_batch_size)
-        self._check_columns(forget)
-        memory = self.memory
         train = None
         if self.train_dataset is not None:
             refuse_iterable(self.train_dataset, "training rows")
             train = self._rows(self.train_dataset, "training rows", args.per_device_train_batch_size)
             if not rows_are_deterministic(train.dataset):
                 train = None
+        forget = self._rows(forget_rows, "forget rows", args.per_device_train_batch_size)
+        _refuse_random_rows(forget)
+        self._check_columns(forget)
+        memory = self.memory
         if memory is not None:
             memory.check_model(model)
             memory.check_loss(self.row_loss)
             if positions is not None and train is not None:
                 memory.check_data(model, train.dataset)
-                memory.check_probe(model, self.row_loss, train)
-        known = memory.n_rows if memory is not None else len(train) if train is not None else None
+        trainable_parameters(model, None if memory is None else list(memory.parameters))
+        known = (
+            memory.n_rows if memory is not None else len(train) - len(self._forgotten) if train is not None else None
+        )
         if known is not None and len(forget) >= known:
             raise RequestError(
                 f"The request is to forget {len(forget)} of {known} training rows, that is all of them: nothing would "
                 "be left to keep. Start again from the pretrained weights instead."
             )
-        retain = None
-        if retain_dataset is not None:
-            retain = self._rows(retain_dataset, "retained rows", args.per_device_train_batch_size)
-            if len(retain) == 0:
-                raise RequestError("retain_dataset is empty: pass the rows to be kept, or leave it out.")
-        excluded = {row_bytes(forget.dataset[i]) for i in range(len(forget))}
+        digests = Counter(row_bytes(forget.dataset[i]) for i in range(len(forget)))
+        _refuse_repeated_rows(forget, digests, train)
+        excluded = set(digests)
         again = len(excluded & self._forgotten)
         if again:
             raise RequestError(
                 f"{again} of the {len(forget)} rows were already forgotten by an earlier request to this trainer: "
                 "leave them out."
             )
+        retain = None
+        if retain_dataset is not None:
+            retain = self._rows(retain_dataset, "retained rows", args.per_device_train_batch_size)
+            if len(retain) == 0:
+                raise RequestError("retain_dataset is empty: pass the rows to be kept, or leave it out.")
+            _refuse_random_rows(retain)
+            # A kept duplicate of a forget row is no mistake, as long as the two sets can be disjoint.
+            if known is None or len(retain) + len(forget) > known:
+                shared = sum(row_bytes(retain.dataset[i]) in excluded for i in range(len(retain)))
+                if shared:
+                    raise RequestError(
+                        f"retain_dataset has {len(retain)} rows, {shared} of which are forget rows: pass only the rows "
+                        "to be kept, e.g. train_dataset.select(the other ids)."
+                    )
         held_out = self._optional_rows(
             held_out_dataset if held_out_dataset is not None else self.eval_dataset, "held-out rows"
         )
@@ -416,12 +496,19 @@ class UnlearningTrainer(Trainer):
         )
 
     def _check_columns(self, forget: RowSource) -> None:
-        """Refuse forget rows that lack labels or columns of the training rows."""
+        """Refuse forget rows that lack labels or columns of the training rows, or that are collated at random."""
         row = forget.dataset[0]
-        if not isinstance(row, dict):
+        probe = forget.select([0])
+        batch, again = probe.first_batch(), probe.first_batch()
+        if row_bytes(batch) != row_bytes(again):
+            raise UnsupportedModelError(
+                f"data_collator={type(self.data_collator).__name__} collates the same row differently each time (random "
+                "masking or augmentation), so a row has no one gradient. Use a collator without randomness."
+            )
+        if not isinstance(row, Mapping):
             return
-        labels = {"label", "labels", "label_ids", *self.label_names}
-        if not labels & set(row):
+        # The collator may make the labels, as those of language models do.
+        if not {"label", "labels", "label_ids", *self.label_names} & {*row, *batch}:
             raise RequestError(
                 f"The forget rows have columns {sorted(row)} and no labels, so they have no loss to unlearn. Pass rows "
                 "as they were trained on, e.g. train_dataset.select(ids)."
@@ -429,11 +516,21 @@ class UnlearningTrainer(Trainer):
         if self.train_dataset is None or len(self.train_dataset) == 0:  # type: ignore[arg-type]
             return
         trained = self._rows(self.train_dataset, "training rows", 1).dataset[0]
-        if isinstance(trained, dict) and set(trained) != set(row):
+        if isinstance(trained, Mapping) and set(trained) != set(row):
             raise RequestError(
                 f"The forget rows have columns {sorted(row)} but the training rows have {sorted(trained)}. Preprocess "
                 "them alike, e.g. train_dataset.select(ids)."
             )
+
+    def _check_loss(self, context: ForgetContext) -> None:
+        """A look at the loss of a few rows: is it a sum over rows, and the one that the memory was made with?"""
+        memory, train = context.memory, context.train
+        if memory is None:
+            probe_additivity(self.row_loss, context.model, context.forget)
+        elif train is not None and (
+            context.forget_positions is not None or memory.data == data_fingerprint(context.model, train.dataset)
+        ):
+            memory.check_probe(context.model, self.row_loss, train)
 
     def _after(
         self, context: ForgetContext, outcome: MethodOutcome, transaction: WeightTransaction
@@ -496,7 +593,7 @@ class UnlearningTrainer(Trainer):
 
     def _nothing_to_forget(self, method: UnlearningMethod, config: Any) -> UnlearnOutput:
         sentence = "The request names no rows: nothing was forgotten and no weight was changed."
-        warnings.warn(sentence, stacklevel=3)
+        warnings.warn(sentence, stacklevel=4)
         report = UnlearningReport(
             method=method.name,
             config=_plain(config),
@@ -519,19 +616,14 @@ class UnlearningTrainer(Trainer):
         before: Measurement,
         after: Measurement,
         splits: tuple[RowSource, RowSource | None, RowSource | None, RowSource | None],
-        retrained_model: nn.Module | Sequence[nn.Module] | None,
+        retrained_models: list[nn.Module],
     ) -> UnlearningReport:
-        references = (
-            []
-            if retrained_model is None
-            else [retrained_model]
-            if isinstance(retrained_model, nn.Module)
-            else list(retrained_model)
-        )
         retrained = []
-        if references:
+        if retrained_models:
             with context.timer.phase("measure_retrained"):
-                retrained = [measure_model(unwrapped(model).to(self.args.device), *splits) for model in references]
+                retrained = [
+                    measure_model(unwrapped(model).to(self.args.device), *splits) for model in retrained_models
+                ]
         memory = context.memory
         known = memory.n_rows if memory is not None else len(context.train) if context.train is not None else None
         counts = {"train_rows": known}
@@ -576,6 +668,58 @@ def _checked_positions(train_dataset: Any, row_indices: Any) -> tuple[Any, np.nd
             "name each row once."
         )
     return select_rows(train_dataset, positions), positions.astype(np.int64)
+
+
+def _refuse_random_rows(source: RowSource) -> None:
+    if not rows_are_deterministic(source.dataset):
+        raise UnsupportedModelError(
+            f"The {source.name} change each time they are read (random augmentation in `set_transform` or "
+            "`__getitem__`), so a row has no one gradient. Pass the same rows without augmentation."
+        )
+
+
+def _refuse_repeated_rows(forget: RowSource, digests: Counter[bytes], train: RowSource | None) -> None:
+    """Refuse a row that the request holds more often than the training set does."""
+    repeated = {digest: count for digest, count in digests.items() if count > 1}
+    if isinstance(forget.dataset, Subset):
+        numbers = [int(i) for i in forget.dataset.indices]
+        twice = [number for number, count in Counter(numbers).items() if count > 1]
+        if twice:
+            raise RequestError(f"forget_dataset names row {twice[0]} more than once: name each row once.")
+    if not repeated or train is None:
+        return
+    trained = Counter(d for i in range(len(train)) if (d := row_bytes(train.dataset[i])) in repeated)
+    for digest, count in repeated.items():
+        if count > trained[digest]:
+            position = next(i for i in range(len(forget)) if row_bytes(forget.dataset[i]) == digest)
+            raise RequestError(
+                f"forget_dataset holds the row at position {position} {count} times but train_dataset only "
+                f"{trained[digest]} times: name each row once."
+            )
+
+
+def _models(retrained_model: Any) -> list[nn.Module]:
+    """`retrained_model=` as a list, after checking that it holds models."""
+    if retrained_model is None:
+        return []
+    models: list[Any] = [retrained_model] if isinstance(retrained_model, (nn.Module, str)) else list(retrained_model)
+    for model in models:
+        if not isinstance(model, nn.Module):
+            raise RequestError(
+                f"retrained_model={model!r} is a {type(model).__name__}: give a model (or two), e.g. "
+                "AutoModelForSequenceClassification.from_pretrained(path)."
+            )
+    return models
+
+
+@contextlib.contextmanager
+def _random_state_kept(model: nn.Module) -> Iterator[None]:
+    """Data sets and collators may draw numbers; afterwards every generator is where it was."""
+    state = _RandomState(model)
+    try:
+        yield
+    finally:
+        state.restore()
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -1,0 +1,23 @@
+"""Settings of all tests. This folder is importable, so `from tiny_models import …` works in every test file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+# Before anything imports huggingface_hub: no test needs the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True)
+def _torch_state_left_alone() -> Iterator[None]:
+    """Seeds each test and puts torch's global settings back."""
+    dtype, deterministic = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(dtype)
+    torch.use_deterministic_algorithms(deterministic)
