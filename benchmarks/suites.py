@@ -57,12 +57,21 @@ class Work:
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with its settings; `gather` and `config` hold only what differs from the package's defaults."""
+    """A method with its settings.
+
+    Attributes:
+        name: in file names and tables.
+        method: as for `trainer.unlearn(method=…)`.
+        gather, config: what differs from the package's defaults in `GatherConfig` and in the method's configuration.
+        tune: an option without a default that is chosen among `tuned_over` by held-out rows.
+    """
 
     name: str
     method: str
     gather: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    tune: str | None = None
+    tuned_over: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,7 @@ class Suite:
 
 _EXACT = {"gradient_sum": "exact"}
 RELEASED = Variant("iau-released", "iau-released", gather=_EXACT)
-PAPER = Variant("iau-paper", "iau-paper", gather=_EXACT, config={"eta": 1e-6})
+PAPER = Variant("iau-paper", "iau-paper", gather=_EXACT, tune="eta", tuned_over=(1e-8, 1e-7, 1e-6, 1e-5, 1e-4))
 IAU = Variant("iau", "iau")
 IAU_ON_PROXIES = Variant("iau, proxies", "iau", config={"calibrate_on": "proxies"})
 IAU_WITH_SUM = Variant("iau, exact sum", "iau", gather=_EXACT)

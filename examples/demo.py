@@ -43,12 +43,12 @@ class Setting:
     held_out_rows: int = 400
     wrong_share: float = 0.2
     forget_rows: int = 80
-    hidden_size: int = 48
-    layers: int = 3
+    hidden_size: int = 64
+    layers: int = 2
     initializer_range: float = 0.1
-    epochs: int = 60
+    epochs: int = 40
     batch_size: int = 50
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
 
 
 QUICK = Setting(train_rows=600, forget_rows=25, hidden_size=16, layers=1, epochs=3)

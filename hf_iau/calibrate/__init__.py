@@ -1,6 +1,6 @@
 """Calibration: how long the step is, without a retrained model and without knobs."""
 
-from hf_iau.calibrate.calibration import Calibration, calibrate, conservative_calibration
+from hf_iau.calibrate.calibration import Calibration, calibrate, conservative_calibration, finish
 from hf_iau.calibrate.exchangeability import ShiftTest, shift_test
 from hf_iau.calibrate.trial import Directions, Trial, TrialRunner
 
@@ -12,5 +12,6 @@ __all__ = [
     "TrialRunner",
     "calibrate",
     "conservative_calibration",
+    "finish",
     "shift_test",
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hf_iau.calibrate.trial import Trial, TrialRunner
@@ -18,6 +18,7 @@ from hf_iau.calibrate.trial import Trial, TrialRunner
 # Trials of one search for k: a guess from the first-order response, then interpolation.
 _TRIALS_PER_LENGTH = 5
 _TRIALS_AFTER_A_GUESS = 3
+_MOST_HALVINGS = 4
 
 
 @dataclass
@@ -31,8 +32,11 @@ class Calibration:
         criterion: its value at the step chosen; `tolerance` and `standard_error` beside it.
         held_out_loss_before, held_out_loss: mean loss of the held-out rows without and with the step.
         lengths: k of every draw (their spread is the uncertainty of `length`).
-        curve: every trial, for the report.
+        curve: every trial that looked for k and λ, for the report.
         draws: rows of each proxy draw.
+        relative_step: ‖Δ‖/‖θ‖ of the request's step.
+        halvings: how often that step was halved to spare the held-out rows.
+        finish_curve: every trial of the request's own step, in which c was chosen.
     """
 
     length: float
@@ -48,6 +52,9 @@ class Calibration:
     lengths: list[float] = field(default_factory=list)
     curve: list[dict[str, float]] = field(default_factory=list)
     draws: list[int] = field(default_factory=list)
+    relative_step: float | None = None
+    halvings: int = 0
+    finish_curve: list[dict[str, float]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -140,32 +147,29 @@ def calibrate(
     source: str,
     damping: float | None,
     damping_range: tuple[float, float],
-    finish_weights: tuple[float, ...],
     max_relative_step: float,
     length: float | None = None,
     tolerance: float | None = None,
     start: Trial,
 ) -> Calibration:
-    """Find k for every λ tried, keep the λ with the lowest held-out loss, then the c with the lowest.
+    """Find k for every λ tried, and keep the λ with the lowest held-out loss.
 
     λ is searched by factors of ten from the middle of its range, downhill in the held-out loss. The first k at a new λ
     is the one with the same first-order effect as the k found before, so it is nearly right at once.
-
-    c repairs what forgetting cost the held-out rows and is raised only until it has; and as long as it helps.
 
     Args:
         runner: tries steps that forget the calibration rows.
         source: what those rows are, for the report.
         damping: keep λ at this value.
         damping_range: smallest and largest λ to be tried, relative to each layer's mean eigenvalue.
-        finish_weights: c to be tried beside 0; empty without a gradient sum.
         max_relative_step: longest ‖Δ‖/‖θ‖ allowed.
-        length: keep k at this value and choose λ and c only.
+        length: keep k at this value and choose λ only.
         tolerance: of the criterion; default: a quarter of its standard error, at least 0.005.
         start: the trial of no step at all.
     """
     error = standard_error_of_auc(runner.n_target, len(runner.held_out))
     tolerance = tolerance if tolerance is not None else max(0.005, 0.25 * error)
+
     def at(value: float, neighbour: _Candidate | None) -> _Candidate:
         if length is not None:
             return _Candidate(runner.run(length, value), True)
@@ -185,47 +189,71 @@ def calibrate(
         )
         return _Candidate(*found, slope=runner.directions.slope(value))
 
-    if damping is not None:
-        best = at(damping, None)
-    else:
-        best = _downhill(at, damping_range)
+    best = at(damping, None) if damping is not None else _downhill(at, damping_range)
     trial, reached = best.trial, best.reached
-    for weight in finish_weights:
-        # Finishing the training repairs what forgetting cost; a retrained model is not better trained than that.
-        if trial.held_out_loss <= start.held_out_loss:
-            break
-        tried = runner.run(trial.length, trial.damping, weight)
-        if not tried.held_out_loss < trial.held_out_loss or tried.relative_step > max_relative_step:
-            break
-        on_target = length is not None or abs(tried.criterion) <= tolerance
-        if not on_target:
-            tried, on_target = find_length(
-                runner,
-                trial.damping,
-                weight,
-                start=runner.run(0.0, trial.damping, weight),
-                tolerance=tolerance,
-                max_relative_step=max_relative_step,
-                guess=trial.length * 1.1,
-                trials=_TRIALS_AFTER_A_GUESS,
-            )
-        allowed = tried.relative_step <= max_relative_step
-        if on_target and allowed and tried.held_out_loss < trial.held_out_loss:
-            trial, reached = tried, True
     return Calibration(
         length=trial.length,
         damping=trial.damping,
-        finish_weight=trial.finish_weight,
+        finish_weight=0.0,
         source=source,
         reached=reached,
         criterion=trial.criterion,
         tolerance=tolerance,
         standard_error=error,
-        held_out_loss_before=start.held_out_loss,
-        held_out_loss=trial.held_out_loss,
         lengths=[trial.length],
         curve=[t.to_dict() for t in runner.trials],
         draws=[runner.n_target],
+    )
+
+
+def finish(
+    runner: TrialRunner,
+    calibration: Calibration,
+    *,
+    finish_weights: tuple[float, ...],
+    max_relative_step: float,
+    max_drift: float,
+) -> Calibration:
+    """Look at the request's own step: choose c for it, and shorten it where it would ruin the held-out rows.
+
+    c ("finish the training") repairs what forgetting costs the held-out rows. It is raised only while that helps, and
+    not further than to the held-out loss of before: a retrained model is not better trained than the original.
+
+    Args:
+        runner: tries the *request's* steps; its criterion is not looked at.
+        calibration: k and λ.
+        finish_weights: c to be tried beside 0, ascending; empty without a gradient sum.
+        max_relative_step: longest ‖Δ‖/‖θ‖ allowed.
+        max_drift: the step is halved, up to four times, while the held-out loss rises by more than this share.
+
+    Returns:
+        The calibration with c, the held-out losses and `halvings` filled in.
+    """
+    first = len(runner.trials)
+    before = runner.run(0.0, calibration.damping)
+    length = min(calibration.length, runner.longest(calibration.damping, max_relative_step))
+    best = runner.run(length, calibration.damping)
+    halvings = 0
+    while not best.held_out_loss <= (1.0 + max_drift) * before.held_out_loss and halvings < _MOST_HALVINGS:
+        halvings += 1
+        best = runner.run(length * 0.5**halvings, calibration.damping)
+    for weight in finish_weights:
+        if best.held_out_loss <= before.held_out_loss:
+            break
+        tried = runner.run(best.length, calibration.damping, weight)
+        if not tried.held_out_loss < best.held_out_loss or tried.relative_step > max_relative_step:
+            break
+        best = tried
+    return replace(
+        calibration,
+        length=best.length,
+        finish_weight=best.finish_weight,
+        held_out_loss_before=before.held_out_loss,
+        held_out_loss=best.held_out_loss,
+        relative_step=best.relative_step,
+        halvings=halvings,
+        reached=calibration.reached and length == calibration.length and halvings == 0,
+        finish_curve=[t.to_dict() for t in runner.trials[first:]],
     )
 
 

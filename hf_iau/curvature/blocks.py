@@ -157,6 +157,15 @@ class Block(abc.ABC):
             A tensor for every parameter of the layer.
         """
 
+    @property
+    def damping_unit(self) -> float:
+        """What a relative damping is relative to: the mean eigenvalue."""
+        return self.mean_eigenvalue
+
+    def solve(self, vector: Mapping[str, Tensor], shift: float, floor: float) -> dict[str, Tensor]:
+        """(C + shift)⁻¹ `vector`, with Λ + shift kept above `floor`."""
+        return self.apply(vector, lambda values: (values + shift).clamp_(min=floor).reciprocal_())
+
     @abc.abstractmethod
     def to(self, device: torch.device | str) -> Block:
         """The same block on another device."""
@@ -312,8 +321,22 @@ class DiagonalBlock(Block):
     def eigenvalues(self) -> list[Tensor]:
         return list(self.values.values())
 
+    @cached_property
+    def damping_unit(self) -> float:
+        """Mean of the positive values: most of an embedding table was never looked up and says nothing."""
+        positive = sum(int((values > 0).sum()) for values in self.values.values())
+        return self.total / positive if positive else 0.0
+
     def apply(self, vector: Mapping[str, Tensor], transform: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         return {name: vector[name] * transform(values) for name, values in self.values.items() if name in vector}
+
+    def solve(self, vector: Mapping[str, Tensor], shift: float, floor: float) -> dict[str, Tensor]:
+        # A scalar that no fitted row moved (a token that none of them has) is not flat, only unseen: it is given the
+        # curvature of an average seen one. With the damping alone a rare token's step would be without bound.
+        def inverse(values: Tensor) -> Tensor:
+            return torch.where(values > 0, values, self.damping_unit).add(shift).clamp_(min=floor).reciprocal_()
+
+        return self.apply(vector, inverse)
 
     def to(self, device: torch.device | str) -> DiagonalBlock:
         return DiagonalBlock(self.name, {name: v.to(device) for name, v in self.values.items()}, self.reason)

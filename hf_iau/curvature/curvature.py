@@ -59,6 +59,9 @@ class Curvature:
     def solve(self, vector: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
         """(C + λ)⁻¹ `vector`, with λ = `damping` × mean eigenvalue of each layer.
 
+        In diagonal layers the mean is over positive values, and values of zero (tokens that no fitted row has) count
+        as that mean: they were not seen, which is not the same as flat.
+
         Layers without any curvature (`dead` in `layers()`) get a zero update. Elsewhere Λ + λ is kept above a tiny
         fraction (machine epsilon to the power 1.5) of the mean eigenvalue of the whole model.
 
@@ -87,9 +90,9 @@ class Curvature:
                     f"rounding (mean {block.mean_eigenvalue:g}): the step would be unbounded. Give a positive damping, "
                     "e.g. 0.1."
                 )
-            shift = damping * block.mean_eigenvalue
+            shift = damping * block.damping_unit
             floor = torch.finfo(block.dtype).eps ** 1.5 * self.mean_eigenvalue
-            result |= self._apply(block, part, _inverse(shift, floor))
+            result |= self._apply(block, part, lambda b, v, s=shift, f=floor: b.solve(v, s, f))  # type: ignore[misc]
         return {name: result[name] for name in vector}
 
     def multiply(self, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -106,7 +109,7 @@ class Curvature:
         """
         result: dict[str, Tensor] = {}
         for block, part in self._parts(vector):
-            result |= self._apply(block, part, lambda values: values)
+            result |= self._apply(block, part, lambda b, v: b.apply(v, lambda values: values))
         return {name: result[name] for name in vector}
 
     def coverage(self) -> dict[str, int]:
@@ -240,17 +243,15 @@ class Curvature:
         return [(self.blocks[name], part) for name, part in parts.items()]
 
     @staticmethod
-    def _apply(block: Block, part: dict[str, Tensor], transform: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    def _apply(
+        block: Block, part: dict[str, Tensor], operation: Callable[[Block, dict[str, Tensor]], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
         moved = {
             name: tensor.detach().to(block.device, block.working_dtype(tensor.dtype)) for name, tensor in part.items()
         }
-        scaled = block.apply(moved, transform)
+        scaled = operation(block, moved)
         return {name: scaled[name].to(tensor.device, tensor.dtype) for name, tensor in part.items()}
 
     def __repr__(self) -> str:
         covered = ", ".join(f"{kind}: {count:,}" for kind, count in self.coverage().items())
         return f"Curvature({self.kind}, layers={len(self.blocks)}, rows={self.n_rows}, {covered})"
-
-
-def _inverse(shift: float, floor: float) -> Callable[[Tensor], Tensor]:
-    return lambda values: (values + shift).clamp_(min=floor).reciprocal_()

@@ -135,6 +135,8 @@ def sum_row_gradients(
             result.n_targets += n_targets
             if n_targets == 0:
                 result.rows_without_targets += len(positions)
+                if track_batches:  # sampled like any other, with a gradient of zero
+                    result.batches.append((len(positions), 0.0))
                 continue
             loss.backward()
             losses.append(loss.detach())

@@ -17,6 +17,7 @@ from hf_iau.calibrate import (
     TrialRunner,
     calibrate,
     conservative_calibration,
+    finish,
     shift_test,
 )
 from hf_iau.calibrate.calibration import find_length
@@ -34,6 +35,7 @@ ENOUGH_FORGET_ROWS = 200
 _FEWEST_HELD_OUT_ROWS = 100
 _REFERENCE_ROWS = 2000
 _CLASS_TOLERANCE = 0.01
+_RUINED = 0.3
 # Memories may be moved this far, relative to the weights, before an earlier calibration is not trusted any more.
 _CALIBRATION_RANGE = 0.05
 
@@ -151,9 +153,15 @@ class IAU:
             finish = _finish_sum(context, memory)
         directions = Directions(curvature, forget.tensors, finish, memory.n_targets - forget.n_targets)
         with context.timer.phase("calibration"):
-            calibration, notes = self._calibrate(context, config, memory, directions)
+            held_out = None
+            if context.held_out is not None:
+                held_out = context.held_out.sample(config.held_out_rows, context.seed, "held-out rows").keep_batches()
+            calibration, notes = self._calibrate(context, config, memory, directions, held_out)
+            found = calibration
+            if held_out is not None and not config.is_given:
+                calibration = self._finish(context, config, directions, calibration, held_out, notes)
         with context.timer.phase("update"):
-            step, calibration, halvings = self._bounded_step(context, config, directions, calibration)
+            step = self._bounded_step(context, config, directions, calibration)
             apply_step(context.model, step)
         relative = step_norm(step) / max(weights_norm(context.model, names), 1e-300)
         verdict, reasons = judge(
@@ -162,7 +170,7 @@ class IAU:
             share_forgotten=(memory.forgotten_rows + len(context.forget)) / (memory.forgotten_rows + memory.n_rows),
             kronecker_share=_kronecker_share(memory),
             whole_class=notes.get("whole_class"),
-            halvings=halvings,
+            halvings=calibration.halvings,
         )
         return MethodOutcome(
             forget_sum=forget.tensors,
@@ -177,19 +185,24 @@ class IAU:
             calibrated=calibration.source not in ("uncalibrated",),
             verdict=verdict,
             warnings=notes.pop("warnings", []),
-            calibration=_to_remember(calibration, memory),
+            calibration=_to_remember(found, memory),
         )
 
     # --- calibration ----------------------------------------------------------------------------------------------
 
     def _calibrate(
-        self, context: ForgetContext, config: IAUConfig, memory: GradientMemory, directions: Directions
+        self,
+        context: ForgetContext,
+        config: IAUConfig,
+        memory: GradientMemory,
+        directions: Directions,
+        held_out: RowSource | None,
     ) -> tuple[Calibration, dict[str, Any]]:
         notes: dict[str, Any] = {"warnings": []}
         if config.is_given:
             assert config.length is not None and config.damping is not None
             return Calibration(config.length, config.damping, config.finish_weight or 0.0, source="given"), notes
-        if context.held_out is None:
+        if held_out is None:
             notes["warnings"].append(
                 "There are no held-out rows, so the step was not calibrated: a short, norm-bounded one was taken. Pass "
                 "held_out_dataset= (or eval_dataset=) to calibrate."
@@ -197,9 +210,6 @@ class IAU:
             damping = config.damping if config.damping is not None else config.damping_range[1]
             limit = _limit(context, directions, damping, min(0.02, config.max_relative_step))
             return conservative_calibration(limit, damping), notes
-        held_out = context.held_out.sample(config.held_out_rows, context.seed, "held-out rows").resized(
-            context.held_out.batch_size
-        )
         label = _whole_class(context, memory)
         if label is not None:
             notes["whole_class"] = label
@@ -215,27 +225,23 @@ class IAU:
         own = len(context.forget) >= ENOUGH_FORGET_ROWS and shift is not None and shift.passed
         if config.calibrate_on == "forget-rows" or (config.calibrate_on == "auto" and own):
             runner = TrialRunner(context.model, directions, _for_prediction(context.forget, held_out), held_out)
-            return self._search(runner, "forget rows", config, directions.finish_sum is not None, advantage), notes
+            return self._search(runner, "forget rows", config, advantage), notes
         if context.train is None:
             notes["warnings"].append(
                 "The trainer has no train_dataset to draw proxy rows from, so the forget rows themselves set the "
                 "target; that is unreliable for few or unusual rows."
             )
             runner = TrialRunner(context.model, directions, _for_prediction(context.forget, held_out), held_out)
-            return self._search(runner, "forget rows", config, directions.finish_sum is not None, None), notes
+            return self._search(runner, "forget rows", config, None), notes
         return self._calibrate_on_proxies(context, config, memory, directions, held_out, advantage), notes
 
-    def _search(
-        self, runner: TrialRunner, source: str, config: IAUConfig, can_finish: bool, advantage: float | None
-    ) -> Calibration:
+    def _search(self, runner: TrialRunner, source: str, config: IAUConfig, advantage: float | None) -> Calibration:
         start = _start(runner, advantage)
-        weights = config.finish_weights if config.finish_weight is None else (config.finish_weight,)
         return calibrate(
             runner,
             source=source,
             damping=config.damping,
             damping_range=(config.damping_range[0], config.damping_range[1]),
-            finish_weights=tuple(weights) if can_finish else (),
             max_relative_step=config.max_relative_step,
             length=config.length,
             start=start,
@@ -270,7 +276,7 @@ class IAU:
             )
             runner = TrialRunner(context.model, of_proxies, _for_prediction(proxies, held_out), held_out)
             if calibration is None:
-                calibration = self._search(runner, "proxies", config, directions.finish_sum is not None, advantage)
+                calibration = self._search(runner, "proxies", config, advantage)
                 continue
             if config.length is not None:
                 break
@@ -327,7 +333,6 @@ class IAU:
             source="class share",
             damping=config.damping,
             damping_range=(config.damping_range[0], config.damping_range[1]),
-            finish_weights=(),
             max_relative_step=config.max_relative_step,
             length=config.length,
             tolerance=_CLASS_TOLERANCE,
@@ -346,10 +351,32 @@ class IAU:
 
     # --- the step -------------------------------------------------------------------------------------------------
 
+    def _finish(
+        self,
+        context: ForgetContext,
+        config: IAUConfig,
+        directions: Directions,
+        calibration: Calibration,
+        held_out: RowSource,
+        notes: dict[str, Any],
+    ) -> Calibration:
+        """c for the request's own step, and a look at what it does to the held-out rows."""
+        kept = None
+        if "whole_class" in notes:
+            kept = predict_rows(context.model, held_out).label != notes["whole_class"]
+        weights = config.finish_weights if config.finish_weight is None else (config.finish_weight,)
+        return finish(
+            TrialRunner(context.model, directions, None, held_out, criterion=lambda *_: 0.0, kept=kept),
+            calibration,
+            finish_weights=tuple(sorted(w for w in weights if w > 0)) if directions.finish_sum is not None else (),
+            max_relative_step=config.max_relative_step,
+            max_drift=_RUINED,
+        )
+
     def _bounded_step(
         self, context: ForgetContext, config: IAUConfig, directions: Directions, calibration: Calibration
-    ) -> tuple[dict[str, Any], Calibration, int]:
-        """The calibrated step, no longer than allowed, and halved while it would ruin the held-out loss."""
+    ) -> dict[str, Any]:
+        """The calibrated step, no longer than allowed."""
         names = list(directions.forget_sum)
         step = directions.step(calibration.length, calibration.damping, calibration.finish_weight)
         allowed = config.max_relative_step * weights_norm(context.model, names)
@@ -359,7 +386,7 @@ class IAU:
         if length > allowed:
             step = {name: change * (allowed / length) for name, change in step.items()}
             calibration.reached = False
-        return step, calibration, 0
+        return step
 
 
 def _predict(context: ForgetContext, source: RowSource) -> RowPredictions:

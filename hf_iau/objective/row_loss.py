@@ -12,9 +12,10 @@ import hashlib
 import inspect
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,8 @@ from hf_iau.errors import CoupledRowsError, UnsupportedModelError
 from hf_iau.objective.evaluation_mode import evaluation_mode
 from hf_iau.objective.rows import Batch, RowSource
 from hf_iau.objective.targets import TaskKind, bare_model, count_targets, read_targets
+
+LABEL_COLUMNS = ("labels", "label", "label_ids")
 
 UserLossFunction = Callable[[nn.Module, Batch], Tensor]
 
@@ -214,14 +217,39 @@ def describe_function(function: Callable[..., Any]) -> dict[str, str]:
     return {"function": name, "source": hashlib.sha256(body.encode()).hexdigest()[:16]}
 
 
+def first_of_each_class(source: RowSource, rows: int = 256) -> list[int]:
+    """Positions of the first row of each class, as far as `rows` evenly spread rows (or a label column) show it.
+
+    Empty where rows have no one class.
+    """
+    dataset = source.dataset
+    found: dict[int, int] = {}
+    if isinstance(dataset, datasets.Dataset):
+        for column in LABEL_COLUMNS:
+            if column in dataset.column_names and isinstance(
+                dataset.features[column], (datasets.ClassLabel, datasets.Value)
+            ):
+                values = np.asarray(dataset.with_format(None)[column])
+                if values.dtype.kind in "iub":
+                    return sorted(np.unique(values, return_index=True)[1].tolist())
+    for position in np.unique(np.linspace(0, len(source) - 1, num=min(rows, len(source)), dtype=np.int64)):
+        row = dataset[int(position)]
+        label = next((row[key] for key in LABEL_COLUMNS if key in row), None) if isinstance(row, Mapping) else None
+        if isinstance(label, (Tensor, np.ndarray, np.generic)) and label.ndim == 0:
+            label = label.item()
+        if isinstance(label, int):
+            found.setdefault(label, int(position))
+    return sorted(found.values())
+
+
 def probe_additivity(row_loss: RowLoss, model: nn.Module, source: RowSource, *, rows: int = 6) -> float:
     """Check that a batch's loss is the sum of its rows' losses, without which no row can be forgotten.
 
     Args:
         row_loss: the loss.
         model: the bare model.
-        source: rows to probe with; a few are taken, with different labels where possible.
-        rows: how many.
+        source: rows to probe with; a few are taken, spread evenly, and the first ones of different classes.
+        rows: how many of either.
 
     Returns:
         The sum of the probed rows' losses taken one by one.
@@ -230,8 +258,8 @@ def probe_additivity(row_loss: RowLoss, model: nn.Module, source: RowSource, *, 
         CoupledRowsError: when the two differ by more than rounding (contrastive losses, MoE auxiliary losses, a
             class-weighted *mean*).
     """
-    positions = np.unique(np.linspace(0, len(source) - 1, num=min(rows, len(source)), dtype=np.int64))
-    probe = source.select(positions)
+    spread = np.linspace(0, len(source) - 1, num=min(rows, len(source)), dtype=np.int64)
+    probe = source.select(np.unique([*spread, *first_of_each_class(source)[:rows]]))
     with evaluation_mode(model), torch.no_grad():
         singles = [float(row_loss(model, inputs)[0]) for _, inputs in probe.resized(1)]
         together = float(row_loss(model, probe.resized(len(probe)).first_batch())[0])

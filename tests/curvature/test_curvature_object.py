@@ -9,7 +9,7 @@ import torch
 from curvature_loop import Net, build, make_source, random_vector, relative, trainable
 from torch import Tensor, nn
 
-from hf_iau.curvature import Curvature, fit_curvature
+from hf_iau.curvature import Curvature, DiagonalBlock, fit_curvature
 from hf_iau.errors import (
     ConfigError,
     MemoryFileError,
@@ -34,8 +34,23 @@ def test_multiply_and_solve_are_inverse(fitted: tuple[nn.Module, Curvature]) -> 
     for damping in (1e-3, 10.0):
         for block in curvature.blocks.values():
             for name in block.shapes:
-                product[name] = curvature.multiply(vector)[name] + damping * block.mean_eigenvalue * vector[name]
+                product[name] = curvature.multiply(vector)[name] + damping * block.damping_unit * vector[name]
+                if isinstance(block, DiagonalBlock):  # what no row moved counts as an average of what some did
+                    unseen = block.values[name] == 0
+                    product[name][unseen] = (1 + damping) * block.damping_unit * vector[name][unseen]
         assert relative(curvature.solve(product, damping), vector) < 1e-9
+
+
+def test_unseen_tokens_do_not_take_unbounded_steps(fitted: tuple[nn.Module, Curvature]) -> None:
+    model, curvature = fitted
+    name = "bert.embeddings.word_embeddings.weight"
+    block = next(b for b in curvature.blocks.values() if name in b.shapes)
+    assert isinstance(block, DiagonalBlock)
+    unseen = block.values[name] == 0
+    assert unseen.any() and not unseen.all()
+    step = curvature.solve({name: torch.ones_like(block.values[name])}, 1e-6)[name]
+    positive = block.values[name][~unseen]
+    assert torch.allclose(step[unseen], 1 / positive.mean().expand_as(step[unseen]), rtol=1e-4)
 
 
 def test_zero_damping(fitted: tuple[nn.Module, Curvature]) -> None:

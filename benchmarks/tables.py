@@ -1,0 +1,2 @@
+def write_summary(cells, suite, folder):
+    return ""
