@@ -69,15 +69,15 @@ def small_resnet(n_classes: int) -> nn.Module:
 
 
 def small_vit(n_classes: int) -> nn.Module:
-    """A three-layer ViT over 7×7 patches of 28×28 grey images, without dropout."""
+    """A three-layer ViT over 4×4 patches of 7×7 pixels of 28×28 grey images, without dropout."""
     config = ViTConfig(
         image_size=28,
-        patch_size=4,
+        patch_size=7,
         num_channels=1,
-        hidden_size=48,
+        hidden_size=64,
         num_hidden_layers=3,
         num_attention_heads=4,
-        intermediate_size=96,
+        intermediate_size=128,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         num_labels=n_classes,

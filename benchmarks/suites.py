@@ -121,7 +121,7 @@ FASHION_RESNET = Work(
     "fashion_mnist_resnet",
     data="fashion_mnist",
     model="small_resnet",
-    training=Training(epochs=15, learning_rate=1e-3, batch_size=32),
+    training=Training(epochs=20, learning_rate=1e-3, batch_size=32),
     train_rows=5_000,
     held_out_rows=2_500,
     test_rows=2_500,
@@ -130,7 +130,7 @@ FASHION_VIT = replace(
     FASHION_RESNET,
     name="fashion_mnist_vit",
     model="small_vit",
-    training=Training(epochs=20, learning_rate=1e-3, batch_size=32),
+    training=Training(epochs=40, learning_rate=1e-3, batch_size=32),
 )
 BANKING77_MINILM = Work(
     "banking77_minilm",

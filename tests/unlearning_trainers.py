@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_models import Row, RowList, as_dataset, build, pad_right, rows_of
+from tiny_models import Collator, Row, RowList, as_dataset, build, pad_right, rows_of
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
@@ -69,10 +69,19 @@ def make_trainer(
         "args": arguments(folder, **(settings or {})),
         "train_dataset": wrap(rows if rows is not None else rows_of(family, ROWS)),
         "eval_dataset": wrap(rows_of(family, HELD_OUT, seed=1)),
-        "data_collator": pad_right(),
+        "data_collator": collator(dtype),
     }
     logging.getLogger("hf_iau.train.trainer").setLevel(logging.ERROR)
     return trainer_class(**(given | kwargs))
+
+
+def collator(dtype: torch.dtype) -> Collator:
+    """`pad_right()`, with numbers in `dtype`."""
+
+    def collate(rows: list[Row]) -> dict[str, Tensor]:
+        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in pad_right()(rows).items()}
+
+    return collate
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:

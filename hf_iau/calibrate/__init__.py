@@ -1,17 +1,20 @@
 """Calibration: how long the step is, without a retrained model and without knobs."""
 
 from hf_iau.calibrate.calibration import Calibration, calibrate, conservative_calibration, finish
+from hf_iau.calibrate.duplicates import DuplicateSearch, find_near_duplicates
 from hf_iau.calibrate.exchangeability import ShiftTest, shift_test
 from hf_iau.calibrate.trial import Directions, Trial, TrialRunner
 
 __all__ = [
     "Calibration",
     "Directions",
+    "DuplicateSearch",
     "ShiftTest",
     "Trial",
     "TrialRunner",
     "calibrate",
     "conservative_calibration",
+    "find_near_duplicates",
     "finish",
     "shift_test",
 ]

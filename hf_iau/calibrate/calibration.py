@@ -119,7 +119,8 @@ def find_length(
             fall = max(start.criterion - trial.criterion, 1e-12)
             length = min(length * min(max(start.criterion / fall, 1.3), 4.0), limit)
         else:
-            share = low_value / (low_value - high_value)
+            # Rows that look unseen at the start already (low_value <= 0) only allow halving.
+            share = low_value / (low_value - high_value) if low_value > 0.0 else 0.5
             share = min(max(share, 0.1), 0.9)
             if low > 0.0:
                 length = math.exp(math.log(low) + share * (math.log(high) - math.log(low)))

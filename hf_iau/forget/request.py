@@ -47,6 +47,11 @@ class ForgetContext:
     progress: bool = False
     timer: PhaseTimer = field(default_factory=PhaseTimer)
 
+    @property
+    def prediction_batch_size(self) -> int:
+        """Rows a batch where no gradients are taken."""
+        return self.held_out.batch_size if self.held_out is not None else self.forget.batch_size
+
     def require_memory(self, method: str) -> GradientMemory:
         """The memory, or an error that says how to get one."""
         if self.memory is None:

@@ -141,8 +141,10 @@ class IAUCallback(TrainerCallback):
 
     def _source(self, args: TrainingArguments, model: nn.Module, loader: Any) -> RowSource:
         dataset = self.dataset if self.dataset is not None else loader.dataset
+        if args.remove_unused_columns:  # else a loss or collator may use columns that the model does not take
+            dataset = keep_input_columns(model, dataset, "training rows")
         return RowSource(
-            keep_input_columns(model, dataset, "training rows"),
+            dataset,
             loader.collate_fn,
             batch_size=self.config.batch_size or args.per_device_train_batch_size,
             device=args.device,

@@ -17,6 +17,7 @@ from hf_iau.calibrate import (
     TrialRunner,
     calibrate,
     conservative_calibration,
+    find_near_duplicates,
     finish,
     shift_test,
 )
@@ -153,13 +154,18 @@ class IAU:
             finish = _finish_sum(context, memory)
         directions = Directions(curvature, forget.tensors, finish, memory.n_targets - forget.n_targets)
         with context.timer.phase("calibration"):
+            known = context.retained_sample(_REFERENCE_ROWS, context.seed + 7)
+            if known is not None:
+                known = known.resized(context.prediction_batch_size).keep_batches()
+            duplicates = self._near_duplicates(context, known)
             held_out = None
             if context.held_out is not None:
                 held_out = context.held_out.sample(config.held_out_rows, context.seed, "held-out rows").keep_batches()
-            calibration, notes = self._calibrate(context, config, memory, directions, held_out)
+            calibration, notes = self._calibrate(context, config, memory, directions, held_out, known)
             found = calibration
             if held_out is not None and not config.is_given:
                 calibration = self._finish(context, config, directions, calibration, held_out, notes)
+        notes |= duplicates | {"warnings": [*notes["warnings"], *duplicates.get("warnings", [])]}
         with context.timer.phase("update"):
             step = self._bounded_step(context, config, directions, calibration)
             apply_step(context.model, step)
@@ -197,6 +203,7 @@ class IAU:
         memory: GradientMemory,
         directions: Directions,
         held_out: RowSource | None,
+        known_rows: RowSource | None,
     ) -> tuple[Calibration, dict[str, Any]]:
         notes: dict[str, Any] = {"warnings": []}
         if config.is_given:
@@ -217,7 +224,10 @@ class IAU:
         remembered = _remembered(config, memory)
         if remembered is not None:
             return remembered, notes
-        known = self._predict_known(context)
+        known = None
+        if known_rows is not None and len(known_rows) >= ENOUGH_FORGET_ROWS:
+            # A large sample of retained rows, before the step: how much better a known row is treated.
+            known = predict_rows(context.model, known_rows)
         advantage = None if known is None else auc_distance(known, predict_rows(context.model, held_out.keep_batches()))
         notes["advantage_of_training_rows"] = advantage
         shift = self._shift(context, known)
@@ -339,15 +349,25 @@ class IAU:
             start=_start(runner, None),
         )
 
-    def _predict_known(self, context: ForgetContext) -> RowPredictions | None:
-        """A large sample of retained training rows, before the step: how much better a known row is treated."""
-        others = context.retained_sample(_REFERENCE_ROWS, context.seed + 7)
-        return None if others is None or len(others) < ENOUGH_FORGET_ROWS else _predict(context, others)
+    def _near_duplicates(self, context: ForgetContext, retained: RowSource | None) -> dict[str, Any]:
+        """Rows that stay but look like forget rows: a retrained model would know those, so the target is too low."""
+        found = None if retained is None else find_near_duplicates(context.forget, retained, context.seed)
+        if found is None:
+            return {}
+        notes: dict[str, Any] = {"near_duplicates": found.to_dict()}
+        if found.similar:
+            notes["warnings"] = [
+                f"{found.similar} of {found.forget_rows} forget rows looked at have near-duplicates among "
+                f"{found.retained_rows} retained rows looked at. A retrained model would still know those: forget the "
+                "duplicates too, if they are to go."
+            ]
+        return notes
 
     def _shift(self, context: ForgetContext, known: RowPredictions | None) -> ShiftTest | None:
         if known is None or len(context.forget) < 20:
             return None
-        return shift_test(_predict(context, context.forget.sample(_REFERENCE_ROWS, context.seed)), known)
+        rows = context.forget.sample(_REFERENCE_ROWS, context.seed).resized(context.prediction_batch_size)
+        return shift_test(predict_rows(context.model, rows), known)
 
     # --- the step -------------------------------------------------------------------------------------------------
 
@@ -387,11 +407,6 @@ class IAU:
             step = {name: change * (allowed / length) for name, change in step.items()}
             calibration.reached = False
         return step
-
-
-def _predict(context: ForgetContext, source: RowSource) -> RowPredictions:
-    size = context.held_out.batch_size if context.held_out is not None else source.batch_size
-    return predict_rows(context.model, source.resized(size))
 
 
 def _start(runner: TrialRunner, advantage: float | None) -> Trial:

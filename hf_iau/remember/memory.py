@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -240,7 +241,8 @@ class GradientMemory:
         staged.replace(folder / name)
         sync_folder(folder)
         header = self._header() | {"tensors": {"file": name, "digest": digest[0], "count": len(tensors)}}
-        text = json.dumps(header, indent=1, sort_keys=True)
+        header = json.loads(json.dumps(header))  # as a reader will see it, so that its digest is the same
+        text = json.dumps(header | {"digest": _header_digest(header)}, indent=1, sort_keys=True)
         write_atomically(folder / _HEADER, lambda path: _write_text(path, text))
         for other in folder.glob("memory-*.safetensors"):
             if other.name != name and _TENSOR_FILE.fullmatch(other.name):
@@ -264,7 +266,7 @@ class GradientMemory:
             return cls._from_parts(header, tensors)
         except IAUError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
             raise MemoryFileError(
                 f"The memory in {folder} is malformed ({type(error).__name__}: {error}). Restore it from a copy or "
                 "gather anew with hf_iau.gather()."
@@ -297,9 +299,6 @@ class GradientMemory:
                 )
             if not bool(torch.isfinite(tensor).all()):
                 raise MemoryFileError(f"gradient_sum[{name!r}] holds NaN or infinity: the memory is corrupt.")
-        for count in ("n_rows", "n_targets", "forgotten_rows", "forgotten_targets"):
-            if not isinstance(header[count], int) or header[count] < 0:
-                raise MemoryFileError(f"{count}={header[count]!r} in the memory is no count: the memory is corrupt.")
         curvature = None
         if header["curvature"] is not None:
             rest = {name: t for name, t in tensors.items() if not name.startswith(_SUM_PREFIX)}
@@ -309,10 +308,37 @@ class GradientMemory:
             for name in cls.__dataclass_fields__
             if name not in ("parameters", "gradient_sum", "curvature")
         }
-        for name in ("model", "data", "loss", "settings", "weight_decay", "seconds", "versions"):
-            if not isinstance(plain[name], dict):
-                raise MemoryFileError(f"{name!r} in the memory is {plain[name]!r}, expected an object: it is corrupt.")
+        _check_fields(plain)
         return cls(parameters=shapes, gradient_sum=sums or None, curvature=curvature, **plain)
+
+
+def _check_fields(plain: Mapping[str, Any]) -> None:
+    """Raise `MemoryFileError` unless every field of a header is of its kind."""
+
+    def demand(name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise MemoryFileError(f"{name!r} in the memory is {plain[name]!r}, expected {expected}: it is corrupt.")
+
+    for name in ("n_rows", "n_targets", "gradient_sum_rows", "forgotten_rows", "forgotten_targets"):
+        demand(name, type(plain[name]) is int and plain[name] >= 0, "a whole number of at least 0")
+    for name in ("gradient_sum_error", "relative_path"):
+        demand(name, type(plain[name]) in (int, float) and plain[name] >= 0, "a number of at least 0")
+    kinds = ("exact", "sampled", "first-order", "none")
+    demand("gradient_sum_kind", plain["gradient_sum_kind"] in kinds, f"one of {', '.join(kinds)}")
+    keys = {"model": {"class", "architecture", "weights"}, "data": {"rows", "columns", "content"}, "loss": {"kind"}}
+    for name in ("model", "data", "loss", "settings", "weight_decay", "seconds", "versions"):
+        wanted = keys.get(name, set())
+        demand(name, isinstance(plain[name], dict) and wanted <= plain[name].keys(), f"an object with {sorted(wanted)}")
+    demand("model", all(isinstance(value, str) for value in plain["model"].values()), "an object of strings")
+    demand("data", isinstance(plain["data"]["content"], str), "an object whose `content` is a string")
+    for name in ("label_counts", "calibration"):
+        demand(name, plain[name] is None or isinstance(plain[name], dict), "an object or null")
+
+
+def _header_digest(header: Mapping[str, Any]) -> str:
+    """Digest of a header's content, without the digest itself."""
+    text = json.dumps({key: value for key, value in header.items() if key != "digest"}, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -328,7 +354,8 @@ def _read_header(path: Path) -> dict[str, Any]:
         raise MemoryFileError(f"{path} is {path.stat().st_size} bytes, too large for a memory's header: it is corrupt.")
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        digest = _header_digest(header) if isinstance(header, dict) else None
+    except (OSError, ValueError, RecursionError) as error:
         raise MemoryFileError(f"{path} is not readable as JSON ({error}): it is corrupt or truncated.") from error
     if not isinstance(header, dict) or "schema_version" not in header:
         raise MemoryFileError(f"{path} is no gradient memory (no schema_version).")
@@ -337,6 +364,8 @@ def _read_header(path: Path) -> dict[str, Any]:
             f"{path} has schema version {header['schema_version']!r}; this hf_iau reads version {SCHEMA_VERSION}. "
             "Install the hf-iau that wrote it, or gather anew."
         )
+    if header.get("digest") != digest:
+        raise MemoryFileError(f"{path} is corrupt: its digest is not that of its content.")
     return header
 
 
@@ -347,9 +376,9 @@ def _read_tensors(folder: Path, entry: Any) -> dict[str, Tensor]:
     path = folder / name
     if not path.is_file():
         raise MemoryFileError(f"The memory's tensor file {path} is missing.")
-    if file_digest(path) != entry["digest"]:
-        raise MemoryFileError(f"{path} is corrupt or truncated: its digest is not the one in {_HEADER}.")
     try:
+        if file_digest(path) != entry["digest"]:
+            raise MemoryFileError(f"{path} is corrupt or truncated: its digest is not the one in {_HEADER}.")
         tensors = load_file(path)
     except (safetensors.SafetensorError, ValueError, OSError) as error:
         raise MemoryFileError(f"{path} is not readable as safetensors ({error}).") from error

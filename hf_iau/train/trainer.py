@@ -330,6 +330,8 @@ class UnlearningTrainer(Trainer):
                 return self._nothing_to_forget(method, config)
             context = self._context(forget_rows, positions, held_out_dataset, retain_dataset, timer)
             test = self._optional_rows(test_dataset, "test rows")
+            for others in (context.retain, context.held_out, test):
+                _refuse_missing_columns(others, context.forget)
             method.check(context, config)
             self._check_loss(context)
         model = context.model
@@ -365,6 +367,7 @@ class UnlearningTrainer(Trainer):
 
     def _rows(self, dataset: Any, name: str, batch_size: int) -> RowSource:
         refuse_iterable(dataset, name)
+        dataset = _selected(dataset)
         collator = self.data_collator
         custom = isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom"
         if isinstance(dataset, datasets.Dataset) and not custom:
@@ -505,14 +508,21 @@ class UnlearningTrainer(Trainer):
                 f"data_collator={type(self.data_collator).__name__} collates the same row differently each time (random "
                 "masking or augmentation), so a row has no one gradient. Use a collator without randomness."
             )
-        if not isinstance(row, Mapping):
-            return
-        # The collator may make the labels, as those of language models do.
-        if not {"label", "labels", "label_ids", *self.label_names} & {*row, *batch}:
+        # Looked for in the batch, for the collator may make the labels, as those of language models do.
+        if "labels" not in batch:
+            columns = sorted(row) if isinstance(row, Mapping) else sorted(batch)
+            others = sorted(set(self.label_names) & set(batch))
+            if others:
+                raise UnsupportedModelError(
+                    f"The forget rows have label columns {others} and no `labels`: question answering and other tasks "
+                    "with label columns of their own are not supported. Rename the column `labels` where it is one."
+                )
             raise RequestError(
-                f"The forget rows have columns {sorted(row)} and no labels, so they have no loss to unlearn. Pass rows "
+                f"The forget rows have columns {columns} and no labels, so they have no loss to unlearn. Pass rows "
                 "as they were trained on, e.g. train_dataset.select(ids)."
             )
+        if not isinstance(row, Mapping):
+            return
         if self.train_dataset is None or len(self.train_dataset) == 0:  # type: ignore[arg-type]
             return
         trained = self._rows(self.train_dataset, "training rows", 1).dataset[0]
@@ -670,11 +680,30 @@ def _checked_positions(train_dataset: Any, row_indices: Any) -> tuple[Any, np.nd
     return select_rows(train_dataset, positions), positions.astype(np.int64)
 
 
+def _selected(dataset: Any) -> Any:
+    """A `Subset` of a `datasets.Dataset` as a `datasets.Dataset`, so that its unused columns can be removed."""
+    if not isinstance(dataset, Subset):
+        return dataset
+    whole = _selected(dataset.dataset)
+    return select_rows(whole, list(dataset.indices)) if isinstance(whole, datasets.Dataset) else dataset
+
+
 def _refuse_random_rows(source: RowSource) -> None:
     if not rows_are_deterministic(source.dataset):
         raise UnsupportedModelError(
             f"The {source.name} change each time they are read (random augmentation in `set_transform` or "
             "`__getitem__`), so a row has no one gradient. Pass the same rows without augmentation."
+        )
+
+
+def _refuse_missing_columns(source: RowSource | None, forget: RowSource) -> None:
+    if source is None:
+        return
+    row, known = source.dataset[0], forget.dataset[0]
+    if isinstance(row, Mapping) and isinstance(known, Mapping) and not set(known) <= set(row):
+        raise RequestError(
+            f"The {source.name} have columns {sorted(row)} but the forget rows have {sorted(known)}. Preprocess them "
+            "alike."
         )
 
 

@@ -1,0 +1,81 @@
+"""Near-duplicates of forget rows among the rows that stay: a retrained model would still know those."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_iau.objective import RowSource
+from hf_iau.objective.rows import Batch
+
+_SIMILAR = 0.97
+_WIDTH = 256
+_FORGET_ROWS = 500
+
+
+@dataclass(frozen=True)
+class DuplicateSearch:
+    """What was looked at, and found.
+
+    Attributes:
+        forget_rows, retained_rows: rows compared.
+        similar: forget rows that have a retained row of cosine similarity 0.97 or more (inputs alone, not labels).
+    """
+
+    forget_rows: int
+    retained_rows: int
+    similar: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return asdict(self)
+
+
+def find_near_duplicates(forget: RowSource, retained: RowSource, seed: int = 0) -> DuplicateSearch | None:
+    """Compare up to 500 forget rows with `retained`, a sample of the rows that stay.
+
+    A row is described by a random projection of its centred pixel values (or other float inputs), or by its counts of
+    tokens, hashed. None where the rows have neither.
+    """
+    ours = _describe(forget.sample(_FORGET_ROWS, seed))
+    theirs = _describe(retained)
+    if ours is None or theirs is None or ours.shape[1] != theirs.shape[1]:
+        return None
+    closest = (ours @ theirs.T).amax(dim=1)
+    return DuplicateSearch(len(ours), len(theirs), int((closest >= _SIMILAR).sum()))
+
+
+def _describe(source: RowSource) -> Tensor | None:
+    """`(rows, 256)` unit vectors."""
+    parts: list[Tensor] = []
+    for _, inputs in source:
+        described = _describe_batch(inputs)
+        if described is None:
+            return None
+        parts.append(torch.nn.functional.normalize(described, dim=1).cpu())
+    return torch.cat(parts) if parts else None
+
+
+def _describe_batch(inputs: Batch) -> Tensor | None:
+    tokens = inputs.get("input_ids")
+    if isinstance(tokens, Tensor):
+        kept = inputs.get("attention_mask", torch.ones_like(tokens)).float()
+        # A fixed multiplicative hash: the same token falls into the same of many buckets in every batch.
+        buckets = (tokens.long() * 2654435761 % 2**32) % (16 * _WIDTH)
+        counts = torch.zeros(len(tokens), 16 * _WIDTH, device=tokens.device)
+        return counts.scatter_add_(1, buckets, kept)
+    values = next(
+        (v for k, v in inputs.items() if k != "labels" and isinstance(v, Tensor) and v.is_floating_point()), None
+    )
+    if values is None or values.dim() < 2:
+        return None
+    flat = values.reshape(len(values), -1).float()
+    flat = flat - flat.mean(dim=1, keepdim=True)
+    if flat.shape[1] <= _WIDTH:
+        return flat
+    projection = np.random.default_rng(flat.shape[1]).standard_normal((flat.shape[1], _WIDTH), dtype=np.float32)
+    return flat @ torch.from_numpy(projection).to(flat.device)
