@@ -253,7 +253,7 @@ def finish(
         held_out_loss=best.held_out_loss,
         relative_step=best.relative_step,
         halvings=halvings,
-        reached=calibration.reached and length == calibration.length and halvings == 0,
+        reached=calibration.reached and length >= calibration.length * (1 - 1e-6) and halvings == 0,
         finish_curve=[t.to_dict() for t in runner.trials[first:]],
     )
 

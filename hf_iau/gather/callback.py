@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_iau.errors import IAUError, MissingMemoryError, UnsupportedModelError
+from hf_iau.errors import MissingMemoryError, UnsupportedModelError
 from hf_iau.gather.config import GatherConfig
 from hf_iau.gather.gather import build_memory, check_gatherable, choose_row_loss, describe_memory, keep_input_columns
 from hf_iau.objective import RowLoss, RowSource, probe_additivity
@@ -128,7 +129,7 @@ class IAUCallback(TrainerCallback):
             if self.save and args.should_save:
                 self._memory.save(Path(args.output_dir or ".") / MEMORY_FOLDER)
             logger.info("Gathered a gradient memory: %s", dict(describe_memory(self._memory)))
-        except (IAUError, OSError, RuntimeError) as error:
+        except Exception as error:  # whatever it is, the training that has just ended is not to be lost with it
             self._failure = error
             logger.error("Gathering failed after training; the model is unharmed. %s: %s", type(error).__name__, error)
 
@@ -163,6 +164,12 @@ def refuse_unsupported_engines(args: TrainingArguments) -> None:
         raise UnsupportedModelError("deepspeed=… is not supported: parameters and gradients are not visible. Use DDP.")
     if getattr(args, "fsdp", None):
         raise UnsupportedModelError(f"fsdp={args.fsdp!r} is not supported: parameters are sharded. Use DDP.")
+    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes", "on"):
+            raise UnsupportedModelError(
+                f"{variable}={os.environ[variable]} is set, by `accelerate launch` or by hand, but sharded parameters "
+                "are not supported. Launch with DDP (`accelerate launch --multi_gpu`)."
+            )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

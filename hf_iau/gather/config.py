@@ -66,11 +66,13 @@ class GatherConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"GatherConfig({name}={getattr(self, name)!r}): choose one of {', '.join(allowed)}.")
-        for name, least in {"sample_rows": 2, "curvature_rows": 1, "max_factor_size": 1}.items():
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
-                raise ConfigError(f"GatherConfig({name}={getattr(self, name)!r}): give a whole number >= {least}.")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ConfigError(f"GatherConfig(batch_size={self.batch_size!r}): give a whole number >= 1, or None.")
+        least = {"sample_rows": 2, "curvature_rows": 1, "max_factor_size": 1, "seed": 0, "batch_size": 1}
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if name == "batch_size" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+                raise ConfigError(f"GatherConfig({name}={value!r}): give a whole number >= {lowest}.")
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON."""

@@ -177,6 +177,7 @@ def keep_input_columns(model: nn.Module, dataset: Any, name: str) -> Any:
     Raises:
         UnsupportedModelError: no column is left.
     """
+    refuse_data_parallel(model)
     refuse_iterable(dataset, name)
     if not isinstance(dataset, datasets.Dataset):
         return dataset
@@ -193,13 +194,18 @@ def keep_input_columns(model: nn.Module, dataset: Any, name: str) -> Any:
     return dataset.remove_columns([column for column in dataset.column_names if column not in used])
 
 
-def check_gatherable(model: nn.Module, dataset: Any) -> None:
-    """Refuse what has no row gradients, before any compute is spent."""
+def refuse_data_parallel(model: nn.Module) -> None:
+    """Raise `UnsupportedModelError` for a model in `nn.DataParallel`."""
     if isinstance(model, nn.DataParallel):
         raise UnsupportedModelError(
             "The model is wrapped in nn.DataParallel, which splits batches behind the Trainer's back. Use one device, "
             "or launch one process a GPU with `accelerate launch`."
         )
+
+
+def check_gatherable(model: nn.Module, dataset: Any) -> None:
+    """Refuse what has no row gradients, before any compute is spent."""
+    refuse_data_parallel(model)
     refuse_iterable(dataset, "training rows")
     if len(dataset) == 0:
         raise UnsupportedModelError("The training rows are empty: there is nothing to remember.")

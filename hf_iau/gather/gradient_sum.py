@@ -178,7 +178,7 @@ def _raise_for_row(model: nn.Module, row_loss: RowLoss, source: RowSource, param
             if bad or not bool(torch.isfinite(loss)):
                 where = f"gradient of {bad[0]!r}" if bad else "loss"
                 raise NonFiniteGradientError(
-                    f"Row {int(positions[0])} of the {source.name} has a non-finite {where} (loss {float(loss):.4g}). "
+                    f"Row {int(positions[0])} of the {source.name} has a non-finite {where} (loss {float(loss.detach()):.4g}). "
                     "Mend or drop that row, or check the weights for NaN."
                 )
     raise NonFiniteGradientError(

@@ -403,7 +403,7 @@ class IAU:
         length = step_norm(step)
         if not math.isfinite(length):
             raise RequestError("The step is not finite: the curvature or a gradient is. Gather the memory anew.")
-        if length > allowed:
+        if length > allowed * (1 + 1e-6):
             step = {name: change * (allowed / length) for name, change in step.items()}
             calibration.reached = False
         return step

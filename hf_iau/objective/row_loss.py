@@ -76,6 +76,11 @@ class ModelRowLoss(_ScaledRowLoss):
     kind = "model"
 
     def _loss(self, model: nn.Module, inputs: Batch, num_items: int) -> Tensor:
+        if "labels" in inputs and not takes_argument(model, "labels"):
+            raise UnsupportedModelError(
+                f"{type(model).__name__}.forward takes no `labels`, so it returns no loss. Pass `compute_loss_func=` "
+                "or `row_loss=`, or give forward a `labels` argument and let it return a mapping with `loss`."
+            )
         outputs = model(**inputs, **({"num_items_in_batch": num_items} if accepts_loss_kwargs(model) else {}))
         loss = outputs.get("loss") if hasattr(outputs, "get") else outputs[0] if isinstance(outputs, tuple) else None
         if not isinstance(loss, Tensor) or loss.dim() != 0:
@@ -198,11 +203,14 @@ def accepts_loss_kwargs(model: nn.Module) -> bool:
     declared = getattr(bare, "accepts_loss_kwargs", None)
     if declared is False:
         return False
-    forward = bare.__dict__.get("_original_forward", bare.forward)
-    parameters = inspect.signature(forward).parameters
-    return "num_items_in_batch" in parameters or any(
-        p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
-    )
+    return takes_argument(bare, "num_items_in_batch")
+
+
+def takes_argument(model: nn.Module, name: str) -> bool:
+    """Whether the model's forward has an argument `name`, or takes any."""
+    bare = bare_model(model)
+    parameters = inspect.signature(bare.__dict__.get("_original_forward", bare.forward)).parameters
+    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
 def describe_function(function: Callable[..., Any]) -> dict[str, str]:

@@ -71,6 +71,7 @@ def row_gradients(
 ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     """(Σ ∇ℓ, the rows' ∇ℓ) in float64, by name of the trainable parameters."""
     model = copy.deepcopy(model).eval()
+    model.__dict__.pop("forward", None)  # Accelerate's autocast wrapper, if there is one
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     each = []
     for number in range(len(rows)):

@@ -91,7 +91,16 @@ def test_rows_of_unlike_structure_are_not_mixed_up() -> None:
     model = plain()
     prints = [
         data_fingerprint(model, [{"features": features, "labels": 0}])["content"]
-        for features in ([1.0, 2.0], [[1.0, 2.0]], [1.0, 2.0, 0.0], [1, 2], [[1.0], [2.0]], "1.0 2.0", None, [1.0, None])
+        for features in (
+            [1.0, 2.0],
+            [[1.0, 2.0]],
+            [1.0, 2.0, 0.0],
+            [1, 2],
+            [[1.0], [2.0]],
+            "1.0 2.0",
+            None,
+            [1.0, None],
+        )
     ]
     assert len(set(prints)) == len(prints)
 

@@ -179,9 +179,7 @@ def test_a_crash_while_saving_leaves_the_older_memory(
     # What the crash left behind is in nobody's way, and is cleared by the next save.
     newer.save(saved)
     assert_same(GradientMemory.load(saved), newer)
-    assert sorted(path.name for path in saved.iterdir()) == sorted(
-        ["memory.json", header_of(saved)["tensors"]["file"]]
-    )
+    assert sorted(path.name for path in saved.iterdir()) == sorted(["memory.json", header_of(saved)["tensors"]["file"]])
 
 
 def test_a_crash_in_a_first_save_leaves_no_memory(

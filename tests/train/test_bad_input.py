@@ -234,7 +234,9 @@ def test_no_memory_and_no_retain_set(tmp_path: Path) -> None:
     message = "neither a memory nor retain_dataset=.*IAUCallback.*gradient_sum='exact'"
     for request in (RELEASED, {"method": "iau-paper", "config": IAUPaperConfig(eta=1.0)}):
         refused(trainer, MissingMemoryError, message, row_indices=FORGET, **request)
-    refused(trainer, MissingMemoryError, r"method='iau' needs a gradient memory.*gather\(", row_indices=FORGET, method="iau")
+    refused(
+        trainer, MissingMemoryError, r"method='iau' needs a gradient memory.*gather\(", row_indices=FORGET, method="iau"
+    )
 
 
 @pytest.mark.parametrize(
@@ -347,7 +349,9 @@ def cut_header(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, lose_tensors, cut_header], ids=lambda f: f.__name__)
-def test_damaged_memory_beside_the_model(damage: Callable[[Path], None], shared: UnlearningTrainer, tmp_path: Path) -> None:
+def test_damaged_memory_beside_the_model(
+    damage: Callable[[Path], None], shared: UnlearningTrainer, tmp_path: Path
+) -> None:
     assert shared.memory is not None
     shared.memory.save(tmp_path / "_iau")
     damage(tmp_path / "_iau")

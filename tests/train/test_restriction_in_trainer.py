@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import bert, build, gpt2, pad_right, plain, resnet, rows_of
+from tiny_models import bert, build, gpt2, pad_right, plain, resnet
 from torch import Tensor, nn
 from transformers import Trainer
-from unlearning_trainers import EXACT, FORGET, ROWS, arguments, make_trainer, parameters_of, state_of
+from unlearning_trainers import EXACT, FORGET, arguments, make_trainer, parameters_of, state_of
 
 from hf_iau import IAUCallback, UnlearningTrainer
 from hf_iau.errors import ConfigError, UnsupportedModelError
@@ -62,9 +62,12 @@ def test_training_with_restriction(name: str, tmp_path: Path) -> None:
     assert any(not torch.equal(ends[0][n], ends[1][n]) for n in ends[0])
 
 
+# A language model's loss is computed in single precision whatever its weights are: too coarse for a finite difference.
+STEPS = [("bert", "exact"), ("bert", "finite-difference"), ("plain", "exact"), ("plain", "finite-difference")]
+
+
 @pytest.mark.parametrize("norm", ["whole", "per-tensor"])
-@pytest.mark.parametrize("mode", ["exact", "finite-difference"])
-@pytest.mark.parametrize("family", ["bert", "plain", "gpt2"])
+@pytest.mark.parametrize("family, mode", [*STEPS, ("gpt2", "exact")])
 def test_the_gradient_of_a_step_is_the_formula(family: str, mode: str, norm: str, tmp_path: Path) -> None:
     """Two micro-batches; each adds ∇L + α∇‖∇L‖ of its own loss, scaled as the Trainer scales it."""
     alpha = 0.3
@@ -76,60 +79,52 @@ def test_the_gradient_of_a_step_is_the_formula(family: str, mode: str, norm: str
         "max_grad_norm": 0.0,
         "optim": "sgd",
     }
-    trainer = make_trainer(
-        tmp_path,
-        family,
-        model=copy.deepcopy(model),
-        trainer_class=Recorder,
-        settings=settings,
-        restriction=RestrictionConfig(mode=mode, alpha=alpha, norm=norm, epsilon=1e-6),  # type: ignore[arg-type]
-    )
-    trainer.train()
-    assert isinstance(trainer, Recorder)
-    assert len(trainer.micro_batches) == 2
+    recorders = []
+    for restriction in (None, RestrictionConfig(mode=mode, alpha=alpha, norm=norm, epsilon=1e-6)):  # type: ignore[arg-type]
+        recorder = make_trainer(
+            tmp_path,
+            family,
+            model=copy.deepcopy(model),
+            trainer_class=Recorder,
+            settings=settings,
+            restriction=restriction,
+        )
+        recorder.train()
+        assert isinstance(recorder, Recorder)
+        assert len(recorder.micro_batches) == 2
+        recorders.append(recorder)
+    unrestricted, restricted = recorders
 
-    # What the Trainer divides by: a model that honours num_items_in_batch by the targets of both, else by two.
-    tokens = [int((batch["labels"][:, 1:] != -100).sum()) for batch in trainer.micro_batches] if family == "gpt2" else []
     parameters = dict(model.named_parameters())
-    expected = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    plain_trainer = make_trainer(tmp_path, family, model=copy.deepcopy(model), settings=settings, trainer_class=Recorder)
-    plain_trainer.train()
-    assert isinstance(plain_trainer, Recorder)
-    plain_sum = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    shares = []
-    for number, batch in enumerate(trainer.micro_batches):
-        loss = model.train()(**batch)["loss"]
-        if family == "gpt2":
-            share = tokens[number] / plain_trainer_items(trainer)
-        else:
-            share = 1 / (1 if scales_by_itself(trainer) else 2)
-        shares.append(share)
-        gradients = torch.autograd.grad(share * loss, list(parameters.values()), create_graph=True)
+    first_order = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    second_order = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    for batch in restricted.micro_batches:
+        loss = model.train()(**batch)["loss"] * share(restricted, batch)
+        gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
         norms = torch.stack([gradient.norm() for gradient in gradients])
-        total = alpha * (norms.sum() if norm == "per-tensor" else norms.norm())
-        second = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-        for name, first, more in zip(parameters, gradients, second, strict=True):
-            plain_sum[name] += first.detach()
-            expected[name] += first.detach() + (0 if more is None else more)
-    tolerance = 1e-9 if mode == "exact" else 1e-4
-    for name, gradient in plain_trainer.first_gradients.items():
-        torch.testing.assert_close(gradient, plain_sum[name], rtol=1e-9, atol=1e-12, msg=name)
-    distance = sum(float((g - expected[n]).square().sum()) for n, g in trainer.first_gradients.items()) ** 0.5
-    term = sum(float((expected[n] - plain_sum[n]).square().sum()) for n in expected) ** 0.5
-    assert term > 1e-3
-    assert distance < tolerance * term
+        term = alpha * (norms.sum() if norm == "per-tensor" else norms.norm())
+        seconds = torch.autograd.grad(term, list(parameters.values()), allow_unused=True)
+        for name, gradient, second in zip(parameters, gradients, seconds, strict=True):
+            first_order[name] += gradient.detach()
+            second_order[name] += 0 if second is None else second
+
+    def distance(one: dict[str, Tensor], *others: dict[str, Tensor]) -> float:
+        rest = {name: value - sum(other[name] for other in others) for name, value in one.items()}
+        return float(sum(float(value.square().sum()) for value in rest.values()) ** 0.5)
+
+    tolerance = 1e-4 if mode == "finite-difference" else 1e-5 if family == "gpt2" else 1e-9
+    assert distance(unrestricted.first_gradients, first_order) < 1e-5 * distance(first_order)
+    assert distance(second_order) > 1e-2 * distance(first_order)
+    assert distance(restricted.first_gradients, first_order, second_order) < tolerance * distance(second_order)
 
 
-def scales_by_itself(trainer: UnlearningTrainer) -> bool:
-    """Whether this Trainer leaves the division by the accumulation steps to the model."""
-    return bool(trainer.model_accepts_loss_kwargs)
-
-
-def plain_trainer_items(trainer: Recorder) -> int:
-    """`num_items_in_batch` of the step: every label that is not ignored, as the Trainer counts them."""
-    samples, _ = [{"labels": batch["labels"]} for batch in trainer.micro_batches], None
-    counted = trainer._get_num_items_in_batch(samples, trainer.args.device)
-    return int(counted)
+def share(trainer: Recorder, batch: dict[str, Tensor]) -> float:
+    """What the Trainer makes of a micro-batch's mean loss."""
+    if type(trainer.model).__name__ == "GPT2LMHeadModel":  # honours num_items_in_batch: a sum over tokens, divided
+        items = trainer._get_num_items_in_batch(trainer.micro_batches, trainer.args.device)  # type: ignore[arg-type]
+        return int((batch["labels"][:, 1:] != -100).sum()) / int(items)
+    # BERT takes num_items_in_batch and ignores it, so nobody divides.
+    return 1.0 if trainer.model_accepts_loss_kwargs else 1 / len(trainer.micro_batches)
 
 
 def test_none_is_the_trainer_bit_for_bit(tmp_path: Path) -> None:
@@ -175,9 +170,7 @@ def test_batch_statistics_move_once_a_micro_batch(tmp_path: Path) -> None:
     """The second pass of a finite difference leaves BatchNorm's running statistics alone."""
     buffers = []
     for restriction in (None, RestrictionConfig(mode="finite-difference")):
-        trainer = make_trainer(
-            tmp_path, "resnet", model=resnet(), settings={"max_steps": 1}, restriction=restriction
-        )
+        trainer = make_trainer(tmp_path, "resnet", model=resnet(), settings={"max_steps": 1}, restriction=restriction)
         trainer.train()
         buffers.append({name: buffer.clone() for name, buffer in trainer.model.named_buffers()})
     assert buffers[0]
@@ -213,7 +206,9 @@ def test_a_plain_trainer_refuses_at_train_begin(tmp_path: Path) -> None:
         data_collator=pad_right(),
         callbacks=[IAUCallback(EXACT, restriction="finite-difference")],
     )
-    with pytest.raises(UnsupportedModelError, match=r"restriction='finite-difference'.*plain Trainer.*UnlearningTrainer"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"restriction='finite-difference'.*plain Trainer.*UnlearningTrainer"
+    ):
         trainer.train()
     assert all(torch.equal(value, before[name]) for name, value in state_of(model).items())
 
@@ -260,4 +255,3 @@ def test_optimizers_that_step_in_the_backward_pass_are_refused(tmp_path: Path) -
             data_collator=pad_right(),
             restriction="exact",
         )
-    assert len(rows_of("bert", ROWS)) == ROWS

@@ -515,7 +515,9 @@ def test_the_report_has_every_set_and_the_retrained_models(tmp_path: Path) -> No
     assert report.counts["retain_rows_measured"] == ROWS - len(FORGET)
     assert report.seed == trainer.args.seed
     assert report.config == {"lr": 1e-3}
-    assert {"check", "measure_before", "gradient", "update", "measure_after", "measure_retrained"} <= set(report.seconds)
+    assert {"check", "measure_before", "gradient", "update", "measure_after", "measure_retrained"} <= set(
+        report.seconds
+    )
     assert report.per_row_suppressed
     report.save(tmp_path / "report")
     assert (tmp_path / "report" / "report.json").is_file()

@@ -382,8 +382,7 @@ def test_the_batches_do_not_matter(family: str, dtype: torch.dtype, tolerance: f
         {"per_device_train_batch_size": 12, "per_device_eval_batch_size": 1},
     ]
     ends = [
-        after(make_trainer(tmp_path, family, dtype=dtype, settings=settings), row_indices=FORGET)
-        for settings in shapes
+        after(make_trainer(tmp_path, family, dtype=dtype, settings=settings), row_indices=FORGET) for settings in shapes
     ]
     if family != "resnet":
         padded = make_trainer(tmp_path, family, dtype=dtype, data_collator=pad_right(5))

@@ -1,0 +1,250 @@
+"""The search for k, λ and c."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from transformers import default_data_collator
+
+from hf_iau.calibrate import Directions, Trial, TrialRunner, calibrate, find_near_duplicates, finish, shift_test
+from hf_iau.calibrate.calibration import find_length, standard_error_of_auc
+from hf_iau.calibrate.trial import auc_distance
+from hf_iau.gather.gradient_sum import sum_row_gradients
+from hf_iau.measure import attack_auc
+from hf_iau.objective import ModelRowLoss, RowSource, predict_rows
+
+
+def rows_of(dataset, name="rows"):
+    return RowSource(dataset, default_data_collator, batch_size=512, name=name)
+
+
+def directions_of(scene, rows, finish_sum=None):
+    total = sum_row_gradients(scene.model, ModelRowLoss(), rows)
+    return Directions(scene.memory.curvature, total.tensors, finish_sum, scene.memory.n_targets - total.n_targets)
+
+
+@pytest.fixture
+def runner(scene):
+    scene.model.load_state_dict(scene.state)
+    forget = rows_of(scene.train.take(np.arange(300)))
+    return TrialRunner(scene.model, directions_of(scene, forget), forget, rows_of(scene.held_out))
+
+
+def test_directions_are_the_formula(scene, runner):
+    exact = scene.memory.gradient_sum
+    directions = Directions(scene.memory.curvature, runner.directions.forget_sum, exact, 900)
+    step = directions.step(0.7, 0.1, 0.02)
+    for name, change in step.items():
+        numerator = {k: 0.7 * runner.directions.forget_sum[k] - 0.02 * exact[k] for k in exact}
+        expected = scene.memory.curvature.solve(numerator, 0.1)[name] / 900
+        torch.testing.assert_close(change, expected, rtol=1e-3, atol=1e-6)
+    slope = sum(float((directions.forget_sum[n] * directions.at(0.1)[0][n]).sum()) for n in step)
+    assert directions.slope(0.1) == pytest.approx(slope, rel=1e-9)
+
+
+def test_trials_leave_no_trace_and_tell_what_the_step_does(scene, runner):
+    trial = runner.run(0.3, 0.1)
+    assert all(torch.equal(value, scene.model.state_dict()[name]) for name, value in scene.state.items())
+    # The same by hand.
+    with torch.no_grad():
+        for name, change in runner.directions.step(0.3, 0.1, 0.0).items():
+            scene.model.get_parameter(name).add_(change.float())
+    forget, held_out = (predict_rows(scene.model, rows) for rows in (runner.target, runner.held_out))
+    scene.model.load_state_dict(scene.state)
+    assert trial.criterion == pytest.approx(attack_auc(forget, held_out, "loss") - 0.5, abs=1e-4)
+    assert trial.held_out_loss == pytest.approx(held_out.mean_loss, rel=1e-5)
+    assert trial.target_loss == pytest.approx(forget.mean_loss, rel=1e-5)
+
+
+def test_a_failing_trial_restores_the_weights(scene, runner, monkeypatch):
+    monkeypatch.setattr("hf_iau.calibrate.trial.predict_rows", lambda *_: (_ for _ in ()).throw(RuntimeError("boom")))
+    with pytest.raises(RuntimeError, match="boom"):
+        runner.run(0.3, 0.1)
+    assert all(torch.equal(value, scene.model.state_dict()[name]) for name, value in scene.state.items())
+
+
+def test_the_length_found_is_the_root_of_a_fine_grid(runner):
+    start = runner.run(0.0, 0.1)
+    assert start.criterion > 0.05  # the network has memorised
+    trial, reached = find_length(runner, 0.1, 0.0, start=start, tolerance=0.005, max_relative_step=0.5)
+    assert reached and abs(trial.criterion) <= 0.005
+    grid = [runner.run(float(k), 0.1) for k in np.geomspace(trial.length / 4, trial.length * 4, 17)]
+    signs = [t.length for t in grid if t.criterion > 0]
+    assert max(signs, default=0.0) <= trial.length * 1.4
+    assert min(t.length for t in grid if t.criterion < 0) >= trial.length / 1.4
+
+
+def test_the_step_stays_within_its_bound(runner):
+    start = runner.run(0.0, 0.1)
+    trial, reached = find_length(runner, 0.1, 0.0, start=start, tolerance=1e-6, max_relative_step=0.01)
+    assert not reached
+    assert all(t.relative_step <= 0.01 * (1 + 1e-6) for t in runner.trials)
+    assert trial.relative_step == pytest.approx(0.01, rel=1e-3)
+
+
+def test_calibration_is_downhill_in_the_held_out_loss_and_cheap(runner):
+    start = runner.run(0.0, 1.0)
+    found = calibrate(
+        runner, source="forget rows", damping=None, damping_range=(1e-3, 10.0), max_relative_step=0.5, start=start
+    )
+    assert found.reached and abs(found.criterion) <= found.tolerance
+    assert len(runner.trials) <= 20
+    on_target = [t for t in runner.trials if abs(t.criterion) <= found.tolerance]
+    chosen = min(on_target, key=lambda t: t.held_out_loss)
+    assert (found.length, found.damping) == (chosen.length, chosen.damping)
+
+
+def test_calibration_finds_its_way_on_an_analytic_response():
+    """AUC and held-out loss given by formulas: k* = 0.2/√λ, best λ = 0.01."""
+
+    class Fake:
+        trials: list[Trial]
+        n_target = 500
+
+        def __init__(self):
+            self.trials = []
+            self.held_out = range(2000)
+            self.directions = self
+
+        def slope(self, damping):
+            return 500.0 * math.sqrt(damping)
+
+        def longest(self, damping, relative_step):
+            return 1e9
+
+        def run(self, k, damping, c=0.0):
+            criterion = 0.1 * (1 - (k * math.sqrt(damping) / 0.2) ** 0.8)
+            loss = 1.0 + 0.05 * abs(math.log10(damping) + 2)
+            trial = Trial(k, damping, c, 0.1, criterion, loss, 0.8 + (0.1 - criterion))
+            self.trials.append(trial)
+            return trial
+
+    fake = Fake()
+    found = calibrate(
+        fake, source="x", damping=None, damping_range=(1e-4, 10.0), max_relative_step=0.5, start=fake.run(0.0, 1.0)
+    )
+    assert found.damping == pytest.approx(0.01)
+    assert found.length == pytest.approx(2.0, rel=0.1)
+
+
+def test_luck_of_the_draw_is_taken_out(scene):
+    """Two draws of proxies, one easy and one hard, are to be forgotten by about the same length."""
+    scene.model.load_state_dict(scene.state)
+    held_out = rows_of(scene.held_out)
+    losses = predict_rows(scene.model, rows_of(scene.train)).loss
+    advantage = auc_distance(predict_rows(scene.model, rows_of(scene.train)), predict_rows(scene.model, held_out))
+    order = np.argsort(losses)
+    generator = np.random.default_rng(0)
+    draws = {
+        "easy": np.concatenate([order[:40], generator.choice(1200, 160, replace=False)]),
+        "hard": np.concatenate([order[-40:], generator.choice(1200, 160, replace=False)]),
+    }
+    lengths: dict[bool, dict[str, float]] = {True: {}, False: {}}
+    for corrected in (True, False):
+        for name, positions in draws.items():
+            rows = rows_of(scene.train.take(np.unique(positions)))
+            runner = TrialRunner(scene.model, directions_of(scene, rows), rows, held_out)
+            start = runner.run(0.0, 0.1)
+            if corrected:
+                runner.offset = start.criterion - advantage
+                start = runner.run(0.0, 0.1)
+                assert start.criterion == pytest.approx(advantage)
+            trial, _ = find_length(runner, 0.1, 0.0, start=start, tolerance=0.005, max_relative_step=0.9)
+            lengths[corrected][name] = trial.length
+    spread = {corrected: abs(math.log(found["easy"] / found["hard"])) for corrected, found in lengths.items()}
+    assert spread[True] < spread[False]
+
+
+def test_finishing_repairs_the_held_out_loss_and_no_more(scene):
+    scene.model.load_state_dict(scene.state)
+    rows = rows_of(scene.train.take(np.arange(300)))
+    directions = directions_of(scene, rows, scene.memory.gradient_sum)
+    runner = TrialRunner(scene.model, directions, rows, rows_of(scene.held_out))
+    start = runner.run(0.0, 1.0)
+    found = calibrate(
+        runner, source="forget rows", damping=0.1, damping_range=(0.1, 0.1), max_relative_step=0.5, start=start
+    )
+    done = finish(
+        TrialRunner(scene.model, directions, None, rows_of(scene.held_out), criterion=lambda *_: 0.0),
+        found,
+        finish_weights=(0.003, 0.01, 0.03, 0.1),
+        max_relative_step=0.5,
+        max_drift=0.3,
+    )
+    plain = done.finish_curve[1]["held_out_loss"]
+    assert done.held_out_loss <= plain
+    assert done.held_out_loss_before == pytest.approx(start.held_out_loss)
+    better = [t for t in done.finish_curve[1:] if t["held_out_loss"] <= done.held_out_loss_before]
+    # As soon as one is as good as before, the search ends.
+    assert len(better) <= 1 and (not better or done.finish_curve[-1] == better[0])
+
+
+def test_a_ruinous_step_is_halved(scene):
+    scene.model.load_state_dict(scene.state)
+    rows = rows_of(scene.train.take(np.arange(300)))
+    directions = directions_of(scene, rows)
+    runner = TrialRunner(scene.model, directions, None, rows_of(scene.held_out), criterion=lambda *_: 0.0)
+    from hf_iau.calibrate import Calibration
+
+    limit = runner.longest(10.0, 0.5)
+    done = finish(
+        runner,
+        Calibration(limit, 10.0, 0.0, source="proxies"),
+        finish_weights=(),
+        max_relative_step=0.5,
+        max_drift=0.05,
+    )
+    assert done.halvings >= 1 and not done.reached
+    assert done.length == pytest.approx(limit / 2**done.halvings)
+
+
+def test_standard_error_of_auc_by_simulation():
+    generator = np.random.default_rng(0)
+    values = [
+        stats.mannwhitneyu(generator.normal(size=100), generator.normal(size=400)).statistic / (100 * 400)
+        for _ in range(2000)
+    ]
+    assert standard_error_of_auc(100, 400) == pytest.approx(float(np.std(values)), rel=0.06)
+
+
+def test_shift_test_knows_random_rows_from_mislabelled_ones(scene):
+    scene.model.load_state_dict(scene.state)
+    train = predict_rows(scene.model, rows_of(scene.train))
+    rejected = 0
+    for seed in range(40):
+        order = np.random.default_rng(seed).permutation(1200)
+        rejected += not shift_test(train.select(order[:250]), train.select(order[250:])).passed
+    assert rejected <= 5  # about 2 % each are expected to fail
+    flipped = scene.train.take(np.arange(250))
+    flipped.labels = (flipped.labels + 1) % 4
+    wrong = predict_rows(scene.model, rows_of(flipped))
+    assert not shift_test(wrong, train.select(np.arange(250, 1200))).passed
+    one_class = train.select(train.label == 2)
+    result = shift_test(one_class, train)
+    assert not result.passed and result.label_p is not None and result.label_p < 1e-6
+
+
+def test_near_duplicates_are_found(scene):
+    forget = scene.train.take(np.arange(50))
+    retained = scene.train.take(np.arange(100, 1000))
+    clean = find_near_duplicates(rows_of(forget), rows_of(retained))
+    assert clean is not None and clean.similar <= 2
+    retained.inputs[:5] = forget.inputs[:5] + 1e-3 * torch.randn(5, forget.inputs.shape[1])
+    found = find_near_duplicates(rows_of(forget), rows_of(retained))
+    assert found is not None and found.similar >= clean.similar + 5
+    assert (found.forget_rows, found.retained_rows) == (50, 900)
+
+
+def test_near_duplicate_texts_are_found():
+    generator = np.random.default_rng(0)
+    texts = [{"input_ids": generator.integers(0, 5000, 24).tolist(), "labels": 0} for _ in range(60)]
+    twin = {"input_ids": [*texts[3]["input_ids"][:-1], 7], "labels": 1}
+    found = find_near_duplicates(rows_of(texts[:20]), rows_of([*texts[20:], twin]))
+    assert found is not None and found.similar == 0  # 23 of 24 tokens: cosine 0.958, below the bound
+    same = {"input_ids": texts[3]["input_ids"][::-1], "labels": 1}
+    found = find_near_duplicates(rows_of(texts[:20]), rows_of([*texts[20:], same]))
+    assert found is not None and found.similar == 1

@@ -1,0 +1,207 @@
+"""`method="iau"` through the trainer: every kind of request."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from hf_iau import CalibrationError, ConfigError, IAUConfig, RequestError
+from hf_iau.calibrate import Calibration
+from hf_iau.methods.verdict import CHECK, RETRAIN, SAFE, judge
+
+RANDOM = np.random.default_rng(5).choice(1200, 240, replace=False)
+
+
+def figures(report):
+    return {name: report.diagnostics["calibration"][name] for name in ("source", "length", "damping", "reached")}
+
+
+def test_many_random_rows_calibrate_on_themselves(scene, trainer_of):
+    report = trainer_of().unlearn(row_indices=RANDOM, test_dataset=scene.test).report
+    found = report.diagnostics["calibration"]
+    assert found["source"] == "forget rows" and found["reached"] and report.calibrated
+    assert report.diagnostics["shift_test"]["passed"]
+    assert report.before["mia_auc_test"] > 0.55
+    assert abs(report.after["mia_auc_test"] - 0.5) < 0.05
+    assert report.after["forget_accuracy"] < report.before["forget_accuracy"] - 0.05
+    assert report.after["held_out_loss"] < report.before["held_out_loss"] * 1.1
+    assert report.verdict in (SAFE, CHECK) and report.diagnostics["reasons"]
+    assert len(found["curve"]) + len(found["finish_curve"]) <= 24
+
+
+def test_proxies_give_about_the_same_length(trainer_of):
+    own = figures(trainer_of().unlearn(row_indices=RANDOM, config=IAUConfig(calibrate_on="forget-rows")).report)
+    report = trainer_of().unlearn(row_indices=RANDOM, config=IAUConfig(calibrate_on="proxies")).report
+    proxies = figures(report)
+    assert proxies["source"] == "proxies" and len(report.diagnostics["calibration"]["draws"]) == 2
+    same_damping = trainer_of().unlearn(
+        row_indices=RANDOM, config=IAUConfig(calibrate_on="forget-rows", damping=proxies["damping"])
+    )
+    ratio = proxies["length"] / same_damping.report.diagnostics["calibration"]["length"]
+    assert 1 / 2 < ratio < 2
+    assert own["reached"]
+
+
+@pytest.mark.parametrize("rows", [[17], list(range(20, 32))])
+def test_tiny_requests_use_proxies_and_move_their_rows(scene, trainer_of, rows):
+    trainer = trainer_of()
+    report = trainer.unlearn(row_indices=rows).report
+    assert report.diagnostics["calibration"]["source"] == "proxies"
+    assert report.after["forget_loss"] > report.before["forget_loss"]
+    assert abs(report.after["held_out_loss"] - report.before["held_out_loss"]) < 0.05
+    assert report.per_row_suppressed
+
+
+def test_mislabelled_rows_are_recognised_and_raise_accuracy(scene, trainer_of, tmp_path):
+    """Rows with flipped labels look unlike training rows, so they must not set the target themselves."""
+    from conftest import Classifier, Rows, fit
+
+    from hf_iau import GatherConfig, gather
+
+    labels = scene.train.labels.clone()
+    wrong = np.random.default_rng(1).choice(1200, 240, replace=False)
+    labels[wrong] = (labels[wrong] + 1) % 4
+    train = Rows(scene.train.inputs, labels)
+    torch.manual_seed(0)
+    model = fit(Classifier(), train, epochs=40, seed=0)
+    memory = gather(model, train, config=GatherConfig(gradient_sum="exact", batch_size=128, progress=False))
+    trainer = trainer_of(model=model, train_dataset=train, memory=memory)
+    report = trainer.unlearn(row_indices=wrong, test_dataset=scene.test).report
+    assert not report.diagnostics["shift_test"]["passed"]
+    assert report.diagnostics["calibration"]["source"] == "proxies"
+    assert report.after["test_accuracy"] > report.before["test_accuracy"] or report.verdict == RETRAIN
+    assert report.after["forget_accuracy"] < report.before["forget_accuracy"] - 0.1
+
+
+def test_a_whole_class_says_retrain(scene, trainer_of):
+    from datasets import Dataset
+
+    rows = [
+        {"pixel_values": x.tolist(), "labels": int(y)}
+        for x, y in zip(scene.train.inputs, scene.train.labels, strict=True)
+    ]
+    train = Dataset.from_list(rows)
+    from hf_iau import GatherConfig, gather
+
+    scene.model.load_state_dict(scene.state)
+    memory = gather(scene.model, train, config=GatherConfig(gradient_sum="none", batch_size=128, progress=False))
+    assert memory.label_counts is not None and sum(memory.label_counts.values()) == 1200
+    trainer = trainer_of(train_dataset=train, memory=memory)
+    report = trainer.unlearn(row_indices=np.flatnonzero(scene.train.labels.numpy() == 2)).report
+    assert report.diagnostics["whole_class"] == 2
+    assert report.diagnostics["calibration"]["source"] == "class share"
+    assert report.verdict == RETRAIN and any("class 2" in reason for reason in report.diagnostics["reasons"])
+    assert any("retrain" in sentence for sentence in report.warnings)
+    assert report.after["forget_accuracy"] < report.before["forget_accuracy"] - 0.3
+
+
+def test_without_held_out_rows_the_step_is_short_and_says_so(trainer_of):
+    report = trainer_of(eval_dataset=None).unlearn(row_indices=RANDOM).report
+    assert report.calibrated is False and report.verdict == CHECK
+    assert report.diagnostics["relative_step_norm"] <= 0.0201
+    assert any("held-out" in sentence for sentence in report.warnings)
+
+
+def test_an_answer_is_remembered_and_reused(trainer_of):
+    trainer = trainer_of()
+    first = trainer.unlearn(row_indices=[3, 4, 5])
+    assert first.memory.calibration["length"] == pytest.approx(first.report.diagnostics["calibration"]["length"])
+    second = trainer.unlearn(row_indices=[13, 14, 15]).report.diagnostics["calibration"]
+    assert second["source"] == "remembered"
+    assert second["length"] == pytest.approx(first.report.diagnostics["calibration"]["length"])
+    again = trainer.unlearn(row_indices=[23, 24], config=IAUConfig(recalibrate=True)).report
+    assert again.diagnostics["calibration"]["source"] == "proxies"
+
+
+def test_given_values_are_taken_and_nothing_is_tried(scene, trainer_of, monkeypatch):
+    monkeypatch.setattr("hf_iau.calibrate.trial.TrialRunner.run", lambda *_: pytest.fail("a trial was run"))
+    trainer = trainer_of()
+    config = IAUConfig(length=0.2, damping=0.5, finish_weight=0.01)
+    result = trainer.unlearn(row_indices=RANDOM, config=config)
+    assert result.report.diagnostics["calibration"]["source"] == "given"
+    from hf_iau.gather.gradient_sum import sum_row_gradients
+    from hf_iau.objective import ModelRowLoss
+
+    result.revert()
+    forget = sum_row_gradients(scene.model, ModelRowLoss(), trainer._rows(scene.train.take(RANDOM), "rows", 64))
+    exact = scene.memory.gradient_sum
+    numerator = {n: 0.2 * forget.tensors[n] - 0.01 * exact[n] for n in exact}
+    step = {n: s / 960 for n, s in scene.memory.curvature.solve(numerator, 0.5).items()}
+    trainer.unlearn(row_indices=RANDOM, config=config)
+    for name, change in step.items():
+        moved = scene.model.get_parameter(name).detach() - scene.state[name]
+        torch.testing.assert_close(moved, change.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_held_out_rows_that_were_trained_on_are_refused(scene, trainer_of):
+    mixed = scene.train.take(np.arange(400))
+    with pytest.raises(RequestError, match="training rows"):
+        trainer_of(eval_dataset=mixed).unlearn(row_indices=RANDOM)
+    with pytest.raises(CalibrationError, match="at least 100"):
+        trainer_of(eval_dataset=scene.held_out.take(np.arange(60))).unlearn(row_indices=RANDOM)
+
+
+def test_near_duplicates_among_retained_rows_are_reported(scene, trainer_of):
+    from conftest import Rows
+
+    from hf_iau import GatherConfig, gather
+
+    inputs = scene.train.inputs.clone()
+    inputs[600:630] = inputs[:30]
+    train = Rows(inputs, scene.train.labels)
+    scene.model.load_state_dict(scene.state)
+    memory = gather(scene.model, train, config=GatherConfig(gradient_sum="none", batch_size=128, progress=False))
+    report = trainer_of(train_dataset=train, memory=memory).unlearn(row_indices=list(range(30))).report
+    assert report.diagnostics["near_duplicates"]["similar"] >= 25
+    assert any("near-duplicates" in sentence for sentence in report.warnings)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"length": -1.0}, "length=-1.0"),
+        ({"damping": float("nan")}, "damping=nan"),
+        ({"finish_weight": -0.1}, "finish_weight"),
+        ({"max_relative_step": 0.0}, "max_relative_step"),
+        ({"calibrate_on": "hope"}, "calibrate_on='hope'"),
+        ({"damping_range": (1.0, 0.1)}, "damping_range"),
+        ({"proxy_rows": (5,)}, "proxy_rows"),
+        ({"held_out_rows": 10}, "held_out_rows=10"),
+    ],
+)
+def test_bad_configuration(values, words):
+    with pytest.raises(ConfigError, match=words):
+        IAUConfig(**values)
+
+
+def good(**changes):
+    values = {"length": 0.5, "damping": 0.1, "finish_weight": 0.0, "source": "proxies"}
+    values |= {"held_out_loss_before": 1.0, "held_out_loss": 1.02, "lengths": [0.5, 0.55]}
+    return Calibration(**(values | changes))
+
+
+@pytest.mark.parametrize(
+    ("calibration", "other", "verdict", "word"),
+    [
+        (good(), {}, SAFE, "calibration"),
+        (good(), {"relative_step": 0.4}, CHECK, "weights' norm"),
+        (good(), {"relative_step": 0.7}, RETRAIN, "first-order"),
+        (good(held_out_loss=1.2), {}, CHECK, "held-out loss rose"),
+        (good(held_out_loss=1.5), {}, RETRAIN, "held-out loss rose"),
+        (good(held_out_loss=float("nan")), {}, RETRAIN, "held-out loss rose"),
+        (good(), {"share_forgotten": 0.2}, CHECK, "forgotten"),
+        (good(), {"share_forgotten": 0.5}, RETRAIN, "forgotten"),
+        (good(), {"whole_class": 3}, RETRAIN, "class 3"),
+        (good(), {"kronecker_share": 0.2}, CHECK, "diagonal"),
+        (good(reached=False), {}, CHECK, "target"),
+        (good(lengths=[0.2, 0.9]), {}, CHECK, "disagree"),
+        (good(source="uncalibrated", held_out_loss=None, held_out_loss_before=None), {}, CHECK, "not calibrated"),
+        (good(), {"halvings": 2}, CHECK, "halved 2"),
+    ],
+)
+def test_verdicts(calibration, other, verdict, word):
+    figures = {"relative_step": 0.1, "share_forgotten": 0.05, "kronecker_share": 1.0, "whole_class": None} | other
+    said, reasons = judge(calibration=calibration, **figures)
+    assert said == verdict
+    assert any(word in reason for reason in reasons)
