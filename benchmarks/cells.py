@@ -92,9 +92,7 @@ def run_cells(
     test = case.splits.test.dataset(tokenizer, table=table)
     memories: dict[str, GradientMemory] = {}
     for variant in wanted:
-        trainer = models.trainer(
-            case.work, original.model, train, seed=case.seed, held_out=held_out, for_request=True
-        )
+        trainer = models.trainer(case.work, original.model, train, seed=case.seed, held_out=held_out, for_request=True)
         settings = json.dumps(variant.gather, sort_keys=True)
         if settings not in memories:
             if variant.gather.get("curvature") == "adam":

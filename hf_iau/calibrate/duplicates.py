@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_iau.objective import RowSource
 from hf_iau.objective.rows import Batch
 
-_SIMILAR = 0.97
+_NEAR = 0.15
 _WIDTH = 256
 _FORGET_ROWS = 500
 
@@ -23,7 +23,8 @@ class DuplicateSearch:
 
     Attributes:
         forget_rows, retained_rows: rows compared.
-        similar: forget rows that have a retained row of cosine similarity 0.97 or more (inputs alone, not labels).
+        similar: forget rows whose nearest retained row is closer than 0.15 times the median distance between two
+            rows (inputs alone, not labels).
     """
 
     forget_rows: int
@@ -38,25 +39,26 @@ class DuplicateSearch:
 def find_near_duplicates(forget: RowSource, retained: RowSource, seed: int = 0) -> DuplicateSearch | None:
     """Compare up to 500 forget rows with `retained`, a sample of the rows that stay.
 
-    A row is described by a random projection of its centred pixel values (or other float inputs), or by its counts of
-    tokens, hashed. None where the rows have neither.
+    A row is described by a random projection of its pixel values (or other float inputs), or by its counts of tokens,
+    hashed. None where the rows have neither.
     """
     ours = _describe(forget.sample(_FORGET_ROWS, seed))
     theirs = _describe(retained)
     if ours is None or theirs is None or ours.shape[1] != theirs.shape[1]:
         return None
-    closest = (ours @ theirs.T).amax(dim=1)
-    return DuplicateSearch(len(ours), len(theirs), int((closest >= _SIMILAR).sum()))
+    distances = torch.cdist(ours, theirs)
+    near = distances.amin(dim=1) < _NEAR * distances.median()
+    return DuplicateSearch(len(ours), len(theirs), int(near.sum()))
 
 
 def _describe(source: RowSource) -> Tensor | None:
-    """`(rows, 256)` unit vectors."""
+    """`(rows, features)` float32."""
     parts: list[Tensor] = []
     for _, inputs in source:
         described = _describe_batch(inputs)
         if described is None:
             return None
-        parts.append(torch.nn.functional.normalize(described, dim=1).cpu())
+        parts.append(described.cpu())
     return torch.cat(parts) if parts else None
 
 
@@ -74,7 +76,6 @@ def _describe_batch(inputs: Batch) -> Tensor | None:
     if values is None or values.dim() < 2:
         return None
     flat = values.reshape(len(values), -1).float()
-    flat = flat - flat.mean(dim=1, keepdim=True)
     if flat.shape[1] <= _WIDTH:
         return flat
     projection = np.random.default_rng(flat.shape[1]).standard_normal((flat.shape[1], _WIDTH), dtype=np.float32)

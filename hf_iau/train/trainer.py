@@ -331,7 +331,7 @@ class UnlearningTrainer(Trainer):
             context = self._context(forget_rows, positions, held_out_dataset, retain_dataset, timer)
             test = self._optional_rows(test_dataset, "test rows")
             for others in (context.retain, context.held_out, test):
-                _refuse_missing_columns(others, context.forget)
+                self._check_same_columns(others, context.forget)
             method.check(context, config)
             self._check_loss(context)
         model = context.model
@@ -501,8 +501,8 @@ class UnlearningTrainer(Trainer):
     def _check_columns(self, forget: RowSource) -> None:
         """Refuse forget rows that lack labels or columns of the training rows, or that are collated at random."""
         row = forget.dataset[0]
-        probe = forget.select([0])
-        batch, again = probe.first_batch(), probe.first_batch()
+        # Read anew each time, for a collator may change the rows that it is given.
+        batch, again = (dict(forget.collator([forget.dataset[0]])) for _ in range(2))
         if row_bytes(batch) != row_bytes(again):
             raise UnsupportedModelError(
                 f"data_collator={type(self.data_collator).__name__} collates the same row differently each time (random "
@@ -530,6 +530,23 @@ class UnlearningTrainer(Trainer):
             raise RequestError(
                 f"The forget rows have columns {sorted(row)} but the training rows have {sorted(trained)}. Preprocess "
                 "them alike, e.g. train_dataset.select(ids)."
+            )
+
+    def _check_same_columns(self, source: RowSource | None, forget: RowSource) -> None:
+        """Refuse rows beside the forget rows that lack one of their columns."""
+        if source is None:
+            return
+        row, known = source.dataset[0], forget.dataset[0]
+        if not isinstance(row, Mapping) or not isinstance(known, Mapping):
+            return
+        needed = set(known)
+        if self.args.remove_unused_columns:
+            self._set_signature_columns_if_needed()
+            needed &= set(self._signature_columns or ())
+        if not needed <= set(row):
+            raise RequestError(
+                f"The {source.name} have columns {sorted(row)} but the forget rows have {sorted(known)}. Preprocess "
+                "them alike."
             )
 
     def _check_loss(self, context: ForgetContext) -> None:
@@ -693,17 +710,6 @@ def _refuse_random_rows(source: RowSource) -> None:
         raise UnsupportedModelError(
             f"The {source.name} change each time they are read (random augmentation in `set_transform` or "
             "`__getitem__`), so a row has no one gradient. Pass the same rows without augmentation."
-        )
-
-
-def _refuse_missing_columns(source: RowSource | None, forget: RowSource) -> None:
-    if source is None:
-        return
-    row, known = source.dataset[0], forget.dataset[0]
-    if isinstance(row, Mapping) and isinstance(known, Mapping) and not set(known) <= set(row):
-        raise RequestError(
-            f"The {source.name} have columns {sorted(row)} but the forget rows have {sorted(known)}. Preprocess them "
-            "alike."
         )
 
 

@@ -25,9 +25,14 @@ def model() -> nn.Module:
 
 def test_an_exception_puts_every_bit_back(model: nn.Module) -> None:
     before = state_of(model)
-    with pytest.raises(ZeroDivisionError), WeightTransaction(model):
-        change(model)
-        raise ZeroDivisionError
+
+    def interrupted() -> None:
+        with WeightTransaction(model):
+            change(model)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        interrupted()
     assert_bits(model, before)
 
 

@@ -479,7 +479,7 @@ def test_a_retrained_model_that_is_none(shared: UnlearningTrainer) -> None:
 
 
 def test_restriction(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="mode='approximate'.*none, exact, finite-difference"):
+    with pytest.raises(ConfigError, match=r"mode='approximate'.*none, exact, finite-difference"):
         make_trainer(tmp_path, restriction="approximate")
     with pytest.raises(ConfigError, match=r"restriction=0.005: give a RestrictionConfig"):
         make_trainer(tmp_path, restriction=0.005)
