@@ -256,7 +256,7 @@ def _gather_sum(
     rows = source.sample(config.sample_rows, config.seed + 1, name="sampled rows")
     sample = sum_row_gradients(model, row_loss, rows, progress=config.progress, track_batches=True)
     share = len(source) / sample.n_rows
-    error = share * _standard_error(sample)
+    error = share * _standard_error(sample) * (1 - 1 / share) ** 0.5
     scaled = GradientSum(
         {name: tensor * share for name, tensor in sample.tensors.items()},
         len(source),

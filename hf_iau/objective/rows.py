@@ -192,7 +192,8 @@ def _feed(digest: Any, value: Any) -> None:
     if isinstance(value, (bool, int, float, list, tuple, np.ndarray, np.generic)):
         array = _numbers(value)
         if array is not None:
-            digest.update(f"A{array.dtype}{array.shape}".encode() + array.tobytes())
+            kind = "int64" if array.dtype.kind == "i" else "float32"  # str(dtype) is slow, and rows are many
+            digest.update(f"A{kind}{array.shape}".encode() + array.tobytes())
             return
     if isinstance(value, (list, tuple)):
         digest.update(b"[")
