@@ -147,7 +147,7 @@ DIGITS = Work(
     "digits_cnn",
     data="digits",
     model="small_cnn",
-    training=Training(epochs=20, learning_rate=1e-3, batch_size=32),
+    training=Training(epochs=80, learning_rate=1e-3, batch_size=32),
     train_rows=1_000,
     held_out_rows=397,
     test_rows=400,

@@ -218,7 +218,8 @@ def finish(
     """Look at the request's own step: choose c for it, and shorten it where it would ruin the held-out rows.
 
     c ("finish the training") repairs what forgetting costs the held-out rows. It is raised only while that helps, and
-    not further than to the held-out loss of before: a retrained model is not better trained than the original.
+    not further than to the held-out loss of before (by interpolation): a retrained model is not better trained than
+    the original.
 
     Args:
         runner: tries the *request's* steps; its criterion is not looked at.
@@ -243,6 +244,11 @@ def finish(
             break
         tried = runner.run(best.length, calibration.damping, weight)
         if not tried.held_out_loss < best.held_out_loss or tried.relative_step > max_relative_step:
+            break
+        if tried.held_out_loss < before.held_out_loss:
+            share = (best.held_out_loss - before.held_out_loss) / (best.held_out_loss - tried.held_out_loss)
+            between = best.finish_weight + share * (weight - best.finish_weight)
+            best = runner.run(best.length, calibration.damping, between)
             break
         best = tried
     return replace(

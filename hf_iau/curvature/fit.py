@@ -395,10 +395,17 @@ class _Fit:
 
     def _add_covariances(self, layer: MatrixLayer, a: Tensor, g: Tensor) -> None:
         live = g.ne(0).any(dim=-1, keepdim=True)
-        weighted = a if bool(live.all()) else a * live
         groups, positions = a.shape[0], a.shape[2]
-        inputs, weighted = (tensor.reshape(groups, -1, a.shape[-1]) for tensor in (a, weighted))
-        outputs = g.reshape(groups, -1, g.shape[-1])
+        inputs, outputs = a.reshape(groups, -1, a.shape[-1]), g.reshape(groups, -1, g.shape[-1])
+        weighted = inputs
+        if groups == 1 and positions > 1:
+            # Behind a max-pooling most positions are dead: work on the others alone.
+            alive = live.reshape(-1).nonzero().squeeze(1)
+            if len(alive) < inputs.shape[1]:
+                inputs, outputs = inputs[:, alive], outputs[:, alive]
+            weighted = inputs
+        elif not bool(live.all()):
+            weighted = inputs * live.reshape(groups, -1, 1)
         input_sum, output_sum, bound = self._covariance(layer)
         if positions > 1:
             norms = torch.linalg.vector_norm(weighted, dim=-1) * torch.linalg.vector_norm(outputs, dim=-1)

@@ -42,7 +42,7 @@ def test_multiply_and_solve_are_inverse(fitted: tuple[nn.Module, Curvature]) -> 
 
 
 def test_unseen_tokens_do_not_take_unbounded_steps(fitted: tuple[nn.Module, Curvature]) -> None:
-    model, curvature = fitted
+    _, curvature = fitted
     name = "bert.embeddings.word_embeddings.weight"
     block = next(b for b in curvature.blocks.values() if name in b.shapes)
     assert isinstance(block, DiagonalBlock)
