@@ -19,6 +19,8 @@ from hf_iau.calibrate.trial import Trial, TrialRunner
 _TRIALS_PER_LENGTH = 5
 _TRIALS_AFTER_A_GUESS = 3
 _MOST_HALVINGS = 4
+MAX_DRIFT = 0.3
+"""A step that raises the held-out loss by more than this share is too long, whatever it forgets."""
 
 
 @dataclass
@@ -84,6 +86,8 @@ def find_length(
 ) -> tuple[Trial, bool]:
     """The k at which the criterion vanishes, by bracketing and interpolation.
 
+    Where the held-out loss rises by more than `MAX_DRIFT` before that, the longest step tried that spares it is taken.
+
     Args:
         runner: tries steps.
         damping, finish_weight: λ and c.
@@ -97,37 +101,39 @@ def find_length(
         The best trial, and whether it is within the tolerance.
     """
     limit = runner.longest(damping, max_relative_step)
+    ruin = (1.0 + MAX_DRIFT) * start.held_out_loss
     low, low_value = 0.0, start.criterion
     high: float | None = None
     high_value = 0.0
-    best: Trial | None = None
+    tried: list[Trial] = []
     length = min(guess if guess is not None else _first_guess(runner, damping, start), limit)
     for _ in range(trials):
         trial = runner.run(length, damping, finish_weight)
-        if best is None or abs(trial.criterion) < abs(best.criterion):
-            best = trial
-        if abs(trial.criterion) <= tolerance:
+        tried.append(trial)
+        spared = trial.held_out_loss <= ruin
+        if spared and abs(trial.criterion) <= tolerance:
             return trial, True
-        if trial.criterion > 0:
+        if spared and trial.criterion > 0:
             if length >= limit:
-                return best, False
+                break
             low, low_value = length, trial.criterion
         else:
-            high, high_value = length, trial.criterion
+            high, high_value = length, min(trial.criterion, -start.criterion if not spared else 0.0)
         if high is None:
             # Still too short: extrapolate the line through the start, at most fourfold.
             fall = max(start.criterion - trial.criterion, 1e-12)
             length = min(length * min(max(start.criterion / fall, 1.3), 4.0), limit)
         else:
-            # Rows that look unseen at the start already (low_value <= 0) only allow halving.
-            share = low_value / (low_value - high_value) if low_value > 0.0 else 0.5
+            share = low_value / (low_value - high_value)
             share = min(max(share, 0.1), 0.9)
             if low > 0.0:
                 length = math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
             else:
                 length = share * high
-    assert best is not None
-    return best, False
+    sparing = [trial for trial in tried if trial.held_out_loss <= ruin]
+    if not sparing:
+        return min(tried, key=lambda trial: trial.length), False
+    return min(sparing, key=lambda trial: abs(trial.criterion)), False
 
 
 def _first_guess(runner: TrialRunner, damping: float, start: Trial) -> float:
@@ -213,9 +219,8 @@ def finish(
     *,
     finish_weights: tuple[float, ...],
     max_relative_step: float,
-    max_drift: float,
 ) -> Calibration:
-    """Look at the request's own step: choose c for it, and shorten it where it would ruin the held-out rows.
+    """Look at the request's own step: choose c for it, and halve it (up to four times) while it ruins the held-out rows.
 
     c ("finish the training") repairs what forgetting costs the held-out rows. It is raised only while that helps, and
     not further than to the held-out loss of before (by interpolation): a retrained model is not better trained than
@@ -226,7 +231,6 @@ def finish(
         calibration: k and λ.
         finish_weights: c to be tried beside 0, ascending; empty without a gradient sum.
         max_relative_step: longest ‖Δ‖/‖θ‖ allowed.
-        max_drift: the step is halved, up to four times, while the held-out loss rises by more than this share.
 
     Returns:
         The calibration with c, the held-out losses and `halvings` filled in.
@@ -236,7 +240,7 @@ def finish(
     length = min(calibration.length, runner.longest(calibration.damping, max_relative_step))
     best = runner.run(length, calibration.damping)
     halvings = 0
-    while not best.held_out_loss <= (1.0 + max_drift) * before.held_out_loss and halvings < _MOST_HALVINGS:
+    while not best.held_out_loss <= (1.0 + MAX_DRIFT) * before.held_out_loss and halvings < _MOST_HALVINGS:
         halvings += 1
         best = runner.run(length * 0.5**halvings, calibration.damping)
     for weight in finish_weights:

@@ -36,7 +36,6 @@ ENOUGH_FORGET_ROWS = 200
 _FEWEST_HELD_OUT_ROWS = 100
 _REFERENCE_ROWS = 2000
 _CLASS_TOLERANCE = 0.01
-_RUINED = 0.3
 # Memories may be moved this far, relative to the weights, before an earlier calibration is not trusted any more.
 _CALIBRATION_RANGE = 0.05
 
@@ -390,7 +389,6 @@ class IAU:
             calibration,
             finish_weights=tuple(sorted(w for w in weights if w > 0)) if directions.finish_sum is not None else (),
             max_relative_step=config.max_relative_step,
-            max_drift=_RUINED,
         )
 
     def _bounded_step(

@@ -95,6 +95,25 @@ def test_the_step_stays_within_its_bound(runner):
     assert trial.relative_step == pytest.approx(0.01, rel=1e-3)
 
 
+def test_a_step_that_ruins_the_held_out_rows_is_too_long():
+    """The criterion vanishes at k = 1, but the held-out loss has risen by 30 % at k = 0.3 already."""
+
+    class Fake:
+        n_target = 500
+
+        def longest(self, *_):
+            return 1e9
+
+        def run(self, k, damping, c=0.0):
+            return Trial(k, damping, c, 0.1, 0.1 * (1 - k), 1.0 + k, 0.5)
+
+    fake = Fake()
+    trial, reached = find_length(
+        fake, 0.1, 0.0, start=fake.run(0.0, 0.1), tolerance=0.005, max_relative_step=0.5, guess=0.9
+    )
+    assert not reached and 0.1 < trial.length <= 0.3
+
+
 def test_calibration_is_downhill_in_the_held_out_loss_and_cheap(runner):
     start = runner.run(0.0, 1.0)
     found = calibrate(
@@ -182,7 +201,6 @@ def test_finishing_repairs_the_held_out_loss_and_no_more(scene):
         found,
         finish_weights=(0.003, 0.01, 0.03, 0.1),
         max_relative_step=0.5,
-        max_drift=0.3,
     )
     plain = done.finish_curve[1]["held_out_loss"]
     assert done.held_out_loss <= plain
@@ -215,7 +233,6 @@ def test_finishing_stops_at_the_loss_of_before():
         Calibration(0.5, 0.1, 0.0, source="proxies"),
         finish_weights=(0.003, 0.03, 0.1),
         max_relative_step=0.5,
-        max_drift=0.3,
     )
     assert done.finish_weight == pytest.approx(0.01)
     assert done.held_out_loss == pytest.approx(1.0)
@@ -232,7 +249,6 @@ def test_a_ruinous_step_is_halved(scene):
         Calibration(limit, 10.0, 0.0, source="proxies"),
         finish_weights=(),
         max_relative_step=0.5,
-        max_drift=0.05,
     )
     assert done.halvings >= 1 and not done.reached
     assert done.length == pytest.approx(limit / 2**done.halvings)
