@@ -169,6 +169,7 @@ def main() -> None:
     """Train, forget, compare, report."""
     started = time.perf_counter()
     (arguments,) = HfArgumentParser(DemoArguments).parse_args_into_dataclasses()
+    torch.set_num_threads(1)  # the model is too small to gain from more, and a busy machine would slow them down
     setting = QUICK if arguments.quick else Setting()
     output_dir = Path(arguments.output_dir)
     train, held_out, test, wrong = load_rows(setting, arguments.seed)

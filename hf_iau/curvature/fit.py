@@ -19,6 +19,7 @@ from hf_iau.curvature.layers import (
     LayerPlan,
     MatrixLayer,
     NotSeparableError,
+    live_positions,
     plan_layers,
     row_gradients,
     sum_of_squared_gradients,
@@ -61,7 +62,7 @@ def fit_curvature(
       and LoRA matrices. With inputs a (extended by a 1 where the bias is trainable) and output gradients g, the bases
       are those of A = Σ a aᵀ and S = Σ g gᵀ, summed over rows, positions and calls (the *expand* setting), and the
       eigenvalues Λ = (1 / targets) Σ_rows (Q_Sᵀ G Q_A)² with G = Σ_positions g aᵀ of a row. Each group of a grouped
-      convolution has factors of its own. Positions whose output gradient is exactly zero are left out of A too, so
+      convolution has factors of its own. Positions whose output gradient is zero (but for rounding) are left out of A too, so
       padding and unused positions drop out and the factors do not depend on the padding length.
     * `"diagonal"`: the same without rotation, Λ = (1 / targets) Σ_rows g².
     * `"adam"`: the optimizer's bias-corrected second moment. It belongs to the last step, is clipped, and is at the
@@ -394,7 +395,7 @@ class _Fit:
         self.n_targets += n_targets
 
     def _add_covariances(self, layer: MatrixLayer, a: Tensor, g: Tensor) -> None:
-        live = g.ne(0).any(dim=-1, keepdim=True)
+        live = live_positions(g)[..., None]
         groups, positions = a.shape[0], a.shape[2]
         inputs, outputs = a.reshape(groups, -1, a.shape[-1]), g.reshape(groups, -1, g.shape[-1])
         weighted = inputs

@@ -435,6 +435,16 @@ def sum_of_squares(matrices: Tensor, input_basis: Tensor, output_basis: Tensor) 
     return total
 
 
+def live_positions(g: Tensor) -> Tensor:
+    """Positions that carry gradient at all: `(groups, rows, positions)` bool from g, `(groups, rows, positions, outputs)`.
+
+    Where a gradient vanishes by structure (padding, the first query of causal attention), rounding may leave some 1e-17
+    of it in one batch and nothing in another, so zero means: tiny beside the row's largest.
+    """
+    size = g.abs().amax(dim=-1)
+    return size > torch.finfo(g.dtype).eps ** 0.75 * size.amax(dim=-1, keepdim=True)
+
+
 def row_gradients(a: Tensor, g: Tensor) -> Tensor:
     """G_row = Σ_positions g aᵀ, `(groups, rows, outputs, columns)`."""
     return g.mT @ a

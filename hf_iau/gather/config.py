@@ -40,7 +40,7 @@ class GatherConfig:
         metadata={"help": "Curvature to remember: 'ekfac', 'diagonal', 'adam', 'identity' or 'none'."},
     )
     curvature_rows: int = field(
-        default=512, metadata={"help": "Training rows that the curvature is fitted on; its cost does not grow with n."}
+        default=1024, metadata={"help": "Training rows that the curvature is fitted on; its cost does not grow with n."}
     )
     fisher: Literal["true", "empirical"] = field(
         default="true", metadata={"help": "Labels drawn from the model ('true') or the training labels ('empirical')."}

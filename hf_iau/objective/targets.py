@@ -60,7 +60,13 @@ class Targets:
         return (self.logits - self.labels).square().mean(dim=1)
 
     def fisher_loss(self, row_ids: np.ndarray, seed: int) -> Tensor:
-        """Summed loss at labels drawn from the model itself; its row gradients have the true Fisher as covariance.
+        """Summed loss at labels drawn from the model itself; its row gradients have the true Fisher as second moment.
+
+        Class labels are drawn by importance. A model that has memorised its rows is sure of nearly every label, and a
+        plain draw y ~ p tells something about the curvature only in the rare case that it is a wrong label. So y is
+        drawn from q_y ∝ p_y ‖p − e_y‖², the draw with the least variance of g gᵀ in the logits, and its gradient is
+        weighted with ±√(p_y / q_y): E_q[(p/q) g gᵀ] = E_p[g gᵀ]. The random sign keeps the gradients of a row's
+        several targets uncorrelated, as they are when labels are drawn from p.
 
         The draw of a target depends on `(seed, row id, the target's number in its row)` alone, so it is the same for
         every batch size, order and padding. For losses that are means over a row's outputs (multi-label, regression)
@@ -76,10 +82,9 @@ class Targets:
         uniforms = self._uniforms(row_ids, seed)
         if self.kind in (TaskKind.SINGLE_LABEL, TaskKind.TOKENS):
             with torch.no_grad():
-                cumulative = self.logits.double().softmax(dim=1).cumsum(dim=1)
-                drawn = (cumulative < uniforms[:, :1] * cumulative[:, -1:]).sum(dim=1)
-                drawn = drawn.clamp_(max=self.logits.shape[1] - 1)
-            return F.cross_entropy(self.logits, drawn, reduction="sum")
+                drawn, weights = _draw_by_importance(self.logits.double().softmax(dim=1), uniforms)
+            losses = F.cross_entropy(self.logits, drawn, reduction="none")
+            return (weights.to(losses.dtype) * losses).sum()
         outputs = self.logits.shape[1]
         if self.kind is TaskKind.MULTI_LABEL:
             drawn = (uniforms < self.logits.detach().double().sigmoid()).to(self.logits.dtype)
@@ -91,8 +96,8 @@ class Targets:
         return loss / outputs**0.5
 
     def _uniforms(self, row_ids: np.ndarray, seed: int) -> Tensor:
-        """`(targets, draws)` float64 in [0, 1): one draw a class target, one an output otherwise."""
-        draws = 1 if self.kind in (TaskKind.SINGLE_LABEL, TaskKind.TOKENS) else self.logits.shape[1]
+        """`(targets, draws)` float64 in [0, 1): a label and a sign a class target, one an output otherwise."""
+        draws = 2 if self.kind in (TaskKind.SINGLE_LABEL, TaskKind.TOKENS) else self.logits.shape[1]
         counts = torch.bincount(self.rows, minlength=self.n_rows).tolist()
         by_row = [
             np.random.Generator(np.random.Philox(key=[seed & 0xFFFFFFFFFFFFFFFF, int(row_id)])).random((count, draws))
@@ -102,6 +107,29 @@ class Targets:
         drawn = np.concatenate(by_row) if by_row else np.zeros((0, draws))
         ordered = drawn[starts[self.rows.cpu().numpy()] + self.order.cpu().numpy()]
         return torch.from_numpy(ordered).to(self.logits.device)
+
+
+def _draw_by_importance(p: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels y ~ q ∝ p_y ‖p − e_y‖² and their signed weights ±√(p_y / q_y).
+
+    Args:
+        p: `(targets, classes)` float64 probabilities.
+        uniforms: `(targets, 2)` in [0, 1), for the label and the sign.
+
+    Returns:
+        `(targets,)` int64 labels and `(targets,)` float64 weights.
+    """
+    squared_norm = p.square().sum(dim=1, keepdim=True) - 2.0 * p + 1.0  # ‖p − e_y‖²
+    importance = p * squared_norm.clamp_(min=0.0)
+    total = importance.sum(dim=1, keepdim=True)
+    certain = total <= 0.0  # one class has all the probability there is: no curvature, any draw will do
+    importance = torch.where(certain, p, importance)
+    cumulative = importance.cumsum(dim=1)
+    drawn = (cumulative < uniforms[:, :1] * cumulative[:, -1:]).sum(dim=1).clamp_(max=p.shape[1] - 1)
+    chosen = drawn[:, None]
+    ratio = p.gather(1, chosen) * cumulative[:, -1:] / importance.gather(1, chosen).clamp(min=1e-300)
+    sign = torch.where(uniforms[:, 1:2] < 0.5, -1.0, 1.0)
+    return drawn, (sign * ratio.sqrt()).squeeze(1)
 
 
 def read_logits(outputs: Any) -> Tensor:

@@ -309,8 +309,10 @@ def covariances(model: nn.Module, rows: Rows, block: KroneckerBlock, seed: int =
             inputs = collate([row])
             read_targets(model, model(**inputs), inputs["labels"]).fisher_loss(np.array([number]), seed).backward()
             for call, gradient in store.items():
-                for group, a, g in _positions(module, calls[call][0], gradient, layout.groups):
-                    if not bool(g.ne(0).any()):
+                found = list(_positions(module, calls[call][0], gradient, layout.groups))
+                for group, a, g in found:
+                    largest = max(float(other.abs().max()) for of, _, other in found if of == group)
+                    if float(g.abs().max()) <= 1e-11 * largest:  # padding, unused and dead positions
                         continue
                     parts = ([a] if layout.weight else []) + ([torch.ones(1).double()] if layout.bias else [])
                     a = torch.cat(parts).double()
