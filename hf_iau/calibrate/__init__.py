@@ -4,6 +4,7 @@ from hf_iau.calibrate.calibration import Calibration, calibrate, conservative_ca
 from hf_iau.calibrate.duplicates import DuplicateSearch, find_near_duplicates
 from hf_iau.calibrate.exchangeability import ShiftTest, shift_test
 from hf_iau.calibrate.trial import Directions, Trial, TrialRunner
+from hf_iau.calibrate.walk import Walk, walk
 
 __all__ = [
     "Calibration",
@@ -12,9 +13,11 @@ __all__ = [
     "ShiftTest",
     "Trial",
     "TrialRunner",
+    "Walk",
     "calibrate",
     "conservative_calibration",
     "find_near_duplicates",
     "finish",
     "shift_test",
+    "walk",
 ]

@@ -15,11 +15,13 @@ from hf_iau.calibrate import (
     ShiftTest,
     Trial,
     TrialRunner,
+    Walk,
     calibrate,
     conservative_calibration,
     find_near_duplicates,
     finish,
     shift_test,
+    walk,
 )
 from hf_iau.calibrate.calibration import find_length
 from hf_iau.calibrate.trial import auc_distance, class_share_distance
@@ -35,6 +37,10 @@ from hf_iau.remember import GradientMemory
 ENOUGH_FORGET_ROWS = 200
 _FEWEST_HELD_OUT_ROWS = 100
 _REFERENCE_ROWS = 2000
+_FEWEST_WALKED_ROWS = 50
+_WALK_DAMPINGS = (0.01, 0.1)
+# A calibrated step that raises the held-out loss by more than this is compared with a walk.
+_DEAR = 0.10
 _CLASS_TOLERANCE = 0.01
 # Memories may be moved this far, relative to the weights, before an earlier calibration is not trusted any more.
 _CALIBRATION_RANGE = 0.05
@@ -47,7 +53,7 @@ class IAUConfig:
     Parameters that control the step:
         length, damping, finish_weight, max_relative_step.
     Parameters that control calibration:
-        calibrate_on, damping_range, finish_weights, proxy_rows, held_out_rows, recalibrate.
+        calibrate_on, damping_range, finish_weights, proxy_rows, held_out_rows, walk, recalibrate.
 
     Raises:
         ConfigError: a value is out of range.
@@ -78,6 +84,13 @@ class IAUConfig:
     finish_weights: Sequence[float] = field(default=(0.003, 0.01, 0.03), metadata={"help": "c to be tried beside 0."})
     proxy_rows: Sequence[int] = field(default=(512, 256), metadata={"help": "Size of each proxy draw."})
     held_out_rows: int = field(default=2000, metadata={"help": "Most held-out rows looked at in a trial."})
+    walk: bool = field(
+        default=True,
+        metadata={
+            "help": "Where one step does not arrive, or costs the held-out rows more than a tenth of their loss, and "
+            "the request has at least 50 rows that look like any others, take many short steps instead."
+        },
+    )
     recalibrate: bool = field(default=False, metadata={"help": "Calibrate anew though the memory knows the answer."})
 
     def __post_init__(self) -> None:
@@ -162,11 +175,17 @@ class IAU:
                 held_out = context.held_out.sample(config.held_out_rows, context.seed, "held-out rows").keep_batches()
             calibration, notes = self._calibrate(context, config, memory, directions, held_out, known)
             found = calibration
+            path: Walk | None = None
             if held_out is not None and not config.is_given:
                 calibration = self._finish(context, config, directions, calibration, held_out, notes)
+                path = self._walk(context, config, directions, calibration, held_out, notes)
         notes |= duplicates | {"warnings": [*notes["warnings"], *duplicates.get("warnings", [])]}
         with context.timer.phase("update"):
-            step = self._bounded_step(context, config, directions, calibration)
+            if path is not None:
+                step = path.step
+                calibration = _of_walk(calibration, path)
+            else:
+                step = self._bounded_step(context, config, directions, calibration)
             apply_step(context.model, step)
         relative = step_norm(step) / max(weights_norm(context.model, names), 1e-300)
         verdict, reasons = judge(
@@ -391,6 +410,51 @@ class IAU:
             max_relative_step=config.max_relative_step,
         )
 
+    def _walk(
+        self,
+        context: ForgetContext,
+        config: IAUConfig,
+        directions: Directions,
+        calibration: Calibration,
+        held_out: RowSource,
+        notes: dict[str, Any],
+    ) -> Walk | None:
+        """Many short steps in place of one that does not arrive, or that costs the held-out rows too much."""
+        shift = notes.get("shift_test")
+        before, after = calibration.held_out_loss_before, calibration.held_out_loss
+        if (
+            not config.walk
+            or shift is None
+            or not shift["passed"]
+            or len(context.forget) < _FEWEST_WALKED_ROWS
+            or before is None
+            or after is None
+            or (calibration.reached and after <= (1.0 + _DEAR) * before)
+        ):
+            return None
+        rows = context.forget.resized(context.prediction_batch_size).keep_batches()
+        advantage = notes.get("advantage_of_training_rows")
+        offset = 0.0
+        if advantage is not None:
+            offset = auc_distance(predict_rows(context.model, rows), predict_rows(context.model, held_out)) - advantage
+        found: Walk | None = None
+        for damping in _WALK_DAMPINGS if config.damping is None else (config.damping,):
+            path = walk(
+                context.model,
+                context.row_loss,
+                directions,
+                rows,
+                held_out,
+                damping=damping,
+                offset=offset,
+                max_relative_step=config.max_relative_step,
+            )
+            if path.steps and (found is None or path.better_than(found)):
+                found = path
+        if found is None or (calibration.reached and not (found.reached and found.held_out_loss < after)):
+            return None
+        return found
+
     def _bounded_step(
         self, context: ForgetContext, config: IAUConfig, directions: Directions, calibration: Calibration
     ) -> dict[str, Any]:
@@ -405,6 +469,21 @@ class IAU:
             step = {name: change * (allowed / length) for name, change in step.items()}
             calibration.reached = False
         return step
+
+
+def _of_walk(calibration: Calibration, path: Walk) -> Calibration:
+    """What is reported of a step that was walked."""
+    return replace(
+        calibration,
+        damping=path.damping,
+        source="walk",
+        reached=path.reached,
+        criterion=path.criterion,
+        held_out_loss=path.held_out_loss,
+        relative_step=path.relative_step,
+        halvings=0,
+        finish_curve=path.curve,
+    )
 
 
 def _start(runner: TrialRunner, advantage: float | None) -> Trial:

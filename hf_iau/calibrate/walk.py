@@ -1,0 +1,154 @@
+"""Forgetting in many short steps, for models that have memorised their rows.
+
+Where a model is sure of a row, the row's gradient is next to nothing, and one step along the sum of gradients is a step
+for the few rows that were not quite memorised: their loss explodes while the others' hardly moves. So the walk takes
+short steps, looks at the rows' gradients anew before each, and counts only those rows that are still treated better
+than held-out rows are: sorted by loss, the forget rows are laid beside the held-out rows' loss distribution (as it was
+before), quantile by quantile, and a row takes part while its loss is below its partner's. Were the two distributions equal, half
+of the rows would be below by chance: there the walk ends, or where the loss attack cannot tell them apart. What is remembered of the
+other rows pulls back: their gradient at the moved weights is Σ_D + n·C·Δ to first order, without a look at them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_iau.calibrate.calibration import MAX_DRIFT
+from hf_iau.calibrate.trial import Directions, auc_distance
+from hf_iau.forget.step import Step, step_norm, weights_norm
+from hf_iau.gather.gradient_sum import sum_row_gradients
+from hf_iau.objective import RowLoss, RowSource, predict_rows
+
+_STRIDE = 0.03
+_MOST_STEPS = 32
+_PULL = 0.03
+
+
+@dataclass
+class Walk:
+    """A path and the point on it that was chosen.
+
+    Attributes:
+        step: Δ from the old weights to that point, float64.
+        damping: λ of every step.
+        steps: how many steps lead there.
+        reached: whether the criterion was met before the held-out rows suffered.
+        criterion, held_out_loss, relative_step: at that point.
+        curve: a line for each step of the whole path.
+    """
+
+    step: Step
+    damping: float
+    steps: int
+    reached: bool
+    criterion: float
+    held_out_loss: float
+    relative_step: float
+    curve: list[dict[str, Any]] = field(default_factory=list)
+
+    def better_than(self, other: Walk) -> bool:
+        """The target met first, the held-out loss second."""
+        if self.reached != other.reached:
+            return self.reached
+        return self.held_out_loss < other.held_out_loss if self.reached else self.criterion < other.criterion
+
+
+def walk(
+    model: nn.Module,
+    row_loss: RowLoss,
+    directions: Directions,
+    forget: RowSource,
+    held_out: RowSource,
+    *,
+    damping: float,
+    offset: float = 0.0,
+    max_relative_step: float,
+) -> Walk:
+    """Walk from the model's weights until the forget rows look held-out; the weights are put back, bit for bit.
+
+    Args:
+        model: the bare model.
+        row_loss: ℓ.
+        directions: of the forget rows at the present weights; its curvature and Σ_D are used.
+        forget: the forget rows, exchangeable with the held-out ones.
+        held_out: rows never trained on.
+        damping: λ, relative to each layer's mean eigenvalue.
+        offset: see `TrialRunner`.
+        max_relative_step: farthest ‖Δ‖/‖θ‖ allowed.
+    """
+    names = list(directions.forget_sum)
+    weights = {name: model.get_parameter(name).detach().clone() for name in names}
+    norm = max(weights_norm(model, names), 1e-300)
+    moved: Step = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in weights.items()}
+    before = predict_rows(model, held_out)
+    best = Walk(dict(moved), damping, 0, False, float("inf"), before.mean_loss, 0.0)
+    curve: list[dict[str, Any]] = []
+    known = _still_known(predict_rows(model, forget).loss, before.loss)
+    try:
+        for number in range(1, _MOST_STEPS + 1):
+            if len(known) == 0:
+                break
+            gradients = sum_row_gradients(model, row_loss, forget.select(known), names=names).tensors
+            direction = directions.curvature.solve(_with_pull(gradients, directions, moved), damping)
+            length = step_norm(direction)
+            if not length > 0 or not np.isfinite(length):
+                break
+            for name in names:
+                moved[name] = moved[name] + (_STRIDE * norm / length) * direction[name].to(moved[name])
+            relative = step_norm(moved) / norm
+            if relative > max_relative_step:
+                break
+            _place(model, weights, moved)
+            after, treated = predict_rows(model, held_out), predict_rows(model, forget)
+            point = {
+                "damping": damping,
+                "rows_still_known": len(known),
+                "relative_step": relative,
+                "criterion": auc_distance(treated, after) - offset,
+                "held_out_loss": after.mean_loss,
+            }
+            curve.append(point)
+            if not point["held_out_loss"] <= (1.0 + MAX_DRIFT) * before.mean_loss:
+                break
+            if point["criterion"] < best.criterion:
+                best = Walk(dict(moved), damping, number, False, point["criterion"], point["held_out_loss"], relative)
+            known = _still_known(treated.loss, before.loss)
+            if point["criterion"] <= 0.0 or 2 * len(known) <= len(forget):
+                best = Walk(dict(moved), damping, number, True, point["criterion"], point["held_out_loss"], relative)
+                break
+    finally:
+        _place(model, weights, None)
+    best.curve = curve
+    return best
+
+
+def _still_known(losses: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+    """Positions of the rows whose loss is below the held-out loss of the same rank."""
+    ranks = np.argsort(np.argsort(losses, kind="stable"), kind="stable")
+    partners = np.quantile(held_out, (ranks + 0.5) / len(losses))
+    return np.flatnonzero(losses < partners)
+
+
+def _with_pull(gradients: Mapping[str, Tensor], directions: Directions, moved: Step) -> dict[str, Tensor]:
+    """Σ_f − c·(Σ_D + n·C·Δ), float64."""
+    bent = directions.curvature.multiply(moved)
+    pulled = {}
+    for name, gradient in gradients.items():
+        rest = directions.remaining * bent[name].to(gradient)
+        if directions.finish_sum is not None:
+            rest = rest + directions.finish_sum[name].to(gradient)
+        pulled[name] = gradient - _PULL * rest
+    return pulled
+
+
+def _place(model: nn.Module, weights: Mapping[str, Tensor], moved: Step | None) -> None:
+    with torch.no_grad():
+        for name, value in weights.items():
+            parameter = model.get_parameter(name)
+            parameter.copy_(value if moved is None else value.double() + moved[name].to(value.device))
