@@ -25,8 +25,13 @@ from hf_iau.forget.step import Step, step_norm, weights_norm
 from hf_iau.gather.gradient_sum import sum_row_gradients
 from hf_iau.objective import RowLoss, RowSource, predict_rows
 
-_STRIDE = 0.03
-_MOST_STEPS = 32
+_STRIDE, _SHORTEST_STRIDE = 0.03, 0.002
+_MOST_STEPS = 48
+# A step that raises the held-out loss by more than this share went beyond what its gradients could see: it is taken
+# back and the stride is halved.
+_JUMP = 0.03
+DEAR = 0.10
+"""More than this share of the held-out loss is paid only for a walk that arrives."""
 _PULL = 0.03
 
 
@@ -90,6 +95,7 @@ def walk(
     best = Walk(dict(moved), damping, 0, False, float("inf"), before.mean_loss, 0.0)
     curve: list[dict[str, Any]] = []
     known = _still_known(predict_rows(model, forget).loss, before.loss)
+    stride, last_loss = _STRIDE, before.mean_loss
     try:
         for number in range(1, _MOST_STEPS + 1):
             if len(known) == 0:
@@ -99,16 +105,23 @@ def walk(
             length = step_norm(direction)
             if not length > 0 or not np.isfinite(length):
                 break
-            for name in names:
-                moved[name] = moved[name] + (_STRIDE * norm / length) * direction[name].to(moved[name])
-            relative = step_norm(moved) / norm
+            scale = stride * norm / length
+            further = {name: moved[name] + scale * direction[name].to(moved[name]) for name in names}
+            relative = step_norm(further) / norm
             if relative > max_relative_step:
                 break
-            _place(model, weights, moved)
-            after, treated = predict_rows(model, held_out), predict_rows(model, forget)
+            _place(model, weights, further)
+            after = predict_rows(model, held_out)
+            if not after.mean_loss <= last_loss + _JUMP * before.mean_loss and stride > _SHORTEST_STRIDE:
+                stride *= 0.5
+                _place(model, weights, moved)
+                continue
+            moved, last_loss = further, after.mean_loss
+            treated = predict_rows(model, forget)
             point = {
                 "damping": damping,
                 "rows_still_known": len(known),
+                "stride": stride,
                 "relative_step": relative,
                 "criterion": auc_distance(treated, after) - offset,
                 "held_out_loss": after.mean_loss,
@@ -116,7 +129,7 @@ def walk(
             curve.append(point)
             if not point["held_out_loss"] <= (1.0 + MAX_DRIFT) * before.mean_loss:
                 break
-            if point["criterion"] < best.criterion:
+            if point["criterion"] < best.criterion and point["held_out_loss"] <= (1.0 + DEAR) * before.mean_loss:
                 best = Walk(dict(moved), damping, number, False, point["criterion"], point["held_out_loss"], relative)
             known = _still_known(treated.loss, before.loss)
             if point["criterion"] <= 0.0 or 2 * len(known) <= len(forget):

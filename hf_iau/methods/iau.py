@@ -25,6 +25,7 @@ from hf_iau.calibrate import (
 )
 from hf_iau.calibrate.calibration import find_length
 from hf_iau.calibrate.trial import auc_distance, class_share_distance
+from hf_iau.calibrate.walk import DEAR
 from hf_iau.errors import CalibrationError, ConfigError, RequestError
 from hf_iau.forget import ForgetContext, MethodOutcome, apply_step, step_norm, weights_norm
 from hf_iau.gather.gradient_sum import GradientSum, sum_row_gradients
@@ -38,9 +39,7 @@ ENOUGH_FORGET_ROWS = 200
 _FEWEST_HELD_OUT_ROWS = 100
 _REFERENCE_ROWS = 2000
 _FEWEST_WALKED_ROWS = 50
-_WALK_DAMPINGS = (0.01, 0.1)
-# A calibrated step that raises the held-out loss by more than this is compared with a walk.
-_DEAR = 0.10
+_WALK_DAMPINGS = (0.001, 0.01)
 _CLASS_TOLERANCE = 0.01
 # Memories may be moved this far, relative to the weights, before an earlier calibration is not trusted any more.
 _CALIBRATION_RANGE = 0.05
@@ -429,7 +428,7 @@ class IAU:
             or len(context.forget) < _FEWEST_WALKED_ROWS
             or before is None
             or after is None
-            or (calibration.reached and after <= (1.0 + _DEAR) * before)
+            or (calibration.reached and after <= (1.0 + DEAR) * before)
         ):
             return None
         rows = context.forget.resized(context.prediction_batch_size).keep_batches()
@@ -451,7 +450,7 @@ class IAU:
             )
             if path.steps and (found is None or path.better_than(found)):
                 found = path
-        if found is None or (calibration.reached and not (found.reached and found.held_out_loss < after)):
+        if found is None or (found.held_out_loss >= after and (calibration.reached or not found.reached)):
             return None
         return found
 
