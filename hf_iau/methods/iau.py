@@ -32,12 +32,14 @@ from hf_iau.gather.gradient_sum import GradientSum, sum_row_gradients
 from hf_iau.methods.base import add_weight_decay, register_method
 from hf_iau.methods.verdict import judge
 from hf_iau.objective import RowPredictions, RowSource, predict_rows
+from hf_iau.objective.rows import row_bytes
 from hf_iau.remember import GradientMemory
 
 # A forget set of this size sets its own target, if it passes the shift test: the standard error of its AUC is 2 points.
 ENOUGH_FORGET_ROWS = 200
 _FEWEST_HELD_OUT_ROWS = 100
 _REFERENCE_ROWS = 2000
+_OVERLAP_ROWS = 4000
 _FEWEST_WALKED_ROWS = 50
 _WALK_DAMPINGS = (0.001, 0.01)
 _CLASS_TOLERANCE = 0.01
@@ -554,17 +556,16 @@ def _remembered(config: IAUConfig, memory: GradientMemory) -> Calibration | None
 
 def _refuse_overlap(context: ForgetContext) -> None:
     """Held-out rows that are being forgotten, or were trained on, would set a false target."""
-    from hf_iau.objective.rows import row_bytes
-
     assert context.held_out is not None
     probe = context.held_out.sample(512, context.seed)
     digests = {row_bytes(probe.dataset[i]) for i in range(len(probe))}
-    shared = len(digests & context.excluded)
+    shared, looked_at = len(digests & context.excluded), 1.0
     if not shared and context.train is not None:
-        trained = context.train.sample(20_000, context.seed)
+        trained = context.train.sample(_OVERLAP_ROWS, context.seed)
         shared = sum(row_bytes(trained.dataset[i]) in digests for i in range(len(trained)))
+        looked_at = len(trained) / max(len(context.train), 1)
     # Real data sets hold a few exact duplicates; an overlap of sets is another matter.
-    if shared > max(2, 0.02 * len(probe)):
+    if shared > max(2, 0.02 * len(probe) * looked_at):
         raise RequestError(
             f"{shared} of {len(probe)} held-out rows looked at are training rows: a model treats those as known, so "
             "calibrating on them would forget nothing. Pass held_out_dataset= with rows that were never trained on."

@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 # Retained rows that a report measures; their accuracy is then good to about one point.
 _MEASURED_RETAINED_ROWS = 2000
+_MEASURED_HELD_OUT_ROWS = 4000
 
 
 @dataclass
@@ -340,7 +341,10 @@ class UnlearningTrainer(Trainer):
             if retained is not None:
                 retained = retained.resized(self.args.per_device_eval_batch_size)
             measured = context.forget.resized(self.args.per_device_eval_batch_size)
-            splits = (measured, retained, context.held_out, test)
+            held_out = context.held_out
+            if held_out is not None and len(held_out) > _MEASURED_HELD_OUT_ROWS:
+                held_out = held_out.sample(_MEASURED_HELD_OUT_ROWS, self.args.seed)
+            splits = (measured, retained, held_out, test)
             before = measure_model(model, *splits)
         transaction = WeightTransaction(model)
         undo: Callable[[], None] | None = None
