@@ -29,7 +29,8 @@ class Calibration:
 
     Attributes:
         length, damping, finish_weight: k, λ (relative) and c.
-        source: "forget rows", "proxies", "class share", "remembered", "given" or "uncalibrated".
+        source: "forget rows", "proxies", "class share", "remembered", "given", "uncalibrated" or "walk" (many short
+            steps were taken instead of one; `length` and `finish_weight` are those of the one step not taken).
         reached: whether the criterion was brought within its tolerance.
         criterion: its value at the step chosen; `tolerance` and `standard_error` beside it.
         held_out_loss_before, held_out_loss: mean loss of the held-out rows without and with the step.
@@ -38,7 +39,7 @@ class Calibration:
         draws: rows of each proxy draw.
         relative_step: ‖Δ‖/‖θ‖ of the request's step.
         halvings: how often that step was halved to spare the held-out rows.
-        finish_curve: every trial of the request's own step, in which c was chosen.
+        finish_curve: every trial of the request's own step, in which c was chosen; every step of a walk.
     """
 
     length: float
@@ -124,8 +125,8 @@ def find_length(
             fall = max(start.criterion - trial.criterion, 1e-12)
             length = min(length * min(max(start.criterion / fall, 1.3), 4.0), limit)
         else:
-            share = low_value / (low_value - high_value)
-            share = min(max(share, 0.1), 0.9)
+            gap = low_value - high_value  # not positive where the rows look no better known than held-out ones at k = 0
+            share = min(max(low_value / gap, 0.1), 0.9) if gap > 0 else 0.1
             if low > 0.0:
                 length = math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
             else:
@@ -219,6 +220,7 @@ def finish(
     *,
     finish_weights: tuple[float, ...],
     max_relative_step: float,
+    finish_weight: float | None = None,
 ) -> Calibration:
     """Look at the request's own step: choose c for it, and halve it (up to four times) while it ruins the held-out rows.
 
@@ -231,6 +233,7 @@ def finish(
         calibration: k and λ.
         finish_weights: c to be tried beside 0, ascending; empty without a gradient sum.
         max_relative_step: longest ‖Δ‖/‖θ‖ allowed.
+        finish_weight: keep c at this value.
 
     Returns:
         The calibration with c, the held-out losses and `halvings` filled in.
@@ -238,12 +241,13 @@ def finish(
     first = len(runner.trials)
     before = runner.run(0.0, calibration.damping)
     length = min(calibration.length, runner.longest(calibration.damping, max_relative_step))
-    best = runner.run(length, calibration.damping)
+    given = finish_weight or 0.0
+    best = runner.run(length, calibration.damping, given)
     halvings = 0
     while not best.held_out_loss <= (1.0 + MAX_DRIFT) * before.held_out_loss and halvings < _MOST_HALVINGS:
         halvings += 1
-        best = runner.run(length * 0.5**halvings, calibration.damping)
-    for weight in finish_weights:
+        best = runner.run(length * 0.5**halvings, calibration.damping, given)
+    for weight in finish_weights if finish_weight is None else ():
         if best.held_out_loss <= before.held_out_loss:
             break
         tried = runner.run(best.length, calibration.damping, weight)
@@ -287,7 +291,7 @@ class _Candidate:
 def _downhill(at: Callable[[float, _Candidate | None], _Candidate], damping_range: tuple[float, float]) -> _Candidate:
     """The best λ by factors of ten: from the middle of the range towards smaller ones, else towards larger ones."""
     low, high = damping_range
-    best = at(10.0 ** round(math.log10(low * high) / 2.0), None)
+    best = at(min(max(10.0 ** round(math.log10(low * high) / 2.0), low), high), None)
     for factor in (0.1, 10.0):
         moved = False
         while low * 0.99 <= best.trial.damping * factor <= high * 1.01:

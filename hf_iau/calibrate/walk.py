@@ -74,6 +74,7 @@ def walk(
     damping: float,
     offset: float = 0.0,
     max_relative_step: float,
+    pull: float = _PULL,
 ) -> Walk:
     """Walk from the model's weights until the forget rows look held-out; the weights are put back, bit for bit.
 
@@ -81,11 +82,12 @@ def walk(
         model: the bare model.
         row_loss: ℓ.
         directions: of the forget rows at the present weights; its curvature and Σ_D are used.
-        forget: the forget rows, exchangeable with the held-out ones.
-        held_out: rows never trained on.
+        forget: the forget rows, exchangeable with the held-out ones, in batches that fit gradients.
+        held_out: rows never trained on, in batches that fit forward passes.
         damping: λ, relative to each layer's mean eigenvalue.
         offset: see `TrialRunner`.
         max_relative_step: farthest ‖Δ‖/‖θ‖ allowed.
+        pull: c, the weight of the other rows' remembered gradient.
     """
     names = list(directions.forget_sum)
     weights = {name: model.get_parameter(name).detach().clone() for name in names}
@@ -94,14 +96,15 @@ def walk(
     before = predict_rows(model, held_out)
     best = Walk(dict(moved), damping, 0, False, float("inf"), before.mean_loss, 0.0)
     curve: list[dict[str, Any]] = []
-    known = _still_known(predict_rows(model, forget).loss, before.loss)
+    looked_at = forget.resized(held_out.batch_size).keep_batches()
+    known = _still_known(predict_rows(model, looked_at).loss, before.loss)
     stride, last_loss = _STRIDE, before.mean_loss
     try:
-        for number in range(1, _MOST_STEPS + 1):
+        for _ in range(_MOST_STEPS):
             if len(known) == 0:
                 break
             gradients = sum_row_gradients(model, row_loss, forget.select(known), names=names).tensors
-            direction = directions.curvature.solve(_with_pull(gradients, directions, moved), damping)
+            direction = directions.curvature.solve(_with_pull(gradients, directions, moved, pull), damping)
             length = step_norm(direction)
             if not length > 0 or not np.isfinite(length):
                 break
@@ -117,7 +120,7 @@ def walk(
                 _place(model, weights, moved)
                 continue
             moved, last_loss = further, after.mean_loss
-            treated = predict_rows(model, forget)
+            treated = predict_rows(model, looked_at)
             point = {
                 "damping": damping,
                 "rows_still_known": len(known),
@@ -130,10 +133,10 @@ def walk(
             if not point["held_out_loss"] <= (1.0 + MAX_DRIFT) * before.mean_loss:
                 break
             if point["criterion"] < best.criterion and point["held_out_loss"] <= (1.0 + DEAR) * before.mean_loss:
-                best = Walk(dict(moved), damping, number, False, point["criterion"], point["held_out_loss"], relative)
+                best = Walk(moved, damping, len(curve), False, point["criterion"], point["held_out_loss"], relative)
             known = _still_known(treated.loss, before.loss)
             if point["criterion"] <= 0.0 or 2 * len(known) <= len(forget):
-                best = Walk(dict(moved), damping, number, True, point["criterion"], point["held_out_loss"], relative)
+                best = Walk(moved, damping, len(curve), True, point["criterion"], point["held_out_loss"], relative)
                 break
     finally:
         _place(model, weights, None)
@@ -148,7 +151,7 @@ def _still_known(losses: np.ndarray, held_out: np.ndarray) -> np.ndarray:
     return np.flatnonzero(losses < partners)
 
 
-def _with_pull(gradients: Mapping[str, Tensor], directions: Directions, moved: Step) -> dict[str, Tensor]:
+def _with_pull(gradients: Mapping[str, Tensor], directions: Directions, moved: Step, pull: float) -> dict[str, Tensor]:
     """Σ_f − c·(Σ_D + n·C·Δ), float64."""
     bent = directions.curvature.multiply(moved)
     pulled = {}
@@ -156,7 +159,7 @@ def _with_pull(gradients: Mapping[str, Tensor], directions: Directions, moved: S
         rest = directions.remaining * bent[name].to(gradient)
         if directions.finish_sum is not None:
             rest = rest + directions.finish_sum[name].to(gradient)
-        pulled[name] = gradient - _PULL * rest
+        pulled[name] = gradient - pull * rest
     return pulled
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,7 @@ class ForgetContext:
         retain: all retained rows, only where the caller gave `retain_dataset`.
         held_out: rows that were never trained on, for calibration.
         excluded: digests of rows that are out: forgotten now or earlier.
+        digests: digests of the forget rows, with how often each occurs.
         seed, progress, timer: as their names say.
     """
 
@@ -42,6 +44,7 @@ class ForgetContext:
     retain: RowSource | None = None
     held_out: RowSource | None = None
     excluded: set[bytes] = field(default_factory=set)
+    digests: Counter[bytes] = field(default_factory=Counter)
     label_counts: Mapping[str, int] | None = None
     seed: int = 0
     progress: bool = False

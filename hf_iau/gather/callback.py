@@ -90,10 +90,6 @@ class IAUCallback(TrainerCallback):
         """Whether `.memory` can be had."""
         return self._memory is not None
 
-    def adopt(self, memory: GradientMemory) -> None:
-        """Take a newer memory in place of the one gathered (after a request)."""
-        self._memory = memory
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -26,7 +26,7 @@ from hf_iau.calibrate import (
 from hf_iau.calibrate.calibration import find_length
 from hf_iau.calibrate.trial import auc_distance, class_share_distance
 from hf_iau.calibrate.walk import DEAR
-from hf_iau.errors import CalibrationError, ConfigError, RequestError
+from hf_iau.errors import CalibrationError, ConfigError, MissingMemoryError, RequestError
 from hf_iau.forget import ForgetContext, MethodOutcome, apply_step, step_norm, weights_norm
 from hf_iau.gather.gradient_sum import GradientSum, sum_row_gradients
 from hf_iau.methods.base import add_weight_decay, register_method
@@ -40,6 +40,8 @@ ENOUGH_FORGET_ROWS = 200
 _FEWEST_HELD_OUT_ROWS = 100
 _REFERENCE_ROWS = 2000
 _OVERLAP_ROWS = 4000
+# Proxies are at most a tenth of the training rows: the step for more would be long, and no guide to a small request's.
+_PROXY_SHARE = 10
 _FEWEST_WALKED_ROWS = 50
 _WALK_DAMPINGS = (0.001, 0.01)
 _CLASS_TOLERANCE = 0.01
@@ -145,6 +147,12 @@ class IAU:
     def check(self, context: ForgetContext, config: IAUConfig) -> None:
         memory = context.require_memory(self.name)
         memory.require_curvature(self.name)
+        if config.finish_weight and not _has_finish_sum(memory):
+            raise MissingMemoryError(
+                f"IAUConfig(finish_weight={config.finish_weight}) needs the gradient sum of the training rows, which "
+                "this memory does not hold (or too noisily): gather with GatherConfig(gradient_sum='exact'), or leave "
+                "finish_weight out."
+            )
         if config.is_given or context.held_out is None:
             return
         if len(context.held_out) < _FEWEST_HELD_OUT_ROWS:
@@ -167,9 +175,11 @@ class IAU:
             finish = _finish_sum(context, memory)
         directions = Directions(curvature, forget.tensors, finish, memory.n_targets - forget.n_targets)
         with context.timer.phase("calibration"):
+            known_before = 0.0
             known = context.retained_sample(_REFERENCE_ROWS, context.seed + 7)
             if known is not None:
                 known = known.resized(context.prediction_batch_size).keep_batches()
+                known_before = _share_correct(context, known)
             duplicates = self._near_duplicates(context, known)
             held_out = None
             if context.held_out is not None:
@@ -184,10 +194,16 @@ class IAU:
         with context.timer.phase("update"):
             if path is not None:
                 step = path.step
+                notes["walk"] = {"steps": path.steps, "one_step": _summary(calibration)}
                 calibration = _of_walk(calibration, path)
             else:
                 step = self._bounded_step(context, config, directions, calibration)
             apply_step(context.model, step)
+        lost = 0.0
+        if known is not None:
+            with context.timer.phase("calibration"):
+                lost = known_before - _share_correct(context, known)
+            notes["retained_accuracy_lost"] = lost
         relative = step_norm(step) / max(weights_norm(context.model, names), 1e-300)
         verdict, reasons = judge(
             calibration=calibration,
@@ -196,6 +212,7 @@ class IAU:
             kronecker_share=_kronecker_share(memory),
             whole_class=notes.get("whole_class"),
             halvings=calibration.halvings,
+            retained_accuracy_lost=lost,
         )
         return MethodOutcome(
             forget_sum=forget.tensors,
@@ -210,7 +227,8 @@ class IAU:
             calibrated=calibration.source not in ("uncalibrated",),
             verdict=verdict,
             warnings=notes.pop("warnings", []),
-            calibration=_to_remember(found, memory),
+            # A request that had to be walked says nothing about one step for the next.
+            calibration=memory.calibration if path is not None else _to_remember(found, config, memory, notes),
         )
 
     # --- calibration ----------------------------------------------------------------------------------------------
@@ -233,10 +251,8 @@ class IAU:
                 "There are no held-out rows, so the step was not calibrated: a short, norm-bounded one was taken. Pass "
                 "held_out_dataset= (or eval_dataset=) to calibrate."
             )
-            damping = config.damping if config.damping is not None else config.damping_range[1]
-            limit = _limit(context, directions, damping, min(0.02, config.max_relative_step))
-            return conservative_calibration(limit, damping), notes
-        label = _whole_class(context, memory)
+            return _uncalibrated(context, config, directions), notes
+        label = _whole_class(context, memory, known_rows)
         if label is not None:
             notes["whole_class"] = label
             return self._calibrate_class(context, config, directions, held_out, label, notes), notes
@@ -255,7 +271,7 @@ class IAU:
         if config.calibrate_on == "forget-rows" or (config.calibrate_on == "auto" and own):
             runner = TrialRunner(context.model, directions, _for_prediction(context.forget, held_out), held_out)
             return self._search(runner, "forget rows", config, advantage), notes
-        if context.train is None:
+        if context.train is None and context.retain is None:
             notes["warnings"].append(
                 "The trainer has no train_dataset to draw proxy rows from, so the forget rows themselves set the "
                 "target; that is unreliable for few or unusual rows."
@@ -288,7 +304,7 @@ class IAU:
         """k, λ and c that make random training rows look held-out; the later draws find k alone, at the same λ."""
         calibration: Calibration | None = None
         for draw, size in enumerate(config.proxy_rows):
-            share = max(1, min(size, (memory.n_rows - len(context.forget)) // 4))
+            share = max(1, min(size, (memory.n_rows - len(context.forget)) // _PROXY_SHARE))
             proxies = context.retained_sample(share, context.seed + 1000 + draw, "proxy rows")
             if proxies is None or len(proxies) < 2:
                 continue
@@ -351,9 +367,7 @@ class IAU:
             "if you can."
         )
         if int(own.sum()) < 10 or int((~own).sum()) < 10:
-            damping = config.damping if config.damping is not None else config.damping_range[1]
-            limit = _limit(context, directions, damping, min(0.02, config.max_relative_step))
-            return conservative_calibration(limit, damping)
+            return _uncalibrated(context, config, directions)
         runner = TrialRunner(
             context.model, directions, None, held_out, criterion=class_share_distance(label), kept=~own
         )
@@ -403,12 +417,12 @@ class IAU:
         kept = None
         if "whole_class" in notes:
             kept = predict_rows(context.model, held_out).label != notes["whole_class"]
-        weights = config.finish_weights if config.finish_weight is None else (config.finish_weight,)
         return finish(
             TrialRunner(context.model, directions, None, held_out, criterion=lambda *_: 0.0, kept=kept),
             calibration,
-            finish_weights=tuple(sorted(w for w in weights if w > 0)) if directions.finish_sum is not None else (),
+            finish_weights=tuple(sorted(w for w in config.finish_weights if w > 0)) if directions.finish_sum else (),
             max_relative_step=config.max_relative_step,
+            finish_weight=config.finish_weight,
         )
 
     def _walk(
@@ -433,28 +447,35 @@ class IAU:
             or (calibration.reached and after <= (1.0 + DEAR) * before)
         ):
             return None
-        rows = context.forget.resized(context.prediction_batch_size).keep_batches()
         advantage = notes.get("advantage_of_training_rows")
         offset = 0.0
         if advantage is not None:
+            rows = context.forget.resized(context.prediction_batch_size)
             offset = auc_distance(predict_rows(context.model, rows), predict_rows(context.model, held_out)) - advantage
         found: Walk | None = None
-        for damping in _WALK_DAMPINGS if config.damping is None else (config.damping,):
+        low, high = config.damping_range
+        dampings = sorted({min(max(damping, low), high) for damping in _WALK_DAMPINGS})
+        for damping in dampings if config.damping is None else (config.damping,):
             path = walk(
                 context.model,
                 context.row_loss,
                 directions,
-                rows,
+                context.forget,
                 held_out,
                 damping=damping,
                 offset=offset,
                 max_relative_step=config.max_relative_step,
+                **({} if config.finish_weight is None else {"pull": config.finish_weight}),
             )
             if path.steps and (found is None or path.better_than(found)):
                 found = path
-        if found is None or (found.held_out_loss >= after and (calibration.reached or not found.reached)):
+        if found is None:
             return None
-        return found
+        cheaper = found.held_out_loss < after
+        if found.reached:
+            return found if cheaper or not calibration.reached else None
+        nearer = calibration.criterion is not None and found.criterion < calibration.criterion
+        return found if cheaper and nearer and not calibration.reached else None
 
     def _bounded_step(
         self, context: ForgetContext, config: IAUConfig, directions: Directions, calibration: Calibration
@@ -467,7 +488,12 @@ class IAU:
         if not math.isfinite(length):
             raise RequestError("The step is not finite: the curvature or a gradient is. Gather the memory anew.")
         if length > allowed * (1 + 1e-6):
-            step = {name: change * (allowed / length) for name, change in step.items()}
+            share = allowed / length
+            step = {name: change * share for name, change in step.items()}
+            calibration.length, calibration.finish_weight = (
+                calibration.length * share,
+                calibration.finish_weight * share,
+            )
             calibration.reached = False
         return step
 
@@ -483,8 +509,15 @@ def _of_walk(calibration: Calibration, path: Walk) -> Calibration:
         held_out_loss=path.held_out_loss,
         relative_step=path.relative_step,
         halvings=0,
+        lengths=[],  # of one step, which was not taken: their spread is no uncertainty of the walk
         finish_curve=path.curve,
     )
+
+
+def _summary(calibration: Calibration) -> dict[str, Any]:
+    """The one step that a walk was taken instead of."""
+    names = ("source", "length", "damping", "finish_weight", "reached", "criterion", "held_out_loss", "relative_step")
+    return {name: getattr(calibration, name) for name in names}
 
 
 def _start(runner: TrialRunner, advantage: float | None) -> Trial:
@@ -502,24 +535,61 @@ def _for_prediction(rows: RowSource, held_out: RowSource) -> RowSource:
     return rows.sample(max(len(held_out), ENOUGH_FORGET_ROWS), 0).resized(held_out.batch_size)
 
 
-def _finish_sum(context: ForgetContext, memory: GradientMemory) -> dict[str, Any] | None:
-    """Σ_D for c, where it is exact, or sampled with a standard error that is small beside it."""
+def _has_finish_sum(memory: GradientMemory) -> bool:
+    """Whether Σ_D is there, exact or sampled with a standard error that is small beside it."""
     if memory.gradient_sum is None:
+        return False
+    norm = GradientSum(dict(memory.gradient_sum), memory.n_rows, memory.n_targets).norm()
+    return memory.gradient_sum_error <= 0.5 * norm
+
+
+def _finish_sum(context: ForgetContext, memory: GradientMemory) -> dict[str, Any] | None:
+    """Σ_D for c, where it may be used."""
+    if memory.gradient_sum is None or not _has_finish_sum(memory):
         return None
-    total = GradientSum(dict(memory.gradient_sum), memory.n_rows, memory.n_targets)
-    if memory.gradient_sum_error > 0.5 * total.norm():
-        return None
-    total.tensors = {name: tensor.clone() for name, tensor in total.tensors.items()}
+    tensors = {name: tensor.clone() for name, tensor in memory.gradient_sum.items()}
+    total = GradientSum(tensors, memory.n_rows, memory.n_targets)
     add_weight_decay(context, total)
     return total.tensors
 
 
-def _whole_class(context: ForgetContext, memory: GradientMemory) -> int | None:
-    """The class whose every remaining training row is in the request, if there is just one class in it."""
-    if not memory.label_counts or not context.label_counts or len(context.label_counts) != 1:
+def _share_correct(context: ForgetContext, rows: RowSource) -> float:
+    """Accuracy on `rows` at the present weights; 0 where the task has none."""
+    accuracy = predict_rows(context.model, rows).accuracy
+    return accuracy if math.isfinite(accuracy) else 0.0
+
+
+def _whole_class(context: ForgetContext, memory: GradientMemory, retained: RowSource | None) -> int | None:
+    """The class whose every remaining training row is in the request, if there is just one class in it.
+
+    Known from the memory's counts of labels, or, where a data set has none, from a large sample of retained rows
+    without a single row of that class.
+    """
+    if memory.label_counts and context.label_counts:
+        if len(context.label_counts) != 1 or len(memory.label_counts) < 2:
+            return None
+        (label, count), *_ = context.label_counts.items()
+        return int(label) if memory.label_counts.get(label) == count else None
+    if retained is None or len(retained) < ENOUGH_FORGET_ROWS or len(context.forget) < 20:
         return None
-    (label, count), *_ = context.label_counts.items()
-    return int(label) if memory.label_counts.get(label) == count and len(memory.label_counts) > 1 else None
+    asked = predict_rows(context.model, context.forget.resized(context.prediction_batch_size)).label
+    labels = set(asked[np.isfinite(asked)].tolist())
+    if len(labels) != 1:
+        return None
+    left = predict_rows(context.model, retained).label
+    return None if labels & set(left[np.isfinite(left)].tolist()) else int(labels.pop())
+
+
+def _uncalibrated(context: ForgetContext, config: IAUConfig, directions: Directions) -> Calibration:
+    """A short step, or the k, λ and c that were given."""
+    damping = config.damping if config.damping is not None else config.damping_range[1]
+    limit = _limit(context, directions, damping, min(0.02, config.max_relative_step))
+    found = conservative_calibration(limit, damping)
+    return replace(
+        found,
+        length=found.length if config.length is None else config.length,
+        finish_weight=config.finish_weight or 0.0,
+    )
 
 
 def _limit(context: ForgetContext, directions: Directions, damping: float, relative_step: float) -> float:
@@ -533,8 +603,15 @@ def _kronecker_share(memory: GradientMemory) -> float:
     return coverage.get("kronecker", 0) / max(sum(coverage.values()), 1)
 
 
-def _to_remember(calibration: Calibration, memory: GradientMemory) -> dict[str, Any] | None:
-    if calibration.source in ("proxies", "forget rows") and calibration.reached:
+def _to_remember(
+    calibration: Calibration, config: IAUConfig, memory: GradientMemory, notes: dict[str, Any]
+) -> dict[str, Any] | None:
+    """What holds for other requests too: found freely, and on rows like any others."""
+    free = config.length is None and config.damping is None and config.finish_weight is None
+    usual = calibration.source == "proxies" or (
+        calibration.source == "forget rows" and (notes.get("shift_test") or {}).get("passed", False)
+    )
+    if free and usual and calibration.reached:
         return {**calibration.to_dict(), "relative_path": memory.relative_path}
     return memory.calibration
 
@@ -547,6 +624,11 @@ def _remembered(config: IAUConfig, memory: GradientMemory) -> Calibration | None
         or config.recalibrate
         or any(value is not None for value in (config.length, config.damping, config.finish_weight))
     ):
+        return None
+    low, high = config.damping_range
+    if not low * 0.99 <= known.get("damping", low) <= high * 1.01:
+        return None
+    if config.calibrate_on not in ("auto", str(known.get("source", "")).replace(" ", "-")):
         return None
     if memory.relative_path - known.get("relative_path", 0.0) > _CALIBRATION_RANGE:
         return None

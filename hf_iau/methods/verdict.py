@@ -9,6 +9,7 @@ SAFE, CHECK, RETRAIN = "safe", "check", "retrain"
 _LONG_STEP, _TOO_LONG_STEP = 0.35, 0.6
 _DRIFT, _TOO_MUCH_DRIFT = 0.10, 0.30
 _SHARE, _TOO_LARGE_SHARE = 0.15, 0.40
+_LOST, _TOO_MUCH_LOST = 0.05, 0.15
 _LITTLE_CURVATURE = 0.5
 _SPREAD = 1.0
 
@@ -21,6 +22,7 @@ def judge(
     kronecker_share: float,
     whole_class: int | None,
     halvings: int = 0,
+    retained_accuracy_lost: float = 0.0,
 ) -> tuple[str, list[str]]:
     """ "safe", "check" or "retrain", and the reasons.
 
@@ -31,6 +33,8 @@ def judge(
         kronecker_share: share of the parameters whose curvature is more than a diagonal.
         whole_class: the class that was removed altogether, if any.
         halvings: how often the step had to be shortened to spare the held-out rows.
+        retained_accuracy_lost: accuracy on a sample of retained rows, before minus after. An overconfident model's
+            held-out loss may fall while it forgets what it should keep.
     """
     grave: list[str] = []
     mild: list[str] = []
@@ -41,19 +45,25 @@ def judge(
     elif relative_step >= _LONG_STEP:
         mild.append(f"the step is {relative_step:.0%} of the weights' norm")
     before, after = calibration.held_out_loss_before, calibration.held_out_loss
-    if before is not None and after is not None and calibration.source != "remembered":
+    if before is not None and after is not None:
         drift = (after - before) / max(abs(before), 1e-12)
         if not drift < _TOO_MUCH_DRIFT:
             grave.append(f"the held-out loss rose by {drift:.0%}")
         elif drift >= _DRIFT:
             mild.append(f"the held-out loss rose by {drift:.0%}")
+    if retained_accuracy_lost >= _TOO_MUCH_LOST:
+        grave.append(f"accuracy on retained rows fell by {100 * retained_accuracy_lost:.1f} points")
+    elif retained_accuracy_lost >= _LOST:
+        mild.append(f"accuracy on retained rows fell by {100 * retained_accuracy_lost:.1f} points")
     if share_forgotten >= _TOO_LARGE_SHARE:
         grave.append(f"{share_forgotten:.0%} of the training rows are forgotten by now")
     elif share_forgotten >= _SHARE:
         mild.append(f"{share_forgotten:.0%} of the training rows are forgotten by now")
     if calibration.source == "uncalibrated":
         mild.append("the step was not calibrated, for want of held-out rows")
-    elif calibration.source not in ("given", "remembered") and not calibration.reached:
+    elif calibration.source == "given" and not calibration.reached:
+        mild.append("the step given was longer than max_relative_step allows and was shortened")
+    elif not calibration.reached:
         mild.append("calibration did not reach its target within the longest step allowed")
     if calibration.relative_spread >= _SPREAD:
         mild.append(f"the proxy draws disagree on the length (by a factor of {1 + calibration.relative_spread:.1f})")
@@ -63,4 +73,13 @@ def judge(
         mild.append(f"the step was halved {halvings} times to spare the held-out rows")
     if grave:
         return RETRAIN, grave + mild
-    return (CHECK, mild) if mild else (SAFE, ["short step, held-out loss kept, calibration on target"])
+    if mild:
+        return CHECK, mild
+    target = (
+        "half of the forget rows are treated no better than held-out rows"
+        if calibration.source == "walk"
+        else "values taken as given"
+        if calibration.source == "given"
+        else "calibration on target"
+    )
+    return SAFE, [f"short step, held-out loss kept, {target}"]

@@ -95,7 +95,7 @@ class UnlearningTrainer(Trainer):
         self._given_row_loss = row_loss
         self._given_memory = memory
         self._memory_of_request: GradientMemory | None = None
-        self._forgotten: set[bytes] = set()
+        self._forgotten: Counter[bytes] = Counter()
         self._given_restriction = restriction
         self._restriction_config: RestrictionConfig | None = None
         self._restriction: GradientRestriction | None = None
@@ -119,7 +119,7 @@ class UnlearningTrainer(Trainer):
         """As in `Trainer`. The memory of an earlier run no longer fits afterwards and is dropped here."""
         self._memory_of_request = None
         self._given_memory = None
-        self._forgotten = set()
+        self._forgotten = Counter()
         restriction = self._choose_restriction()
         if restriction != self._restriction_config:  # a callback with restriction= was added or removed since
             self._restriction_config, self._restriction = restriction, None
@@ -227,8 +227,14 @@ class UnlearningTrainer(Trainer):
         model = self._bare_model()
         kept = source
         if self._forgotten:
-            digests = (row_bytes(source.dataset[i]) for i in range(len(source)))
-            kept = source.select([i for i, digest in enumerate(digests) if digest not in self._forgotten])
+            gone, positions = Counter(self._forgotten), []
+            for i in range(len(source)):
+                digest = row_bytes(source.dataset[i])
+                if gone[digest] > 0:  # as many copies of a row as were forgotten
+                    gone[digest] -= 1
+                else:
+                    positions.append(i)
+            kept = source.select(positions)
         memory = build_memory(model, kept, self.row_loss, config, optimizer=self.optimizer)
         if len(kept) < len(source):
             # Row numbers still name rows of the whole training set.
@@ -453,7 +459,7 @@ class UnlearningTrainer(Trainer):
                 memory.check_data(model, train.dataset)
         trainable_parameters(model, None if memory is None else list(memory.parameters))
         known = (
-            memory.n_rows if memory is not None else len(train) - len(self._forgotten) if train is not None else None
+            memory.n_rows if memory is not None else len(train) - self._forgotten.total() if train is not None else None
         )
         if known is not None and len(forget) >= known:
             raise RequestError(
@@ -463,7 +469,7 @@ class UnlearningTrainer(Trainer):
         digests = Counter(row_bytes(forget.dataset[i]) for i in range(len(forget)))
         _refuse_repeated_rows(forget, digests, train)
         excluded = set(digests)
-        again = len(excluded & self._forgotten)
+        again = _forgotten_before(digests, self._forgotten, train)
         if again:
             raise RequestError(
                 f"{again} of the {len(forget)} rows were already forgotten by an earlier request to this trainer: "
@@ -495,7 +501,8 @@ class UnlearningTrainer(Trainer):
             forget_positions=positions,
             retain=retain,
             held_out=held_out,
-            excluded=excluded | self._forgotten,
+            excluded=excluded | set(self._forgotten),
+            digests=digests,
             label_counts=count_labels(forget.dataset),
             seed=args.seed,
             progress=not args.disable_tqdm,
@@ -608,11 +615,11 @@ class UnlearningTrainer(Trainer):
     def _commit(
         self, transaction: WeightTransaction, context: ForgetContext, memory: GradientMemory | None
     ) -> Callable[[], None]:
-        earlier, forgotten = self._memory_of_request, set(self._forgotten)
+        earlier, forgotten = self._memory_of_request, self._forgotten
         revert_weights = transaction.commit()
         if memory is not None:
             self._memory_of_request = memory
-        self._forgotten = self._forgotten | context.excluded
+        self._forgotten = self._forgotten + context.digests
 
         def undo() -> None:
             revert_weights()
@@ -735,6 +742,15 @@ def _refuse_repeated_rows(forget: RowSource, digests: Counter[bytes], train: Row
                 f"forget_dataset holds the row at position {position} {count} times but train_dataset only "
                 f"{trained[digest]} times: name each row once."
             )
+
+
+def _forgotten_before(digests: Counter[bytes], forgotten: Counter[bytes], train: RowSource | None) -> int:
+    """How many rows of a request were forgotten earlier; a further copy of a forgotten row is not among them."""
+    known = set(digests) & set(forgotten)
+    if not known or train is None:
+        return len(known)
+    trained = Counter(d for i in range(len(train)) if (d := row_bytes(train.dataset[i])) in known)
+    return sum(digests[digest] + forgotten[digest] > trained[digest] for digest in known)
 
 
 def _models(retrained_model: Any) -> list[nn.Module]:

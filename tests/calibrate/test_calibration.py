@@ -238,6 +238,52 @@ def test_finishing_stops_at_the_loss_of_before():
     assert done.held_out_loss == pytest.approx(1.0)
 
 
+def test_rows_that_look_no_better_known_than_held_out_ones():
+    """The criterion is below zero at k = 0 and ranks do not change: the search ends, with a short step."""
+
+    class Fake:
+        n_target = 500
+
+        def longest(self, *_):
+            return 1e9
+
+        def run(self, k, damping, c=0.0):
+            return Trial(k, damping, c, 0.1, -0.02, 1.0, 1.1)
+
+    fake = Fake()
+    start = fake.run(0.0, 0.1)
+    trial, reached = find_length(fake, 0.1, 0.0, start=start, tolerance=0.005, max_relative_step=0.5, guess=0.1)
+    assert not reached and 0.0 <= trial.length <= 0.1
+
+
+@pytest.mark.parametrize("damping_range", [(0.2, 0.4), (0.3, 0.5), (1e-3, 10.0)])
+def test_the_range_of_damping_is_kept(runner, damping_range):
+    start = runner.run(0.0, damping_range[0])
+    found = calibrate(
+        runner, source="x", damping=None, damping_range=damping_range, max_relative_step=0.5, length=0.01, start=start
+    )
+    assert damping_range[0] <= found.damping <= damping_range[1]
+
+
+def test_a_given_finish_weight_is_kept():
+    """Even where it makes the held-out loss worse, or better than before."""
+
+    class Fake:
+        def __init__(self, slope):
+            self.trials, self.slope = [], slope
+
+        def longest(self, *_):
+            return 1e9
+
+        def run(self, k, damping, c=0.0):
+            return Trial(k, damping, c, 0.1, 0.0, 1.0 if k == 0 else 1.1 + self.slope * c, 0.0)
+
+    for slope in (1.0, -20.0):
+        found = Calibration(0.5, 0.1, 0.0, source="proxies")
+        done = finish(Fake(slope), found, finish_weights=(0.01,), max_relative_step=0.5, finish_weight=0.02)
+        assert done.finish_weight == 0.02 and done.held_out_loss == pytest.approx(1.1 + slope * 0.02)
+
+
 def test_a_ruinous_step_is_halved(scene):
     scene.model.load_state_dict(scene.state)
     rows = rows_of(scene.train.take(np.arange(300)))

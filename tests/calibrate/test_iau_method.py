@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from hf_iau import CalibrationError, ConfigError, IAUConfig, RequestError
+from hf_iau import CalibrationError, ConfigError, IAUConfig, MissingMemoryError, RequestError
 from hf_iau.calibrate import Calibration
 from hf_iau.methods.verdict import CHECK, RETRAIN, SAFE, judge
 
@@ -31,12 +33,12 @@ def test_many_random_rows_calibrate_on_themselves(scene, trainer_of):
 
 
 def test_proxies_give_about_the_same_length(trainer_of):
-    own = figures(trainer_of().unlearn(row_indices=RANDOM, config=IAUConfig(calibrate_on="forget-rows")).report)
-    report = trainer_of().unlearn(row_indices=RANDOM, config=IAUConfig(calibrate_on="proxies")).report
+    own = figures(trainer_of().unlearn(row_indices=RANDOM, config=IAUConfig(walk=False, calibrate_on="forget-rows")).report)
+    report = trainer_of().unlearn(row_indices=RANDOM, config=IAUConfig(walk=False, calibrate_on="proxies")).report
     proxies = figures(report)
     assert proxies["source"] == "proxies" and len(report.diagnostics["calibration"]["draws"]) == 2
     same_damping = trainer_of().unlearn(
-        row_indices=RANDOM, config=IAUConfig(calibrate_on="forget-rows", damping=proxies["damping"])
+        row_indices=RANDOM, config=IAUConfig(walk=False, calibrate_on="forget-rows", damping=proxies["damping"])
     )
     ratio = proxies["length"] / same_damping.report.diagnostics["calibration"]["length"]
     assert 1 / 2 < ratio < 2
@@ -96,6 +98,11 @@ def test_a_whole_class_says_retrain(scene, trainer_of):
     assert report.after["forget_accuracy"] < report.before["forget_accuracy"] - 0.3
 
 
+def test_a_whole_class_of_a_plain_torch_dataset_is_recognised(scene, trainer_of):
+    report = trainer_of().unlearn(row_indices=np.flatnonzero(scene.train.labels.numpy() == 1)).report
+    assert report.diagnostics["whole_class"] == 1 and report.verdict == RETRAIN
+
+
 def test_without_held_out_rows_the_step_is_short_and_says_so(trainer_of):
     report = trainer_of(eval_dataset=None).unlearn(row_indices=RANDOM).report
     assert report.calibrated is False and report.verdict == CHECK
@@ -112,6 +119,52 @@ def test_an_answer_is_remembered_and_reused(trainer_of):
     assert second["length"] == pytest.approx(first.report.diagnostics["calibration"]["length"])
     again = trainer.unlearn(row_indices=[23, 24], config=IAUConfig(recalibrate=True)).report
     assert again.diagnostics["calibration"]["source"] == "proxies"
+
+
+def test_only_a_free_calibration_is_remembered(trainer_of):
+    """A k or λ that the user gave for one request is no answer for the next."""
+    trainer = trainer_of()
+    for config in (IAUConfig(length=0.01), IAUConfig(damping=5.0), IAUConfig(finish_weight=0.01)):
+        result = trainer.unlearn(row_indices=[3, 4, 5], config=config)
+        assert result.memory.calibration is None
+        result.revert()
+    forced = trainer.unlearn(row_indices=list(range(20, 40)), config=IAUConfig(calibrate_on="forget-rows"))
+    passed = forced.report.diagnostics["shift_test"]["passed"]
+    assert passed or forced.memory.calibration is None
+
+
+def test_a_remembered_answer_does_not_override_the_configuration(trainer_of):
+    trainer = trainer_of()
+    trainer.unlearn(row_indices=[3, 4, 5])
+    known = trainer.memory.calibration
+    low, high = known["damping"] * 3, known["damping"] * 30
+    found = trainer.unlearn(row_indices=[13, 14], config=IAUConfig(damping_range=(low, high))).report
+    assert found.diagnostics["calibration"]["source"] == "proxies"
+    assert low <= found.diagnostics["calibration"]["damping"] <= high
+    found = trainer.unlearn(row_indices=list(range(20, 60)), config=IAUConfig(calibrate_on="forget-rows")).report
+    assert found.diagnostics["calibration"]["source"] == "forget rows"
+
+
+def test_a_finish_weight_needs_a_gradient_sum(scene, trainer_of):
+    memory = replace(scene.memory, gradient_sum=None, gradient_sum_kind="none")
+    with pytest.raises(MissingMemoryError, match=r"finish_weight=0\.01"):
+        trainer_of(memory=memory).unlearn(
+            row_indices=RANDOM, config=IAUConfig(length=0.1, damping=1, finish_weight=0.01)
+        )
+
+
+def test_a_given_step_that_is_too_long_is_shortened_and_says_so(trainer_of):
+    config = IAUConfig(length=100.0, damping=0.1, max_relative_step=0.05)
+    report = trainer_of().unlearn(row_indices=RANDOM, config=config).report
+    assert report.diagnostics["relative_step_norm"] == pytest.approx(0.05, rel=0.01)  # of the weights moved
+    assert report.diagnostics["calibration"]["length"] < 100.0
+    assert report.verdict != SAFE and any("max_relative_step" in reason for reason in report.diagnostics["reasons"])
+
+
+def test_a_given_length_holds_without_held_out_rows(trainer_of):
+    report = trainer_of(eval_dataset=None).unlearn(row_indices=[5], config=IAUConfig(length=0.003)).report
+    assert report.calibrated is False
+    assert report.diagnostics["calibration"]["length"] == 0.003
 
 
 def test_given_values_are_taken_and_nothing_is_tried(scene, trainer_of, monkeypatch):
@@ -198,6 +251,12 @@ def good(**changes):
         (good(lengths=[0.2, 0.9]), {}, CHECK, "disagree"),
         (good(source="uncalibrated", held_out_loss=None, held_out_loss_before=None), {}, CHECK, "not calibrated"),
         (good(), {"halvings": 2}, CHECK, "halved 2"),
+        (good(), {"retained_accuracy_lost": 0.07}, CHECK, "retained rows fell by 7.0"),
+        (good(), {"retained_accuracy_lost": 0.2}, RETRAIN, "retained rows fell by 20.0"),
+        (good(source="walk"), {}, SAFE, "half of the forget rows"),
+        (good(source="remembered", held_out_loss=1.5), {}, RETRAIN, "held-out loss rose"),
+        (good(source="remembered", reached=False), {}, CHECK, "target"),
+        (good(source="given", reached=False), {}, CHECK, "max_relative_step"),
     ],
 )
 def test_verdicts(calibration, other, verdict, word):
@@ -205,3 +264,24 @@ def test_verdicts(calibration, other, verdict, word):
     said, reasons = judge(calibration=calibration, **figures)
     assert said == verdict
     assert any(word in reason for reason in reasons)
+
+
+def test_a_kept_copy_of_a_forgotten_row_can_be_forgotten_later(scene, trainer_of):
+    from conftest import Rows
+
+    from hf_iau import GatherConfig, gather
+
+    inputs, labels = scene.train.inputs.clone(), scene.train.labels.clone()
+    inputs[600], labels[600] = inputs[3], labels[3]
+    train = Rows(inputs, labels)
+    scene.model.load_state_dict(scene.state)
+    options = GatherConfig(gradient_sum="none", batch_size=128, progress=False)
+    memory = gather(scene.model, train, config=options)
+    trainer = trainer_of(train_dataset=train, memory=memory)
+    given = IAUConfig(length=0.01, damping=0.1)
+    trainer.unlearn(row_indices=[3], config=given)
+    assert trainer.gather(options).n_rows == 1199
+    trainer.unlearn(row_indices=[600], config=given)
+    assert trainer.gather(options).n_rows == 1198
+    with pytest.raises(RequestError, match="already forgotten"):
+        trainer.unlearn(row_indices=[600], config=given)
