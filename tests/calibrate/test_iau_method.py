@@ -33,7 +33,9 @@ def test_many_random_rows_calibrate_on_themselves(scene, trainer_of):
 
 
 def test_proxies_give_about_the_same_length(trainer_of):
-    own = figures(trainer_of().unlearn(row_indices=RANDOM, config=IAUConfig(walk=False, calibrate_on="forget-rows")).report)
+    own = figures(
+        trainer_of().unlearn(row_indices=RANDOM, config=IAUConfig(walk=False, calibrate_on="forget-rows")).report
+    )
     report = trainer_of().unlearn(row_indices=RANDOM, config=IAUConfig(walk=False, calibrate_on="proxies")).report
     proxies = figures(report)
     assert proxies["source"] == "proxies" and len(report.diagnostics["calibration"]["draws"]) == 2
