@@ -59,7 +59,7 @@ def test_tiny_requests_use_proxies_and_move_their_rows(scene, trainer_of, rows):
 
 def test_mislabelled_rows_are_recognised_and_raise_accuracy(scene, trainer_of, tmp_path):
     """Rows with flipped labels look unlike training rows, so they must not set the target themselves."""
-    from conftest import Classifier, Rows, fit
+    from memorising_network import Classifier, Rows, fit
 
     from hf_iau import GatherConfig, gather
 
@@ -198,7 +198,7 @@ def test_held_out_rows_that_were_trained_on_are_refused(scene, trainer_of):
 
 
 def test_near_duplicates_among_retained_rows_are_reported(scene, trainer_of):
-    from conftest import Rows
+    from memorising_network import Rows
 
     from hf_iau import GatherConfig, gather
 
@@ -269,7 +269,7 @@ def test_verdicts(calibration, other, verdict, word):
 
 
 def test_a_kept_copy_of_a_forgotten_row_can_be_forgotten_later(scene, trainer_of):
-    from conftest import Rows
+    from memorising_network import Rows
 
     from hf_iau import GatherConfig, gather
 

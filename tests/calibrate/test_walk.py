@@ -8,7 +8,7 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
-from conftest import Classifier, Scene, draw, fit
+from memorising_network import Classifier, Scene, draw, fit
 from transformers import default_data_collator
 
 from hf_iau import GatherConfig, IAUConfig, gather
