@@ -204,6 +204,8 @@ class IAU:
             with context.timer.phase("calibration"):
                 lost = known_before - _share_correct(context, known)
             notes["retained_accuracy_lost"] = lost
+        lead = self._lead(context, held_out, notes)
+        notes["accuracy_lead_of_forget_rows"] = lead
         relative = step_norm(step) / max(weights_norm(context.model, names), 1e-300)
         verdict, reasons = judge(
             calibration=calibration,
@@ -213,6 +215,7 @@ class IAU:
             whole_class=notes.get("whole_class"),
             halvings=calibration.halvings,
             retained_accuracy_lost=lost,
+            accuracy_lead=lead,
         )
         return MethodOutcome(
             forget_sum=forget.tensors,
@@ -424,6 +427,15 @@ class IAU:
             max_relative_step=config.max_relative_step,
             finish_weight=config.finish_weight,
         )
+
+    def _lead(self, context: ForgetContext, held_out: RowSource | None, notes: dict[str, Any]) -> float | None:
+        """How much better the forget rows are still predicted than held-out rows, where they are like any others."""
+        shift = notes.get("shift_test")
+        if held_out is None or shift is None or not shift["passed"] or len(context.forget) < _FEWEST_WALKED_ROWS:
+            return None
+        with context.timer.phase("calibration"):
+            rows = context.forget.resized(context.prediction_batch_size)
+            return _share_correct(context, rows) - _share_correct(context, held_out)
 
     def _walk(
         self,

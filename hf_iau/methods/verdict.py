@@ -10,6 +10,7 @@ _LONG_STEP, _TOO_LONG_STEP = 0.35, 0.6
 _DRIFT, _TOO_MUCH_DRIFT = 0.10, 0.30
 _SHARE, _TOO_LARGE_SHARE = 0.15, 0.40
 _LOST, _TOO_MUCH_LOST = 0.05, 0.15
+_LEAD = 0.05
 _LITTLE_CURVATURE = 0.5
 _SPREAD = 1.0
 
@@ -23,6 +24,7 @@ def judge(
     whole_class: int | None,
     halvings: int = 0,
     retained_accuracy_lost: float = 0.0,
+    accuracy_lead: float | None = None,
 ) -> tuple[str, list[str]]:
     """ "safe", "check" or "retrain", and the reasons.
 
@@ -35,6 +37,8 @@ def judge(
         halvings: how often the step had to be shortened to spare the held-out rows.
         retained_accuracy_lost: accuracy on a sample of retained rows, before minus after. An overconfident model's
             held-out loss may fall while it forgets what it should keep.
+        accuracy_lead: accuracy on the forget rows minus that on held-out rows, after the step, where the forget rows
+            are like any others; a retrained model has about 0.
     """
     grave: list[str] = []
     mild: list[str] = []
@@ -55,6 +59,12 @@ def judge(
         grave.append(f"accuracy on retained rows fell by {100 * retained_accuracy_lost:.1f} points")
     elif retained_accuracy_lost >= _LOST:
         mild.append(f"accuracy on retained rows fell by {100 * retained_accuracy_lost:.1f} points")
+    if accuracy_lead is not None and abs(accuracy_lead) >= _LEAD:
+        better = "better" if accuracy_lead > 0 else "worse"
+        mild.append(
+            f"the forget rows are predicted {100 * abs(accuracy_lead):.1f} points {better} than held-out rows, which a "
+            "retrained model would not do"
+        )
     if share_forgotten >= _TOO_LARGE_SHARE:
         grave.append(f"{share_forgotten:.0%} of the training rows are forgotten by now")
     elif share_forgotten >= _SHARE:
