@@ -36,7 +36,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
     caching = [(config, config.use_cache) for config in _configurations(model) if hasattr(config, "use_cache")]
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     own_forward = model.__dict__.get("forward")
-    random_state = _RandomState(model)
+    random_state = RandomState(model)
     try:
         model.eval()
         for config, _ in caching:
@@ -70,7 +70,7 @@ def _configurations(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
-class _RandomState:
+class RandomState:
     """A snapshot of every random generator that a forward pass could advance."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -16,18 +16,17 @@ from __future__ import annotations
 
 import functools
 import math
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from hf_iau.errors import ConfigError, UnsupportedModelError
+from hf_iau.objective.evaluation_mode import RandomState
 
 _MODES = ("none", "exact", "finite-difference")
 _NORMS = ("whole", "per-tensor")
@@ -231,13 +230,13 @@ class GradientRestriction:
         """
         _refuse_optimizer_in_backward(parameters)
         buffers_before = _buffer_copies(model)
-        state_before = _RandomState(model)
+        state_before = RandomState(model)
         with _own_gradients(parameters), _unsynchronised(model):
             loss = compute_loss()
             # Not the caller's `backward`: only a direction is wanted, and that has no scale.
             loss.backward()
             gradients = [parameter.grad for parameter in parameters]
-        state_after = _RandomState(model)
+        state_after = RandomState(model)
         buffers_after = _buffer_copies(model)
         plain_loss = loss.detach()
         # Its graph must not outlive the weights it was made with.
@@ -309,24 +308,6 @@ class GradientRestriction:
                     "coarse for the small perturbation. Load the model with dtype=torch.float32 (and train with "
                     "bf16=True for speed: autocast keeps the parameters in float32), or use restriction='exact'."
                 )
-
-
-class _RandomState:
-    """A snapshot of every random generator that a forward pass of `model` could advance."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.python = random.getstate()
-        self.numpy = np.random.get_state()
-        self.cpu = torch.get_rng_state()
-        devices = {tensor.device.index or 0 for tensor in model.parameters() if tensor.device.type == "cuda"}
-        self.cuda = {device: torch.cuda.get_rng_state(device) for device in sorted(devices)}
-
-    def restore(self) -> None:
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)
-        torch.set_rng_state(self.cpu)
-        for device, state in self.cuda.items():
-            torch.cuda.set_rng_state(state, device)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from hf_iau.measure import Measurement, measure_model
 from hf_iau.methods import find_method
 from hf_iau.methods.base import UnlearningMethod
 from hf_iau.objective import RowLoss, RowSource, probe_additivity
-from hf_iau.objective.evaluation_mode import _RandomState
+from hf_iau.objective.evaluation_mode import RandomState
 from hf_iau.objective.row_loss import TrainerRowLoss, UserLossFunction
 from hf_iau.objective.rows import refuse_iterable, row_bytes, rows_are_deterministic, select_rows
 from hf_iau.phases import PhaseTimer
@@ -770,7 +770,7 @@ def _models(retrained_model: Any) -> list[nn.Module]:
 @contextlib.contextmanager
 def _random_state_kept(model: nn.Module) -> Iterator[None]:
     """Data sets and collators may draw numbers; afterwards every generator is where it was."""
-    state = _RandomState(model)
+    state = RandomState(model)
     try:
         yield
     finally:
