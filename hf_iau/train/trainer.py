@@ -20,6 +20,7 @@ from transformers import Trainer
 
 from hf_iau.errors import ConfigError, MissingMemoryError, RequestError, UnsupportedModelError
 from hf_iau.forget import ForgetContext, MethodOutcome, WeightTransaction, moved_gradient_sum, step_norm, weights_norm
+from hf_iau.forget.request import remaining_positions
 from hf_iau.gather import GatherConfig, IAUCallback
 from hf_iau.gather.callback import announce_row_loss, refuse_unsupported_engines, unwrapped
 from hf_iau.gather.gather import build_memory, choose_row_loss, count_labels
@@ -98,6 +99,7 @@ class UnlearningTrainer(Trainer):
         self._given_row_loss = row_loss
         self._given_memory = memory
         self._memory_of_request: GradientMemory | None = None
+        self._memory_ended = False
         self._forgotten: Counter[bytes] = Counter()
         self._unlearning_card: UnlearningCard | None = None
         self._given_restriction = restriction
@@ -105,6 +107,7 @@ class UnlearningTrainer(Trainer):
         self._restriction: GradientRestriction | None = None
         super().__init__(*args, **kwargs)
         refuse_unsupported_engines(self.args)
+        self.given_optimizer = self.optimizer is not None
         self.row_loss: RowLoss = self._choose_row_loss()
         self._restriction_config = self._choose_restriction()
         if self.model is not None:
@@ -123,6 +126,7 @@ class UnlearningTrainer(Trainer):
         """As in `Trainer`. The memory of an earlier run no longer fits afterwards and is dropped here."""
         self._memory_of_request = None
         self._given_memory = None
+        self._memory_ended = False
         self._forgotten = Counter()
         self._unlearning_card = UnlearningCard()
         restriction = self._choose_restriction()
@@ -161,6 +165,11 @@ class UnlearningTrainer(Trainer):
             return loss if scaled else loss / self.current_gradient_accumulation_steps
 
         return self._restriction.backward(model, compute_loss, self.accelerator.backward)
+
+    @property
+    def restriction_config(self) -> RestrictionConfig | None:
+        """How gradients are restricted in training, or None."""
+        return self._restriction_config
 
     def _choose_restriction(self) -> RestrictionConfig | None:
         callbacks = [cb.restriction for cb in self.callback_handler.callbacks if isinstance(cb, IAUCallback)]
@@ -201,7 +210,12 @@ class UnlearningTrainer(Trainer):
 
     @property
     def memory(self) -> GradientMemory | None:
-        """The memory in force: after the last request, else the one given, gathered, or saved under `output_dir`."""
+        """The memory in force: after the last request, else the one given, gathered, or saved under `output_dir`.
+
+        None after a request that made the weights anew (`method="retrain"`), until `gather()`.
+        """
+        if self._memory_ended:
+            return None
         if self._memory_of_request is not None:
             return self._memory_of_request
         if self._given_memory is not None:
@@ -232,21 +246,14 @@ class UnlearningTrainer(Trainer):
         model = self._bare_model()
         kept = source
         if self._forgotten:
-            gone, positions = Counter(self._forgotten), []
-            for i in range(len(source)):
-                digest = row_bytes(source.dataset[i])
-                if gone[digest] > 0:  # as many copies of a row as were forgotten
-                    gone[digest] -= 1
-                else:
-                    positions.append(i)
-            kept = source.select(positions)
+            kept = source.select(remaining_positions(source, self._forgotten))
         memory = build_memory(model, kept, self.row_loss, config, optimizer=self.optimizer)
         if len(kept) < len(source):
             # Row numbers still name rows of the whole training set.
             memory.data = data_fingerprint(model, source.dataset)
             memory.loss["probe"] = memory.probe_loss(model, self.row_loss, source)
             memory.forgotten_rows = len(source) - len(kept)
-        self._memory_of_request = memory
+        self._memory_of_request, self._memory_ended = memory, False
         return memory
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -266,6 +273,8 @@ class UnlearningTrainer(Trainer):
             self._unlearning_card.save(folder, self._bare_model())
 
     def _memory_in_ram(self) -> GradientMemory | None:
+        if self._memory_ended:
+            return None
         callback = self._gathering_callback()
         gathered = callback.memory if callback is not None and callback.has_memory else None
         return self._memory_of_request or self._given_memory or gathered
@@ -515,6 +524,8 @@ class UnlearningTrainer(Trainer):
             held_out=held_out,
             excluded=excluded | set(self._forgotten),
             digests=digests,
+            forgotten=self._forgotten,
+            trainer=self,
             label_counts=count_labels(forget.dataset),
             seed=args.seed,
             progress=not args.disable_tqdm,
@@ -603,10 +614,11 @@ class UnlearningTrainer(Trainer):
             length = step_norm(move)
             relative = length / max(weights_norm(context.model, names), 1e-30)
             diagnostics = {"step_norm": length, "relative_step_norm": relative, **outcome.diagnostics}
-            if memory is None:
+            if memory is None or not outcome.keeps_memory:
                 return None, diagnostics
-            rows = len(context.forget)
-            targets = outcome.forget_targets if outcome.forget_targets is not None else rows
+            rows, targets = len(context.forget), outcome.forget_targets
+            if targets is None:
+                targets = context.count_forget_targets()
             moved_sum = None
             if memory.gradient_sum is not None and memory.curvature is not None and outcome.forget_sum is not None:
                 moved_sum = moved_gradient_sum(
@@ -631,16 +643,17 @@ class UnlearningTrainer(Trainer):
         memory: GradientMemory | None,
         card: UnlearningCard,
     ) -> Callable[[], None]:
-        earlier, forgotten, earlier_card = self._memory_of_request, self._forgotten, self._unlearning_card
+        earlier = self._memory_of_request, self._memory_ended, self._forgotten, self._unlearning_card
         revert_weights = transaction.commit()
-        if memory is not None:
-            self._memory_of_request = memory
+        self._memory_of_request = memory
+        if memory is None:  # whatever lies below output_dir, or the callback holds, is of other weights
+            self._memory_ended = True
         self._forgotten = self._forgotten + context.digests
         self._unlearning_card = card
 
         def undo() -> None:
             revert_weights()
-            self._memory_of_request, self._forgotten, self._unlearning_card = earlier, forgotten, earlier_card
+            self._memory_of_request, self._memory_ended, self._forgotten, self._unlearning_card = earlier
 
         return undo
 
