@@ -150,7 +150,7 @@ class Comparison:
         for side in ("forget", "retain", "held_out", "test"):
             a, b = getattr(after.rows, side), getattr(self.retrained.rows, side)
             if a.probabilities is not None and np.isfinite(a.probabilities).all():
-                found[side] = agreement(a, b, bootstrap=0).to_dict()
+                found[side] = jsonable(agreement(a, b, bootstrap=0).to_dict())
         return found
 
 
