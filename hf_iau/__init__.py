@@ -6,16 +6,20 @@ Data flows one way: gather → remember → forget → calibrate → measure →
 from importlib.metadata import PackageNotFoundError, version
 
 from hf_iau.errors import (
+    AlreadyForgottenError,
     CalibrationError,
     ConfigError,
     CoupledRowsError,
     IAUError,
+    LedgerError,
     MemoryFileError,
     MemoryMismatchError,
     MissingMemoryError,
     NonFiniteGradientError,
     RequestError,
     StaleMemoryError,
+    StorageError,
+    UnknownRowsError,
     UnsupportedModelError,
 )
 from hf_iau.gather import GatherConfig, IAUCallback, gather
@@ -30,6 +34,7 @@ from hf_iau.methods import (
 )
 from hf_iau.remember import GradientMemory
 from hf_iau.report import UnlearningReport
+from hf_iau.requests import Ledger, LedgerEntry
 from hf_iau.train import RestrictionConfig, UnlearningTrainer, UnlearnOutput
 
 try:
@@ -38,6 +43,7 @@ except PackageNotFoundError:  # a source tree that was not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "AlreadyForgottenError",
     "CalibrationError",
     "ConfigError",
     "CoupledRowsError",
@@ -49,6 +55,9 @@ __all__ = [
     "IAUError",
     "IAUPaperConfig",
     "IAUReleasedConfig",
+    "Ledger",
+    "LedgerEntry",
+    "LedgerError",
     "MemoryFileError",
     "MemoryMismatchError",
     "MissingMemoryError",
@@ -56,6 +65,8 @@ __all__ = [
     "RequestError",
     "RestrictionConfig",
     "StaleMemoryError",
+    "StorageError",
+    "UnknownRowsError",
     "UnlearnOutput",
     "UnlearningMethod",
     "UnlearningReport",

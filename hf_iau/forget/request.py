@@ -32,6 +32,7 @@ class ForgetContext:
         held_out: rows that were never trained on, for calibration.
         excluded: digests of rows that are out: forgotten now or earlier.
         digests: digests of the forget rows, with how often each occurs.
+        fingerprints: keyed fingerprints of the forget rows in their order, uint8 `(m, 16)`; None without a key.
         seed, progress, timer: as their names say.
     """
 
@@ -45,6 +46,7 @@ class ForgetContext:
     held_out: RowSource | None = None
     excluded: set[bytes] = field(default_factory=set)
     digests: Counter[bytes] = field(default_factory=Counter)
+    fingerprints: np.ndarray | None = None
     label_counts: Mapping[str, int] | None = None
     seed: int = 0
     progress: bool = False
