@@ -16,6 +16,7 @@ from hf_iau.errors import (
     MemoryMismatchError,
     MissingMemoryError,
     NonFiniteGradientError,
+    PublishError,
     RequestError,
     StaleMemoryError,
     StorageError,
@@ -32,6 +33,7 @@ from hf_iau.methods import (
     available_methods,
     register_method,
 )
+from hf_iau.publish import AuditReport, audit
 from hf_iau.remember import GradientMemory
 from hf_iau.report import UnlearningReport
 from hf_iau.requests import Ledger, LedgerEntry
@@ -44,6 +46,7 @@ except PackageNotFoundError:  # a source tree that was not installed
 
 __all__ = [
     "AlreadyForgottenError",
+    "AuditReport",
     "CalibrationError",
     "ConfigError",
     "CoupledRowsError",
@@ -62,6 +65,7 @@ __all__ = [
     "MemoryMismatchError",
     "MissingMemoryError",
     "NonFiniteGradientError",
+    "PublishError",
     "RequestError",
     "RestrictionConfig",
     "StaleMemoryError",
@@ -72,6 +76,7 @@ __all__ = [
     "UnlearningReport",
     "UnlearningTrainer",
     "UnsupportedModelError",
+    "audit",
     "available_methods",
     "check_row_gradients",
     "gather",

@@ -65,3 +65,7 @@ class LedgerError(IAUError, ValueError):
 
 class StorageError(IAUError, OSError):
     """A request could not be written to disk; weights, memory and ledger are as they were before it."""
+
+
+class PublishError(IAUError):
+    """A model could not be published, or what is to be published or removed is not fit for it."""
