@@ -14,6 +14,7 @@ from hf_iau.errors import (
     MemoryMismatchError,
     MissingMemoryError,
     NonFiniteGradientError,
+    PublishError,
     RequestError,
     StaleMemoryError,
     UnsupportedModelError,
@@ -28,6 +29,7 @@ from hf_iau.methods import (
     available_methods,
     register_method,
 )
+from hf_iau.publish import AuditReport, audit
 from hf_iau.remember import GradientMemory
 from hf_iau.report import UnlearningReport
 from hf_iau.train import RestrictionConfig, UnlearningTrainer, UnlearnOutput
@@ -38,6 +40,7 @@ except PackageNotFoundError:  # a source tree that was not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "AuditReport",
     "CalibrationError",
     "ConfigError",
     "CoupledRowsError",
@@ -53,6 +56,7 @@ __all__ = [
     "MemoryMismatchError",
     "MissingMemoryError",
     "NonFiniteGradientError",
+    "PublishError",
     "RequestError",
     "RestrictionConfig",
     "StaleMemoryError",
@@ -61,6 +65,7 @@ __all__ = [
     "UnlearningReport",
     "UnlearningTrainer",
     "UnsupportedModelError",
+    "audit",
     "available_methods",
     "check_row_gradients",
     "gather",

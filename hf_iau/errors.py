@@ -49,3 +49,7 @@ class NonFiniteGradientError(IAUError, FloatingPointError):
 
 class CalibrationError(IAUError, ValueError):
     """The step cannot be calibrated with the rows at hand."""
+
+
+class PublishError(IAUError):
+    """A model could not be published, or what is to be published or removed is not fit for it."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from hf_iau.errors import MissingMemoryError, UnsupportedModelError
 from hf_iau.gather.config import GatherConfig
@@ -18,6 +19,7 @@ from hf_iau.gather.gather import build_memory, check_gatherable, choose_row_loss
 from hf_iau.objective import RowLoss, RowSource, probe_additivity
 from hf_iau.objective.row_loss import UserLossFunction
 from hf_iau.remember import MEMORY_FOLDER, GradientMemory
+from hf_iau.remember.private import TRAINER_IGNORES, refuse_private_files
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +130,13 @@ class IAUCallback(TrainerCallback):
         except Exception as error:  # whatever it is, the training that has just ended is not to be lost with it
             self._failure = error
             logger.error("Gathering failed after training; the model is unharmed. %s: %s", type(error).__name__, error)
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        refuse_private_files(args.output_dir or ".", TRAINER_IGNORES)
+        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):  # uploaded as a whole
+            refuse_private_files(Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
     def _choose_loss(self, args: TrainingArguments, model: nn.Module) -> RowLoss:
         if self.row_loss is None and model in _ROW_LOSS_OF_MODEL:

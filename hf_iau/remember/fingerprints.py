@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -41,12 +41,16 @@ def model_fingerprint(model: nn.Module) -> dict[str, str]:
 
 def weights_fingerprint(model: nn.Module) -> str:
     """Digest of every parameter and persistent buffer of a model, bit for bit."""
-    values = hashlib.blake2b(digest_size=16)
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
     kept = model.state_dict(keep_vars=True).keys()
     tensors.update({name: buffer for name, buffer in model.named_buffers() if name in kept})
-    for name in sorted(tensors):
-        tensor = tensors[name].detach()
+    return tensors_fingerprint((name, tensors[name].detach()) for name in sorted(tensors))
+
+
+def tensors_fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Digest of named tensors, given in the order of their names."""
+    values = hashlib.blake2b(digest_size=16)
+    for name, tensor in tensors:
         values.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         if tensor.numel():
             values.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -25,8 +25,9 @@ from hf_iau.remember.fingerprints import data_fingerprint, model_fingerprint, pa
 
 SCHEMA_VERSION = 1
 MEMORY_FOLDER = "_iau"
-_HEADER = "memory.json"
+MEMORY_HEADER = "memory.json"
 _TENSOR_FILE = re.compile(r"memory-[0-9a-f]{32}\.safetensors")
+_PART_OF_MEMORY = re.compile(r"\.?memory-([0-9a-f]{32}|staged)\.safetensors.*|\.memory\.json\..*")
 _MAX_HEADER_BYTES = 64 * 2**20
 _SUM_PREFIX = "gradient_sum."
 _PROBE_ROWS = 8
@@ -248,11 +249,11 @@ class GradientMemory:
         header = self._header() | {"tensors": {"file": name, "digest": digest[0], "count": len(tensors)}}
         header = json.loads(json.dumps(header))  # as a reader will see it, so that its digest is the same
         text = json.dumps(header | {"digest": _header_digest(header)}, indent=1, sort_keys=True)
-        write_atomically(folder / _HEADER, lambda path: _write_text(path, text))
+        write_atomically(folder / MEMORY_HEADER, lambda path: _write_text(path, text))
         for other in folder.glob("memory-*.safetensors"):
             if other.name != name and _TENSOR_FILE.fullmatch(other.name):
                 other.unlink()
-        return folder / _HEADER
+        return folder / MEMORY_HEADER
 
     @classmethod
     def load(cls, directory: str | Path) -> GradientMemory:
@@ -263,9 +264,9 @@ class GradientMemory:
             MemoryMismatchError: written by another schema version.
         """
         folder = Path(directory)
-        if not (folder / _HEADER).is_file() and (folder / MEMORY_FOLDER / _HEADER).is_file():
+        if not (folder / MEMORY_HEADER).is_file() and (folder / MEMORY_FOLDER / MEMORY_HEADER).is_file():
             folder = folder / MEMORY_FOLDER
-        header = _read_header(folder / _HEADER)
+        header = read_header(folder / MEMORY_HEADER)
         try:
             tensors = _read_tensors(folder, header["tensors"])
             return cls._from_parts(header, tensors)
@@ -346,11 +347,22 @@ def _header_digest(header: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def is_memory_file(name: str) -> bool:
+    """Whether a file of that name holds tensors of a memory, or was left behind by writing one."""
+    return _PART_OF_MEMORY.fullmatch(name) is not None
+
+
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _read_header(path: Path) -> dict[str, Any]:
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a saved memory, without its tensors.
+
+    Raises:
+        MemoryFileError: missing, truncated, corrupt or malformed.
+        MemoryMismatchError: written by another schema version.
+    """
     if not path.is_file():
         raise MemoryFileError(
             f"No gradient memory at {path}. Train with callbacks=[IAUCallback()], or call hf_iau.gather(...).save(dir)."
@@ -383,7 +395,7 @@ def _read_tensors(folder: Path, entry: Any) -> dict[str, Tensor]:
         raise MemoryFileError(f"The memory's tensor file {path} is missing.")
     try:
         if file_digest(path) != entry["digest"]:
-            raise MemoryFileError(f"{path} is corrupt or truncated: its digest is not the one in {_HEADER}.")
+            raise MemoryFileError(f"{path} is corrupt or truncated: its digest is not the one in {MEMORY_HEADER}.")
         tensors = load_file(path)
     except (safetensors.SafetensorError, ValueError, OSError) as error:
         raise MemoryFileError(f"{path} is not readable as safetensors ({error}).") from error
