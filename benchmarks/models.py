@@ -106,7 +106,7 @@ def minilm_lora(n_classes: int, folder: Path) -> nn.Module:
     adapters = LoraConfig(
         task_type="SEQ_CLS",
         r=16,
-        lora_alpha=32,
+        lora_alpha=16,
         lora_dropout=0.0,
         target_modules=["query", "key", "value", "dense"],
         modules_to_save=["classifier"],

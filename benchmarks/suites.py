@@ -147,7 +147,8 @@ BANKING77_MINILM_LORA = replace(
     BANKING77_MINILM,
     name="banking77_minilm_lora",
     model="minilm_lora",
-    training=Training(epochs=12, learning_rate=2e-3, batch_size=32),
+    training=Training(epochs=10, learning_rate=1e-3, batch_size=32),
+    train_rows=1_000,
 )
 DIGITS = Work(
     "digits_cnn",
@@ -196,6 +197,7 @@ SUITES = {
             (Scenario("random-100-rows", rows=100),),
             (RELEASED, IAU, IAU_WITH_SUM),
             seeds=1,
+            floor=False,
         ),
         Suite("sizes", (LENET,), SIZES, (RELEASED, IAU), seeds=1),
         Suite(
