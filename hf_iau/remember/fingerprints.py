@@ -63,6 +63,13 @@ def input_columns(model: nn.Module) -> set[str]:
     return set(inspect.signature(forward).parameters) | {"label", "labels", "label_ids"}
 
 
+def content_seen(row: Any, columns: set[str]) -> Any:
+    """A row without what is in none of the `columns`; all of it where nothing would be left."""
+    if not isinstance(row, Mapping):
+        return row
+    return {key: value for key, value in row.items() if key in columns} or dict(row)
+
+
 def data_fingerprint(model: nn.Module, dataset: Any) -> dict[str, Any]:
     """Row count and a digest of up to 256 evenly seeded rows of `dataset`, as far as the model sees them.
 
@@ -73,10 +80,8 @@ def data_fingerprint(model: nn.Module, dataset: Any) -> dict[str, Any]:
     digest = hashlib.blake2b(digest_size=16)
     seen: set[str] = set()
     for position in sample_positions(len(dataset), FINGERPRINT_ROWS, seed=len(dataset)):
-        row = dataset[int(position)]
+        row = content_seen(dataset[int(position)], columns)
         if isinstance(row, Mapping):
-            chosen = {key: value for key, value in row.items() if key in columns}
-            row = chosen or dict(row)
             seen |= set(row)
         digest.update(row_bytes(row))
     return {"rows": len(dataset), "columns": sorted(seen), "content": digest.hexdigest()}
