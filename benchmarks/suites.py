@@ -169,6 +169,13 @@ BANKING77_MINILM = Work(
     request_batch_size=25,
     eval_batch_size=100,
 )
+BANKING77_MINILM_LORA = replace(
+    BANKING77_MINILM,
+    name="banking77_minilm_lora",
+    model="minilm_lora",
+    training=Training(epochs=10, learning_rate=1e-3, batch_size=32),
+    train_rows=1_000,
+)
 DIGITS = Work(
     "digits_cnn",
     data="digits",
@@ -230,6 +237,14 @@ SUITES = {
             seeds=1,
         ),
         Suite("cifar10_resnet18", (CIFAR10_RESNET18,), (RANDOM_10_PERCENT,), SHORT, seeds=1),
+        Suite(
+            "banking77_minilm_lora",
+            (BANKING77_MINILM_LORA,),
+            (Scenario("random-100-rows", rows=100),),
+            (*SHORT, IAU_WITH_SUM),
+            seeds=1,
+            floor=False,
+        ),
         Suite(
             "gradient_restriction",
             (

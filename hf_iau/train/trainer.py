@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +18,36 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 from transformers import Trainer
 
-from hf_iau.errors import ConfigError, MissingMemoryError, RequestError, UnsupportedModelError
+from hf_iau.errors import (
+    AlreadyForgottenError,
+    ConfigError,
+    MemoryFileError,
+    MissingMemoryError,
+    RequestError,
+    UnsupportedModelError,
+)
 from hf_iau.forget import ForgetContext, MethodOutcome, WeightTransaction, moved_gradient_sum, step_norm, weights_norm
 from hf_iau.forget.request import remaining_positions
 from hf_iau.gather import GatherConfig, IAUCallback
 from hf_iau.gather.callback import announce_row_loss, refuse_unsupported_engines, unwrapped
-from hf_iau.gather.gather import build_memory, choose_row_loss, count_labels
+from hf_iau.gather.gather import build_memory, choose_row_loss, count_labels, identify_rows
 from hf_iau.gather.gradient_sum import trainable_parameters
 from hf_iau.measure import Measurement, measure_model
 from hf_iau.methods import find_method
 from hf_iau.methods.base import UnlearningMethod
 from hf_iau.objective import RowLoss, RowSource, probe_additivity
+from hf_iau.objective.adapters import check_adapters
 from hf_iau.objective.evaluation_mode import RandomState
 from hf_iau.objective.row_loss import TrainerRowLoss, UserLossFunction
 from hf_iau.objective.rows import refuse_iterable, row_bytes, rows_are_deterministic, select_rows
 from hf_iau.phases import PhaseTimer
 from hf_iau.publish.card import UnlearningCard, card_metadata, task_of_model
 from hf_iau.publish.upload import hub_errors_explained
-from hf_iau.remember import MEMORY_FOLDER, GradientMemory
+from hf_iau.remember import MEMORY_FOLDER, GradientMemory, RowIdentity, find_key, keyed_fingerprints
 from hf_iau.remember.fingerprints import data_fingerprint, package_versions
 from hf_iau.remember.private import TRAINER_IGNORES, refuse_private_files
 from hf_iau.report import UnlearningReport
+from hf_iau.requests.id_column import rows_of_ids
 from hf_iau.train.restriction import GradientRestriction, RestrictionConfig
 
 logger = logging.getLogger(__name__)
@@ -86,6 +95,7 @@ class UnlearningTrainer(Trainer):
             below `args.output_dir`, if there is one.
         restriction: gradient restriction in training: a `RestrictionConfig`, or its mode "exact" or
             "finite-difference"; default: none.
+        id_column: the column of `train_dataset` that says whose a row is, for `unlearn_by_id`.
     """
 
     def __init__(
@@ -94,8 +104,10 @@ class UnlearningTrainer(Trainer):
         row_loss: UserLossFunction | RowLoss | None = None,
         memory: GradientMemory | None = None,
         restriction: RestrictionConfig | str | None = None,
+        id_column: str | None = None,
         **kwargs: Any,
     ) -> None:
+        self.id_column = id_column
         self._given_row_loss = row_loss
         self._given_memory = memory
         self._memory_of_request: GradientMemory | None = None
@@ -244,10 +256,16 @@ class UnlearningTrainer(Trainer):
         batch_size = config.batch_size or self.args.per_device_train_batch_size
         source = self._rows(rows, "training rows", batch_size)
         model = self._bare_model()
+        identity = self._identity_of(model, source)
         kept = source
-        if self._forgotten:
-            kept = source.select(remaining_positions(source, self._forgotten))
+        if identity is not None and bool(identity.forgotten.any()):
+            kept = source.select(np.flatnonzero(~identity.forgotten))
+        elif self._forgotten:
+            kept = source.select(positions := remaining_positions(source, self._forgotten))
+            if identity is not None:
+                identity = replace(identity, forgotten=~np.isin(np.arange(len(source)), positions))
         memory = build_memory(model, kept, self.row_loss, config, optimizer=self.optimizer)
+        memory.row_identity = identity
         if len(kept) < len(source):
             # Row numbers still name rows of the whole training set.
             memory.data = data_fingerprint(model, source.dataset)
@@ -255,6 +273,15 @@ class UnlearningTrainer(Trainer):
             memory.forgotten_rows = len(source) - len(kept)
         self._memory_of_request, self._memory_ended = memory, False
         return memory
+
+    def _identity_of(self, model: nn.Module, source: RowSource) -> RowIdentity | None:
+        """The rows' identity in the present memory, where that is of these rows; else a new one, if there is a key."""
+        with contextlib.suppress(MissingMemoryError, MemoryFileError):
+            memory = self.memory
+            known = None if memory is None else memory.row_identity
+            if memory is not None and known is not None and memory.data == data_fingerprint(model, source.dataset):
+                return known
+        return identify_rows(model, source.dataset, self.args.output_dir)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`; the memory that belongs to these weights is saved with them, under `_iau/`.
@@ -337,6 +364,32 @@ class UnlearningTrainer(Trainer):
                 _models(retrained_model),
                 dry_run,
             )
+
+    def unlearn_by_id(self, ids: Sequence[Any], **settings: Any) -> UnlearnOutput:
+        """`unlearn` all rows of `train_dataset` whose `id_column` holds one of `ids`, as far as they are still in.
+
+        Args:
+            ids: values of that column, e.g. `["u17", "u23"]`.
+            **settings: as for `unlearn`.
+
+        Raises:
+            RequestError: no `id_column`, or ids that no training row has.
+            AlreadyForgottenError: all their rows are forgotten.
+        """
+        positions = rows_of_ids(self.train_dataset, self.id_column, ids)
+        memory, key = self.memory, find_key(self.args.output_dir)
+        if len(positions) and memory is not None and memory.row_identity is not None and key is not None:
+            memory.row_identity.check_key(key)
+            model = self._bare_model()
+            asked = keyed_fingerprints(key, model, select_rows(self.train_dataset, positions))
+            still = memory.row_identity.still_in(asked)
+            if not still.any():
+                raise AlreadyForgottenError(
+                    f"All {len(positions)} rows of these ids were already forgotten by an earlier request: there is "
+                    "nothing left to do."
+                )
+            positions = positions[still]
+        return self.unlearn(row_indices=positions, **settings)
 
     def _serve(
         self,
@@ -463,6 +516,7 @@ class UnlearningTrainer(Trainer):
                 "device, or launch one process a GPU with `accelerate launch`."
             )
         model = self._bare_model()
+        check_adapters(model)
         train = None
         if self.train_dataset is not None:
             refuse_iterable(self.train_dataset, "training rows")
@@ -489,10 +543,12 @@ class UnlearningTrainer(Trainer):
             )
         digests = Counter(row_bytes(forget.dataset[i]) for i in range(len(forget)))
         _refuse_repeated_rows(forget, digests, train)
+        fingerprints = self._fingerprints(model, memory, forget)
+        self._recall_forgotten(model, memory, train)
         excluded = set(digests)
         again = _forgotten_before(digests, self._forgotten, train)
         if again:
-            raise RequestError(
+            raise AlreadyForgottenError(
                 f"{again} of the {len(forget)} rows were already forgotten by an earlier request to this trainer: "
                 "leave them out."
             )
@@ -524,6 +580,7 @@ class UnlearningTrainer(Trainer):
             held_out=held_out,
             excluded=excluded | set(self._forgotten),
             digests=digests,
+            fingerprints=fingerprints,
             forgotten=self._forgotten,
             trainer=self,
             label_counts=count_labels(forget.dataset),
@@ -531,6 +588,32 @@ class UnlearningTrainer(Trainer):
             progress=not args.disable_tqdm,
             timer=timer,
         )
+
+    def _fingerprints(self, model: nn.Module, memory: GradientMemory | None, forget: RowSource) -> np.ndarray | None:
+        """Keyed fingerprints of the forget rows, checked against the memory's; None without a key."""
+        key = find_key(self.args.output_dir)
+        identity = None if memory is None else memory.row_identity
+        if key is None:
+            if identity is not None:
+                raise ConfigError(
+                    f"The memory holds row fingerprints made with key {identity.key_check}, and neither HF_IAU_KEY nor "
+                    "HF_IAU_KEY_FILE is set: set the key, or gather anew without one."
+                )
+            return None
+        fingerprints = keyed_fingerprints(key, model, forget.dataset)
+        if identity is not None:
+            identity.check_key(key)
+            identity.check_request(fingerprints)
+        return fingerprints
+
+    def _recall_forgotten(self, model: nn.Module, memory: GradientMemory | None, train: RowSource | None) -> None:
+        """In a fresh process: learn from the memory which training rows earlier requests took out."""
+        identity = None if memory is None else memory.row_identity
+        if memory is None or identity is None or train is None or self._forgotten or not identity.forgotten.any():
+            return
+        if memory.data == data_fingerprint(model, train.dataset):
+            gone = np.flatnonzero(identity.forgotten).tolist()
+            self._forgotten = Counter(row_bytes(train.dataset[i]) for i in gone)
 
     def _check_columns(self, forget: RowSource) -> None:
         """Refuse forget rows that lack labels or columns of the training rows, or that are collated at random."""
@@ -634,6 +717,8 @@ class UnlearningTrainer(Trainer):
             )
             if outcome.calibration is not None:
                 newer.calibration = outcome.calibration
+            if newer.row_identity is not None and context.fingerprints is not None:
+                newer.row_identity = newer.row_identity.without(context.fingerprints, context.forget_positions)
         return newer, diagnostics
 
     def _commit(
