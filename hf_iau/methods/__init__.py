@@ -1,17 +1,44 @@
 """Unlearning methods, one file each, chosen by name."""
 
 from hf_iau.methods.base import UnlearningMethod, available_methods, find_method, register_method
+from hf_iau.methods.fine_tune import FineTune, FineTuneConfig
+from hf_iau.methods.gradient_ascent import GradientAscent, GradientAscentConfig
 from hf_iau.methods.iau import IAU, IAUConfig
 from hf_iau.methods.iau_paper import IAUPaper, IAUPaperConfig
 from hf_iau.methods.iau_released import IAUReleased, IAUReleasedConfig
+from hf_iau.methods.influence_cg import InfluenceCG, InfluenceCGConfig
+from hf_iau.methods.neggrad_plus import NegGradPlus, NegGradPlusConfig
+from hf_iau.methods.random_labels import RandomLabels, RandomLabelsConfig
+from hf_iau.methods.retrain import Retrain, RetrainConfig
+from hf_iau.methods.salun import SalUn, SalUnConfig
+from hf_iau.methods.scrub import SCRUB, SCRUBConfig
+from hf_iau.methods.ssd import SSD, SSDConfig
 
 __all__ = [
     "IAU",
+    "SCRUB",
+    "SSD",
+    "FineTune",
+    "FineTuneConfig",
+    "GradientAscent",
+    "GradientAscentConfig",
     "IAUConfig",
     "IAUPaper",
     "IAUPaperConfig",
     "IAUReleased",
     "IAUReleasedConfig",
+    "InfluenceCG",
+    "InfluenceCGConfig",
+    "NegGradPlus",
+    "NegGradPlusConfig",
+    "RandomLabels",
+    "RandomLabelsConfig",
+    "Retrain",
+    "RetrainConfig",
+    "SCRUBConfig",
+    "SSDConfig",
+    "SalUn",
+    "SalUnConfig",
     "UnlearningMethod",
     "available_methods",
     "find_method",
