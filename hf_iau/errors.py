@@ -49,3 +49,7 @@ class NonFiniteGradientError(IAUError, FloatingPointError):
 
 class CalibrationError(IAUError, ValueError):
     """The step cannot be calibrated with the rows at hand."""
+
+
+class ParallelError(IAUError, RuntimeError):
+    """The processes of a run have come apart, or one of them failed or is gone."""
