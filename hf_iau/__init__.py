@@ -6,16 +6,21 @@ Data flows one way: gather → remember → forget → calibrate → measure →
 from importlib.metadata import PackageNotFoundError, version
 
 from hf_iau.errors import (
+    AlreadyForgottenError,
     CalibrationError,
     ConfigError,
     CoupledRowsError,
     IAUError,
+    LedgerError,
     MemoryFileError,
     MemoryMismatchError,
     MissingMemoryError,
     NonFiniteGradientError,
+    PublishError,
     RequestError,
     StaleMemoryError,
+    StorageError,
+    UnknownRowsError,
     UnsupportedModelError,
 )
 from hf_iau.gather import GatherConfig, IAUCallback, gather
@@ -28,8 +33,10 @@ from hf_iau.methods import (
     available_methods,
     register_method,
 )
+from hf_iau.publish import AuditReport, audit
 from hf_iau.remember import GradientMemory
 from hf_iau.report import UnlearningReport
+from hf_iau.requests import Ledger, LedgerEntry
 from hf_iau.train import RestrictionConfig, UnlearningTrainer, UnlearnOutput
 
 try:
@@ -38,6 +45,8 @@ except PackageNotFoundError:  # a source tree that was not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "AlreadyForgottenError",
+    "AuditReport",
     "CalibrationError",
     "ConfigError",
     "CoupledRowsError",
@@ -49,18 +58,25 @@ __all__ = [
     "IAUError",
     "IAUPaperConfig",
     "IAUReleasedConfig",
+    "Ledger",
+    "LedgerEntry",
+    "LedgerError",
     "MemoryFileError",
     "MemoryMismatchError",
     "MissingMemoryError",
     "NonFiniteGradientError",
+    "PublishError",
     "RequestError",
     "RestrictionConfig",
     "StaleMemoryError",
+    "StorageError",
+    "UnknownRowsError",
     "UnlearnOutput",
     "UnlearningMethod",
     "UnlearningReport",
     "UnlearningTrainer",
     "UnsupportedModelError",
+    "audit",
     "available_methods",
     "check_row_gradients",
     "gather",

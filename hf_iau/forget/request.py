@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from hf_iau.errors import MissingMemoryError
+from hf_iau.errors import MissingMemoryError, RequestError
 from hf_iau.objective import RowLoss, RowSource
+from hf_iau.objective.row_loss import batch_rows
 from hf_iau.objective.rows import row_bytes
+from hf_iau.objective.targets import count_targets
 from hf_iau.phases import PhaseTimer
 from hf_iau.remember import GradientMemory
 
@@ -32,6 +34,9 @@ class ForgetContext:
         held_out: rows that were never trained on, for calibration.
         excluded: digests of rows that are out: forgotten now or earlier.
         digests: digests of the forget rows, with how often each occurs.
+        fingerprints: keyed fingerprints of the forget rows in their order, uint8 `(m, 16)`; None without a key.
+        forgotten: digests of the rows that earlier requests took out, with how often each occurs.
+        trainer: the Trainer that serves the request, for methods that train anew with its settings.
         seed, progress, timer: as their names say.
     """
 
@@ -45,7 +50,10 @@ class ForgetContext:
     held_out: RowSource | None = None
     excluded: set[bytes] = field(default_factory=set)
     digests: Counter[bytes] = field(default_factory=Counter)
+    fingerprints: np.ndarray | None = None
+    forgotten: Counter[bytes] = field(default_factory=Counter)
     label_counts: Mapping[str, int] | None = None
+    trainer: Any = None
     seed: int = 0
     progress: bool = False
     timer: PhaseTimer = field(default_factory=PhaseTimer)
@@ -63,6 +71,41 @@ class ForgetContext:
                 "give memory=hf_iau.gather(model, train_dataset), or load one with GradientMemory.load(dir)."
             )
         return self.memory
+
+    def check_retained(self, method: str) -> None:
+        """Raise `RequestError` where the retained rows are not at hand; looks at no row."""
+        if self.retain is None and self.train is None:
+            raise RequestError(
+                f"method={method!r} needs the retained rows: there is neither retain_dataset= nor a train_dataset "
+                "whose rows are the same each time they are read. Pass retain_dataset=, all rows to be kept."
+            )
+
+    def retained_rows(self, method: str, name: str = "retained rows") -> RowSource:
+        """All rows to be kept: `retain` where given, else the training rows that no request took out.
+
+        Of a row that occurs several times as many copies are left out as were forgotten.
+
+        Args:
+            method: who asks, for the error.
+            name: what the rows are called in messages.
+
+        Raises:
+            RequestError: there are no such rows.
+        """
+        self.check_retained(method)
+        if self.retain is not None:
+            return self.retain
+        assert self.train is not None
+        positions = self.forget_positions
+        gone = self.forgotten if positions is not None else self.forgotten + self.digests
+        kept = remaining_positions(self.train, gone, () if positions is None else positions.tolist())
+        if not kept:
+            raise RequestError(f"method={method!r} needs retained rows, and the request leaves none.")
+        return self.train.select(kept, name)
+
+    def count_forget_targets(self) -> int:
+        """Targets of the forget rows: rows of a classifier, predicted tokens of a language model."""
+        return sum(count_targets(self.model, inputs.get("labels"), batch_rows(inputs)) for _, inputs in self.forget)
 
     def retained_sample(self, size: int, seed: int, name: str = "retained rows") -> RowSource | None:
         """Up to `size` retained rows: drawn from `retain` where given, else training rows that are not excluded."""
@@ -82,13 +125,30 @@ class ForgetContext:
         return self.train.select(np.sort(np.asarray(chosen, dtype=np.int64)), name) if chosen else None
 
 
+def remaining_positions(source: RowSource, gone: Mapping[bytes, int], out: Iterable[int] = ()) -> list[int]:
+    """Positions of `source`'s rows that are neither in `out` nor, as many copies as `gone` counts, of a digest in it."""
+    left, skipped, kept = Counter(gone), set(out), []
+    for position in range(len(source)):
+        if position in skipped:
+            continue
+        if left:
+            digest = row_bytes(source.dataset[position])
+            if left[digest] > 0:
+                left[digest] -= 1
+                continue
+        kept.append(position)
+    return kept
+
+
 @dataclass
 class MethodOutcome:
     """What a method tells about its work, beside the changed weights.
 
     Attributes:
-        forget_sum: Σ_f at the old weights, float64, where the method computed it.
-        forget_targets: targets of the forget rows.
+        forget_sum: Σ_f at the old weights, float64, where the method took one step along it. Without it the gradient
+            sum of the memory is dropped: it cannot be moved along with the weights.
+        forget_targets: targets of the forget rows; counted by the caller where None.
+        keeps_memory: False where the weights were made anew, so that no memory describes them.
         diagnostics: JSON for the report.
         calibrated: whether the step was calibrated; None for methods that do not calibrate.
         verdict: "safe", "check" or "retrain", where the method judges.
@@ -98,6 +158,7 @@ class MethodOutcome:
 
     forget_sum: dict[str, Tensor] | None = None
     forget_targets: int | None = None
+    keeps_memory: bool = True
     diagnostics: dict[str, Any] = field(default_factory=dict)
     calibrated: bool | None = None
     verdict: str | None = None

@@ -11,14 +11,23 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from hf_iau.errors import MissingMemoryError, UnsupportedModelError
 from hf_iau.gather.config import GatherConfig
-from hf_iau.gather.gather import build_memory, check_gatherable, choose_row_loss, describe_memory, keep_input_columns
+from hf_iau.gather.gather import (
+    build_memory,
+    check_gatherable,
+    choose_row_loss,
+    describe_memory,
+    identify_rows,
+    keep_input_columns,
+)
 from hf_iau.objective import RowLoss, RowSource, probe_additivity
 from hf_iau.objective.row_loss import UserLossFunction
 from hf_iau.parallel import together
-from hf_iau.remember import MEMORY_FOLDER, GradientMemory
+from hf_iau.remember import MEMORY_FOLDER, GradientMemory, find_key
+from hf_iau.remember.private import TRAINER_IGNORES, refuse_private_files
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +113,7 @@ class IAUCallback(TrainerCallback):
             )
         refuse_unsupported_engines(args)
         with together("the check before training"):
+            find_key(args.output_dir)  # a key that cannot be used is better refused now than after training
             source = self._source(args, model, kwargs["train_dataloader"])
             check_gatherable(model, source.dataset)
             probe_additivity(self._choose_loss(args, model), model, source)
@@ -125,12 +135,20 @@ class IAUCallback(TrainerCallback):
                 source = self._source(args, model, kwargs["train_dataloader"])
                 loss = self._choose_loss(args, model)
                 self._memory = build_memory(model, source, loss, self.config, optimizer=kwargs.get("optimizer"))
+                self._memory.row_identity = identify_rows(model, source.dataset, args.output_dir)
                 if self.save and args.should_save:
                     self._memory.save(Path(args.output_dir or ".") / MEMORY_FOLDER)
             logger.info("Gathered a gradient memory: %s", dict(describe_memory(self._memory)))
         except Exception as error:  # whatever it is, the training that has just ended is not to be lost with it
             self._failure = error
             logger.error("Gathering failed after training; the model is unharmed. %s: %s", type(error).__name__, error)
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        refuse_private_files(args.output_dir or ".", TRAINER_IGNORES)
+        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):  # uploaded as a whole
+            refuse_private_files(Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
     def _choose_loss(self, args: TrainingArguments, model: nn.Module) -> RowLoss:
         if self.row_loss is None and model in _ROW_LOSS_OF_MODEL:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -29,8 +30,9 @@ from hf_iau.objective import (
 from hf_iau.objective.row_loss import UserLossFunction
 from hf_iau.objective.rows import Collator, refuse_iterable, rows_are_deterministic, sample_positions
 from hf_iau.parallel import SAME_START, agree, together
-from hf_iau.remember import GradientMemory, data_fingerprint, model_fingerprint
+from hf_iau.remember import GradientMemory, RowIdentity, data_fingerprint, find_key, model_fingerprint
 from hf_iau.remember.fingerprints import input_columns
+from hf_iau.remember.keys import say_that_there_is_no_key
 
 
 def gather(
@@ -83,7 +85,24 @@ def gather(
         device=device or next(model.parameters()).device,
         name="training rows",
     )
-    return build_memory(model, source, loss, config, optimizer=optimizer)
+    memory = build_memory(model, source, loss, config, optimizer=optimizer)
+    memory.row_identity = identify_rows(model, source.dataset)
+    return memory
+
+
+def identify_rows(model: nn.Module, dataset: Any, output_dir: str | Path | None = None) -> RowIdentity | None:
+    """Keyed fingerprints of the training rows where there is a key, else None (said once).
+
+    Args:
+        model: the trained model.
+        dataset: the training rows.
+        output_dir: where the memory will lie, which must not hold the key.
+    """
+    key = find_key(output_dir)
+    if key is None:
+        say_that_there_is_no_key()
+        return None
+    return RowIdentity.of(key, model, dataset)
 
 
 def build_memory(

@@ -13,6 +13,7 @@ from hf_iau.measure.attacks import (
 )
 from hf_iau.measure.figures import MINIMUM_ROWS_FOR_PER_ROW_FIGURES, Figures
 from hf_iau.measure.gap import Gap, gap
+from hf_iau.measure.intervals import Interval, difference_interval, proportion_interval, ratio_interval
 from hf_iau.measure.measurement import Measurement, measure_model, rows_with_targets
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "AttackScore",
     "Figures",
     "Gap",
+    "Interval",
     "Measurement",
     "ParameterDistance",
     "agreement",
@@ -30,9 +32,12 @@ __all__ = [
     "attack",
     "attack_auc",
     "attack_scores",
+    "difference_interval",
     "gap",
     "measure_model",
     "parameter_distance",
+    "proportion_interval",
+    "ratio_interval",
     "rows_with_targets",
     "svc_confidence_attack",
 ]

@@ -11,6 +11,7 @@ from scipy.special import rel_entr
 from torch import Tensor
 
 from hf_iau.errors import RequestError
+from hf_iau.measure.intervals import MISSING, RESAMPLES, proportion_interval, ratio_interval
 from hf_iau.objective.predictions import RowPredictions
 
 
@@ -23,11 +24,19 @@ class Agreement:
         jensen_shannon: mean Jensen-Shannon divergence of the predicted distributions in nats, 0 to ln 2 = 0.693; lower
             is closer, 0 is equal.
         rows: rows compared.
+        agreement_low: lower end of the 95 % interval of `agreement` (Wilson's).
+        agreement_high: its upper end.
+        jensen_shannon_low: lower end of the 95 % interval of `jensen_shannon` (bootstrap over rows); NaN without one.
+        jensen_shannon_high: its upper end.
     """
 
     agreement: float
     jensen_shannon: float
     rows: int
+    agreement_low: float = MISSING[0]
+    agreement_high: float = MISSING[1]
+    jensen_shannon_low: float = MISSING[0]
+    jensen_shannon_high: float = MISSING[1]
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain numbers."""
@@ -51,11 +60,13 @@ class ParameterDistance:
         return asdict(self)
 
 
-def agreement(a: RowPredictions, b: RowPredictions) -> Agreement:
+def agreement(a: RowPredictions, b: RowPredictions, bootstrap: int = RESAMPLES, seed: int = 0) -> Agreement:
     """Compare two models, e.g. an unlearned and a retrained one, on the same single-label rows.
 
     Args:
         a, b: predictions of the two models for the same rows in the same order, made with `keep_probabilities=True`.
+        bootstrap: resamples for the divergence's interval; 0 for no intervals at all.
+        seed: of the resampling.
 
     The Jensen-Shannon divergence is that of Lin (1991) with natural logarithms, as used for unlearning by Chundawat et
     al. (2023, arXiv 2205.08096). Rows without a label are compared as well: no label is needed.
@@ -77,10 +88,18 @@ def agreement(a: RowPredictions, b: RowPredictions) -> Agreement:
     middle = (p + q) / 2
     # Not `scipy.spatial.distance.jensenshannon`: it takes a root first, which is NaN where rounding goes below 0.
     divergence = np.maximum((rel_entr(p, middle) + rel_entr(q, middle)).sum(axis=1) / 2, 0)
+    same = p.argmax(axis=1) == q.argmax(axis=1)
+    share, mean = MISSING, ratio_interval(divergence, np.ones(len(a)), bootstrap, seed)
+    if bootstrap:
+        share = proportion_interval(int(same.sum()), len(a))
     return Agreement(
-        agreement=float((p.argmax(axis=1) == q.argmax(axis=1)).mean()),
+        agreement=float(same.mean()),
         jensen_shannon=float(divergence.mean()),
         rows=len(a),
+        agreement_low=share[0],
+        agreement_high=share[1],
+        jensen_shannon_low=mean[0],
+        jensen_shannon_high=mean[1],
     )
 
 

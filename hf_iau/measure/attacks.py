@@ -19,6 +19,16 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.svm import SVC
 
 from hf_iau.errors import ConfigError, NonFiniteGradientError, RequestError
+from hf_iau.measure.intervals import (
+    BOOTSTRAP_VALUES_AT_ONCE,
+    LEVEL,
+    MISSING,
+    RESAMPLES,
+    Interval,
+    balanced_accuracy_interval,
+    check_resamples,
+    true_positive_rate_interval,
+)
 from hf_iau.objective.predictions import RowPredictions
 
 AttackScore = Literal["loss", "confidence", "entropy", "modified_entropy", "correctness"]
@@ -36,7 +46,6 @@ _ORIENTATION: dict[str, tuple[str, float]] = {
 }
 
 _MINIMUM_ROWS = 2
-_BOOTSTRAP_VALUES_AT_ONCE = 2_000_000  # bounds the memory of the resamples: 16 MB an array
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,14 @@ class AttackResult:
         n_non_members: non-member rows used.
         dropped_members: member rows without a target, left out.
         dropped_non_members: non-member rows without a target, left out.
+        balanced_accuracy_low: lower end of the 95 % interval of `balanced_accuracy`, see
+            `hf_iau.measure.intervals.balanced_accuracy_interval`; 0.5 where the rows do not show more than chance.
+        balanced_accuracy_high: its upper end.
+        tpr_at_1_percent_fpr_low: lower end of the 95 % interval of `tpr_at_1_percent_fpr`, see
+            `hf_iau.measure.intervals.true_positive_rate_interval`; conservative.
+        tpr_at_1_percent_fpr_high: its upper end.
+        tpr_at_0_1_percent_fpr_low: the same of `tpr_at_0_1_percent_fpr`.
+        tpr_at_0_1_percent_fpr_high: its upper end.
     """
 
     auc: float
@@ -71,6 +88,12 @@ class AttackResult:
     n_non_members: int
     dropped_members: int = 0
     dropped_non_members: int = 0
+    balanced_accuracy_low: float = MISSING[0]
+    balanced_accuracy_high: float = MISSING[1]
+    tpr_at_1_percent_fpr_low: float = MISSING[0]
+    tpr_at_1_percent_fpr_high: float = MISSING[1]
+    tpr_at_0_1_percent_fpr_low: float = MISSING[0]
+    tpr_at_0_1_percent_fpr_high: float = MISSING[1]
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain numbers."""
@@ -124,7 +147,7 @@ def attack(
     members: RowPredictions,
     non_members: RowPredictions,
     score: AttackScore = "loss",
-    bootstrap: int = 200,
+    bootstrap: int = RESAMPLES,
     seed: int = 0,
 ) -> AttackResult:
     """The threshold attack on one score, with its operating points and a bootstrap interval.
@@ -133,19 +156,41 @@ def attack(
         members: the forget rows.
         non_members: rows the model has never seen.
         score: see `attack_auc`.
-        bootstrap: resamples for the interval; 0 for none.
+        bootstrap: resamples for the AUC's interval; 0 for no intervals at all.
         seed: of the resampling.
 
     Raises:
         ConfigError, RequestError, NonFiniteGradientError: as `attack_auc`; ConfigError for a negative `bootstrap`.
     """
-    if bootstrap < 0:
-        raise ConfigError(f"bootstrap={bootstrap}: give the number of resamples, or 0 for no interval.")
+    check_resamples(bootstrap)
     inside, outside, dropped_inside, dropped_outside = _both_sides(members, non_members, score)
+    return score_attack(inside, outside, bootstrap, seed, (dropped_inside, dropped_outside))
+
+
+def score_attack(
+    inside: np.ndarray,
+    outside: np.ndarray,
+    bootstrap: int = RESAMPLES,
+    seed: int = 0,
+    dropped: tuple[int, int] = (0, 0),
+) -> AttackResult:
+    """The threshold attack on any scores, e.g. a trained attacker's.
+
+    Args:
+        inside: the forget rows' scores, higher = more member-like, shape `(m,)`, at least one and none NaN.
+        outside: scores of rows never trained on, shape `(n,)`, the same.
+        bootstrap: resamples for the AUC's interval; 0 for no intervals at all.
+        seed: of the resampling.
+        dropped: rows left out before, on either side.
+    """
     truth = np.concatenate([np.ones(len(inside)), np.zeros(len(outside))])
     # Every corner of the curve is kept: a dropped collinear one could be the best point below a false positive rate.
-    fpr, tpr, _ = roc_curve(truth, np.concatenate([inside, outside]), drop_intermediate=False)
+    fpr, tpr, thresholds = roc_curve(truth, np.concatenate([inside, outside]), drop_intermediate=False)
     low, high = _bootstrap_interval(inside, outside, bootstrap, seed)
+    best, one, tenth = (MISSING,) * 3
+    if bootstrap:
+        best = balanced_accuracy_interval(inside, outside, thresholds[np.argmax(tpr - fpr)])
+        one, tenth = (true_positive_rate_interval(inside, outside, level) for level in (0.01, 0.001))
     return AttackResult(
         auc=_auc(inside, outside),
         balanced_accuracy=float(np.max(tpr + 1 - fpr) / 2),
@@ -155,13 +200,19 @@ def attack(
         ci_high=high,
         n_members=len(inside),
         n_non_members=len(outside),
-        dropped_members=dropped_inside,
-        dropped_non_members=dropped_outside,
+        dropped_members=dropped[0],
+        dropped_non_members=dropped[1],
+        balanced_accuracy_low=best[0],
+        balanced_accuracy_high=best[1],
+        tpr_at_1_percent_fpr_low=one[0],
+        tpr_at_1_percent_fpr_high=one[1],
+        tpr_at_0_1_percent_fpr_low=tenth[0],
+        tpr_at_0_1_percent_fpr_high=tenth[1],
     )
 
 
 def all_attacks(
-    members: RowPredictions, non_members: RowPredictions, bootstrap: int = 200, seed: int = 0
+    members: RowPredictions, non_members: RowPredictions, bootstrap: int = RESAMPLES, seed: int = 0
 ) -> dict[str, AttackResult]:
     """`attack` with every score, by the score's name; a score that the task does not have is NaN throughout.
 
@@ -265,9 +316,9 @@ def _auc(inside: np.ndarray, outside: np.ndarray) -> float:
     return float(roc_auc_score(truth, np.concatenate([inside, outside])))
 
 
-def _bootstrap_interval(inside: np.ndarray, outside: np.ndarray, resamples: int, seed: int) -> tuple[float, float]:
+def _bootstrap_interval(inside: np.ndarray, outside: np.ndarray, resamples: int, seed: int) -> Interval:
     if not resamples:
-        return float("nan"), float("nan")
+        return MISSING
     m, n = len(inside), len(outside)
     if inside.min() > outside.max() or inside.max() < outside.min() or np.ptp(np.concatenate([inside, outside])) == 0:
         auc = _auc(inside, outside)  # every resample has the same value
@@ -282,9 +333,9 @@ def _bootstrap_interval(inside: np.ndarray, outside: np.ndarray, resamples: int,
         (inside, outside),
         auc_of,
         n_resamples=resamples,
-        batch=max(1, _BOOTSTRAP_VALUES_AT_ONCE // (m + n)),
+        batch=max(1, BOOTSTRAP_VALUES_AT_ONCE // (m + n)),
         vectorized=True,
-        confidence_level=0.95,
+        confidence_level=LEVEL,
         method="percentile",
         random_state=np.random.default_rng(seed),
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from hf_iau.measure.attacks import AttackResult
+from hf_iau.measure.intervals import Interval
 
 MINIMUM_ROWS_FOR_PER_ROW_FIGURES = 20
 """With fewer forget rows than this, only means over them are given: anything finer would describe single rows."""
@@ -35,6 +36,9 @@ class Figures:
             than `MINIMUM_ROWS_FOR_PER_ROW_FIGURES` forget rows.
         attacks_against: `"test"`, `"held_out"` or None.
         per_row_suppressed: whether there were too few forget rows for anything but means.
+        intervals: 95 % intervals, `(low, high)`, of the accuracies and of `mia_auc` by the figure's name, as far as
+            they were computed (see `hf_iau.measure.intervals`); None for none at all. They say how far the figure may
+            be for other rows drawn like these, not what another training seed would change.
     """
 
     forget_accuracy: float | None = None
@@ -51,6 +55,7 @@ class Figures:
     attacks: dict[str, AttackResult] | None = None
     attacks_against: str | None = None
     per_row_suppressed: bool = False
+    intervals: dict[str, Interval] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as a plain dictionary; NaN stays NaN."""
@@ -66,6 +71,10 @@ class Figures:
         attacks = known.get("attacks")
         if attacks is not None:
             known["attacks"] = {score: _attack_from(result) for score, result in attacks.items()}
+        if known.get("intervals") is not None:
+            known["intervals"] = {
+                name: (low, high) for name, (low, high) in known["intervals"].items() if low is not None
+            }
         return cls(**known)
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from hf_iau.measure.figures import Figures
+from hf_iau.measure.intervals import Interval, difference_interval
 
 _ACCURACIES = ("retain_accuracy", "forget_accuracy", "test_accuracy")
 _LOSSES = ("retain_loss", "forget_loss", "test_loss")
@@ -33,6 +34,10 @@ class Gap:
         test_loss: the same; above 0 lost utility.
         based_on: `"accuracy"` or `"loss"`.
         compared: names of the differences that `mean_absolute` averages, so that a missing set of rows shows.
+        intervals: 95 % intervals, `(low, high)` in points, of the differences of accuracies and AUC of which both models
+            have one; None for none at all. Both models judge the same rows, but are taken as independent here, which
+            makes the intervals rather too wide than too narrow. What another training seed would change is not in
+            them.
     """
 
     mean_absolute: float | None
@@ -45,6 +50,7 @@ class Gap:
     test_loss: float | None
     based_on: Literal["accuracy", "loss"]
     compared: tuple[str, ...]
+    intervals: dict[str, Interval] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a plain dictionary."""
@@ -82,4 +88,16 @@ def gap(figures: Figures | Mapping[str, Any], retrained: Figures | Mapping[str, 
         **relative,
         based_on=based_on,
         compared=tuple(found),
+        intervals=_intervals(ours, theirs) or None,
     )
+
+
+def _intervals(ours: Figures, theirs: Figures) -> dict[str, Interval]:
+    both = (ours.intervals or {}).keys() & (theirs.intervals or {}).keys()
+    found = {}
+    for name in (*_ACCURACIES, "mia_auc"):
+        a, b = getattr(ours, name), getattr(theirs, name)
+        if name in both and a is not None and b is not None and ours.intervals and theirs.intervals:
+            low, high = difference_interval(a, ours.intervals[name], b, theirs.intervals[name])
+            found[name] = (100 * low, 100 * high)
+    return found

@@ -11,6 +11,14 @@ from torch import nn
 from hf_iau.errors import IAUError, NonFiniteGradientError, RequestError
 from hf_iau.measure.attacks import AttackResult, all_attacks, attack_auc
 from hf_iau.measure.figures import MINIMUM_ROWS_FOR_PER_ROW_FIGURES, Figures
+from hf_iau.measure.intervals import (
+    MISSING,
+    RESAMPLES,
+    Interval,
+    check_resamples,
+    proportion_interval,
+    ratio_interval,
+)
 from hf_iau.objective.predictions import RowPredictions, predict_rows
 from hf_iau.objective.rows import RowSource
 
@@ -48,30 +56,38 @@ class Measurement:
         """Whether too few forget rows have a target for anything but means over them."""
         return rows_with_targets(self.forget) < MINIMUM_ROWS_FOR_PER_ROW_FIGURES
 
-    def figures(self, *, attacks: bool = True, bootstrap: int = 200, seed: int = 0) -> Figures:
+    def figures(self, *, attacks: bool = True, bootstrap: int = RESAMPLES, seed: int = 0) -> Figures:
         """The figures of the four sets.
 
         Args:
             attacks: also run every attack; the loss attack's AUC is always there.
-            bootstrap: resamples of each attack's interval.
+            bootstrap: resamples of each interval that is bootstrapped; 0 for no intervals at all.
             seed: of the resampling.
 
         An attack that cannot be made (fewer than 2 rows on a side) gives None; one on a model whose loss is NaN gives
         NaN. With fewer than `MINIMUM_ROWS_FOR_PER_ROW_FIGURES` forget rows the attacks' operating points are withheld.
         """
+        check_resamples(bootstrap)
         values: dict[str, float | None] = {}
+        intervals: dict[str, Interval] = {}
+        suppressed = self.per_row_suppressed
         for split in ("forget", "retain", "held_out", "test"):
             predictions = getattr(self, split)
             values[f"{split}_accuracy"] = _accuracy(predictions)
             values[f"{split}_loss"] = _mean_loss(predictions)
+            if bootstrap and predictions is not None and values[f"{split}_accuracy"] is not None:
+                if split == "forget" and suppressed and not is_proportion(predictions):
+                    continue  # a bootstrap of a few rows gives single rows away
+                intervals[f"{split}_accuracy"] = accuracy_interval(predictions, bootstrap, seed)
         held_out, test = self._auc_against(self.held_out), self._auc_against(self.test)
-        suppressed = self.per_row_suppressed
         results: dict[str, AttackResult] | None = None
         if attacks and not suppressed and self.unseen is not None:
             try:
                 results = all_attacks(self.forget, self.unseen, bootstrap, seed)
             except (RequestError, NonFiniteGradientError):
                 results = None
+        if bootstrap and results is not None:
+            intervals["mia_auc"] = (results["loss"].ci_low, results["loss"].ci_high)
         return Figures(
             **values,
             mia_auc=test if self.test is not None else held_out,
@@ -80,6 +96,7 @@ class Measurement:
             attacks=results,
             attacks_against=None if results is None else self.unseen_split,
             per_row_suppressed=suppressed,
+            intervals=intervals or None,
         )
 
     def _auc_against(self, unseen: RowPredictions | None) -> float | None:
@@ -127,6 +144,28 @@ def measure_model(
 def rows_with_targets(predictions: RowPredictions | None) -> int:
     """Number of rows that have at least one target."""
     return 0 if predictions is None else int((predictions.targets > 0).sum())
+
+
+def accuracy_interval(predictions: RowPredictions, bootstrap: int = RESAMPLES, seed: int = 0) -> Interval:
+    """95 % interval of `predictions.accuracy`: Wilson's where every row is right or wrong, else bootstrapped over rows.
+
+    Args:
+        predictions: of rows with a target.
+        bootstrap: resamples; 0 for no interval.
+        seed: of the resampling.
+    """
+    if not bootstrap:
+        return MISSING
+    if is_proportion(predictions):
+        correct = predictions.correct[predictions.targets > 0]
+        return proportion_interval(float(correct.sum()), len(correct))
+    return ratio_interval(predictions.correct, predictions.targets, bootstrap, seed)
+
+
+def is_proportion(predictions: RowPredictions) -> bool:
+    """Whether the accuracy is a plain share of rows: each row has at most one target, right or wrong."""
+    counted = predictions.targets > 0
+    return bool((predictions.targets[counted] == 1).all() and np.isin(predictions.correct[counted], (0, 1)).all())
 
 
 def _mean_loss(predictions: RowPredictions | None) -> float | None:

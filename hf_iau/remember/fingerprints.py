@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -38,12 +38,16 @@ def model_fingerprint(model: nn.Module) -> dict[str, str]:
 
 def weights_fingerprint(model: nn.Module) -> str:
     """Digest of every parameter and persistent buffer of a model, bit for bit."""
-    values = hashlib.blake2b(digest_size=16)
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
     kept = model.state_dict(keep_vars=True).keys()
     tensors.update({name: buffer for name, buffer in model.named_buffers() if name in kept})
-    for name in sorted(tensors):
-        tensor = tensors[name].detach()
+    return tensors_fingerprint((name, tensors[name].detach()) for name in sorted(tensors))
+
+
+def tensors_fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Digest of named tensors, given in the order of their names."""
+    values = hashlib.blake2b(digest_size=16)
+    for name, tensor in tensors:
         values.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         if tensor.numel():
             values.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -56,6 +60,13 @@ def input_columns(model: nn.Module) -> set[str]:
     return set(inspect.signature(forward).parameters) | {"label", "labels", "label_ids"}
 
 
+def content_seen(row: Any, columns: set[str]) -> Any:
+    """A row without what is in none of the `columns`; all of it where nothing would be left."""
+    if not isinstance(row, Mapping):
+        return row
+    return {key: value for key, value in row.items() if key in columns} or dict(row)
+
+
 def data_fingerprint(model: nn.Module, dataset: Any) -> dict[str, Any]:
     """Row count and a digest of up to 256 evenly seeded rows of `dataset`, as far as the model sees them.
 
@@ -66,10 +77,8 @@ def data_fingerprint(model: nn.Module, dataset: Any) -> dict[str, Any]:
     digest = hashlib.blake2b(digest_size=16)
     seen: set[str] = set()
     for position in sample_positions(len(dataset), FINGERPRINT_ROWS, seed=len(dataset)):
-        row = dataset[int(position)]
+        row = content_seen(dataset[int(position)], columns)
         if isinstance(row, Mapping):
-            chosen = {key: value for key, value in row.items() if key in columns}
-            row = chosen or dict(row)
             seen |= set(row)
         digest.update(row_bytes(row))
     return {"rows": len(dataset), "columns": sorted(seen), "content": digest.hexdigest()}

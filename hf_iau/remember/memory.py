@@ -22,14 +22,19 @@ from hf_iau.errors import IAUError, MemoryFileError, MemoryMismatchError, Missin
 from hf_iau.objective import RowLoss, RowSource, evaluation_mode
 from hf_iau.remember.files import PRIVATE_FOLDER, file_digest, sync_folder, write_atomically
 from hf_iau.remember.fingerprints import data_fingerprint, model_fingerprint, package_versions, weights_fingerprint
+from hf_iau.remember.row_identity import RowIdentity
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MEMORY_FOLDER = "_iau"
-_HEADER = "memory.json"
+MEMORY_HEADER = "memory.json"
 _TENSOR_FILE = re.compile(r"memory-[0-9a-f]{32}\.safetensors")
+_PART_OF_MEMORY = re.compile(r"\.?memory-([0-9a-f]{32}|staged)\.safetensors.*|\.memory\.json\..*")
 _MAX_HEADER_BYTES = 64 * 2**20
 _SUM_PREFIX = "gradient_sum."
+_IDENTITY_PREFIX = "row_identity."
 _PROBE_ROWS = 8
+# Fields with a form of their own in the files.
+_NOT_PLAIN = ("parameters", "gradient_sum", "curvature", "row_identity")
 
 
 @dataclass
@@ -55,6 +60,9 @@ class GradientMemory:
         calibration: what earlier calibrations found, or None.
         forgotten_rows, forgotten_targets: taken out by requests since the memory was gathered.
         relative_path: summed length of all steps since then, relative to the weights' norm.
+        row_identity: keyed fingerprints of the training rows, forgotten ones among them; None without a key.
+        held_out: `loss` of the held-out rows at the weights that were gathered from and a digest (`content`) of those
+            rows; None until the first request measures it.
         seconds: what gathering cost, by phase.
         versions: of the packages that made it.
     """
@@ -77,6 +85,8 @@ class GradientMemory:
     forgotten_rows: int = 0
     forgotten_targets: int = 0
     relative_path: float = 0.0
+    row_identity: RowIdentity | None = None
+    held_out: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=package_versions)
     schema_version: int = SCHEMA_VERSION
@@ -169,6 +179,7 @@ class GradientMemory:
     def nbytes(self) -> int:
         """Bytes of all tensors held."""
         held = sum(t.numel() * t.element_size() for t in (self.gradient_sum or {}).values())
+        held += 0 if self.row_identity is None else self.row_identity.fingerprints.nbytes
         return held + (self.curvature.nbytes() if self.curvature is not None else 0)
 
     def after_step(
@@ -212,6 +223,8 @@ class GradientMemory:
             forgotten_rows=self.forgotten_rows + rows,
             forgotten_targets=self.forgotten_targets + targets,
             relative_path=self.relative_path + relative_step,
+            row_identity=self.row_identity,
+            held_out=self.held_out,
             seconds=self.seconds,
             versions=package_versions(),
         )
@@ -228,6 +241,8 @@ class GradientMemory:
         tensors = {f"{_SUM_PREFIX}{name}": t for name, t in (self.gradient_sum or {}).items()}
         if self.curvature is not None:
             tensors |= self.curvature.tensors()
+        if self.row_identity is not None:
+            tensors |= self.row_identity.tensors()
         tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         digest: list[str] = []
 
@@ -243,11 +258,11 @@ class GradientMemory:
         header = self._header() | {"tensors": {"file": name, "digest": digest[0], "count": len(tensors)}}
         header = json.loads(json.dumps(header))  # as a reader will see it, so that its digest is the same
         text = json.dumps(header | {"digest": _header_digest(header)}, indent=1, sort_keys=True)
-        write_atomically(folder / _HEADER, lambda path: _write_text(path, text))
+        write_atomically(folder / MEMORY_HEADER, lambda path: _write_text(path, text))
         for other in folder.glob("memory-*.safetensors"):
             if other.name != name and _TENSOR_FILE.fullmatch(other.name):
                 other.unlink()
-        return folder / _HEADER
+        return folder / MEMORY_HEADER
 
     @classmethod
     def load(cls, directory: str | Path) -> GradientMemory:
@@ -258,9 +273,9 @@ class GradientMemory:
             MemoryMismatchError: written by another schema version.
         """
         folder = Path(directory)
-        if not (folder / _HEADER).is_file() and (folder / MEMORY_FOLDER / _HEADER).is_file():
+        if not (folder / MEMORY_HEADER).is_file() and (folder / MEMORY_FOLDER / MEMORY_HEADER).is_file():
             folder = folder / MEMORY_FOLDER
-        header = _read_header(folder / _HEADER)
+        header = read_header(folder / MEMORY_HEADER)
         try:
             tensors = _read_tensors(folder, header["tensors"])
             return cls._from_parts(header, tensors)
@@ -273,15 +288,12 @@ class GradientMemory:
             ) from error
 
     def _header(self) -> dict[str, Any]:
-        plain = {
-            name: getattr(self, name)
-            for name in self.__dataclass_fields__
-            if name not in ("parameters", "gradient_sum", "curvature")
-        }
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in _NOT_PLAIN}
         return plain | {
             "parameters": {name: list(shape) for name, shape in self.parameters.items()},
             "parameter_order": list(self.parameters),
             "curvature": None if self.curvature is None else self.curvature.metadata(),
+            "row_identity": None if self.row_identity is None else self.row_identity.metadata(),
         }
 
     @classmethod
@@ -299,17 +311,20 @@ class GradientMemory:
                 )
             if not bool(torch.isfinite(tensor).all()):
                 raise MemoryFileError(f"gradient_sum[{name!r}] holds NaN or infinity: the memory is corrupt.")
+        identity = None
+        if header["row_identity"] is not None:
+            identity = RowIdentity.from_tensors(tensors, header["row_identity"])
+            if len(identity) != header["data"]["rows"]:
+                raise MemoryFileError(
+                    f"The memory has {len(identity)} row fingerprints for {header['data']['rows']} rows: it is corrupt."
+                )
         curvature = None
         if header["curvature"] is not None:
-            rest = {name: t for name, t in tensors.items() if not name.startswith(_SUM_PREFIX)}
+            rest = {name: t for name, t in tensors.items() if not name.startswith((_SUM_PREFIX, _IDENTITY_PREFIX))}
             curvature = Curvature.from_tensors(rest, header["curvature"])
-        plain = {
-            name: header[name]
-            for name in cls.__dataclass_fields__
-            if name not in ("parameters", "gradient_sum", "curvature")
-        }
+        plain = {name: header[name] for name in cls.__dataclass_fields__ if name not in _NOT_PLAIN}
         _check_fields(plain)
-        return cls(parameters=shapes, gradient_sum=sums or None, curvature=curvature, **plain)
+        return cls(parameters=shapes, gradient_sum=sums or None, curvature=curvature, row_identity=identity, **plain)
 
 
 def _check_fields(plain: Mapping[str, Any]) -> None:
@@ -330,9 +345,15 @@ def _check_fields(plain: Mapping[str, Any]) -> None:
         wanted = keys.get(name, set())
         demand(name, isinstance(plain[name], dict) and wanted <= plain[name].keys(), f"an object with {sorted(wanted)}")
     demand("model", all(isinstance(value, str) for value in plain["model"].values()), "an object of strings")
-    demand("data", isinstance(plain["data"]["content"], str), "an object whose `content` is a string")
-    for name in ("label_counts", "calibration"):
+    for name in ("label_counts", "calibration", "held_out"):
         demand(name, plain[name] is None or isinstance(plain[name], dict), "an object or null")
+    held_out = plain["held_out"] or {"loss": 0.0, "content": ""}
+    demand(
+        "held_out",
+        isinstance(held_out.get("loss"), (int, float)) and isinstance(held_out.get("content"), str),
+        "null or an object with a number `loss` and a string `content`",
+    )
+    demand("data", isinstance(plain["data"]["content"], str), "an object whose `content` is a string")
 
 
 def _header_digest(header: Mapping[str, Any]) -> str:
@@ -341,11 +362,22 @@ def _header_digest(header: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def is_memory_file(name: str) -> bool:
+    """Whether a file of that name holds tensors of a memory, or was left behind by writing one."""
+    return _PART_OF_MEMORY.fullmatch(name) is not None
+
+
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _read_header(path: Path) -> dict[str, Any]:
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a saved memory, without its tensors.
+
+    Raises:
+        MemoryFileError: missing, truncated, corrupt or malformed.
+        MemoryMismatchError: written by another schema version.
+    """
     if not path.is_file():
         raise MemoryFileError(
             f"No gradient memory at {path}. Train with callbacks=[IAUCallback()], or call hf_iau.gather(...).save(dir)."
@@ -378,7 +410,7 @@ def _read_tensors(folder: Path, entry: Any) -> dict[str, Tensor]:
         raise MemoryFileError(f"The memory's tensor file {path} is missing.")
     try:
         if file_digest(path) != entry["digest"]:
-            raise MemoryFileError(f"{path} is corrupt or truncated: its digest is not the one in {_HEADER}.")
+            raise MemoryFileError(f"{path} is corrupt or truncated: its digest is not the one in {MEMORY_HEADER}.")
         tensors = load_file(path)
     except (safetensors.SafetensorError, ValueError, OSError) as error:
         raise MemoryFileError(f"{path} is not readable as safetensors ({error}).") from error

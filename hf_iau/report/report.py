@@ -17,6 +17,7 @@ from hf_iau.errors import RequestError
 from hf_iau.measure.agreement import agreement
 from hf_iau.measure.figures import MINIMUM_ROWS_FOR_PER_ROW_FIGURES
 from hf_iau.measure.gap import gap
+from hf_iau.measure.intervals import RESAMPLES
 from hf_iau.measure.measurement import Measurement, rows_with_targets
 from hf_iau.report import tables
 from hf_iau.report.histograms import loss_histograms
@@ -107,7 +108,7 @@ class UnlearningReport:
         verdict: str | None = None,
         calibrated: bool | None = None,
         versions: Mapping[str, str] | None = None,
-        bootstrap: int = 200,
+        bootstrap: int = RESAMPLES,
     ) -> UnlearningReport:
         """The report from the model measured before and after the request, on the same rows.
 
@@ -120,7 +121,7 @@ class UnlearningReport:
             counts: added to, and put before, what is counted from `before`.
             warnings: put before the report's own.
             versions: default: those installed.
-            bootstrap: resamples of each attack's interval, drawn with `seed`; 0 for none.
+            bootstrap: resamples of each interval, drawn with `seed`; 0 for no intervals.
 
         Raises:
             RequestError: for a second retrained model without a first, or measurements of different forget rows.
@@ -152,7 +153,7 @@ class UnlearningReport:
             gap=None if reference is None else jsonable(gap(figures["after"], reference).to_dict()),
             gap_before=None if reference is None else jsonable(gap(figures["before"], reference).to_dict()),
             noise_floor=jsonable(floor),
-            agreement=None if retrained is None else jsonable(_agreement(after, retrained)),
+            agreement=None if retrained is None else jsonable(_agreement(after, retrained, bootstrap, seed)),
             seconds=jsonable(seconds or {}),
             peak_memory_bytes=jsonable(peak_memory_bytes or {}),
             diagnostics=jsonable(diagnostics or {}),
@@ -254,10 +255,12 @@ class UnlearningReport:
         reasons = diagnostics.pop("reasons", None) or []
         attacks = tables.attacks(self.before.get("attacks"), self.after.get("attacks"))
         single_values = tables.values(diagnostics)
+        intervals = tables.intervals(self._columns())
         total = sum(value for value in self.seconds.values() if value is not None)
         return environment.get_template("report.md.jinja").render(
             report=values,
             comparison=tables.markdown(self._comparison()),
+            intervals=tables.markdown(intervals) if len(intervals) > 1 else None,
             differences=tables.markdown(tables.differences(self.gap)),
             attacks=tables.markdown(attacks) if len(attacks) > 1 else None,
             costs=tables.markdown(tables.costs(self.seconds, self.peak_memory_bytes)) if self.seconds else None,
@@ -289,15 +292,20 @@ class UnlearningReport:
         lines += [f"Warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
-    def _comparison(self) -> tables.Table:
+    def _columns(self) -> dict[str, dict[str, Any]]:
+        """The figures of each model that was measured, by its column's title."""
         columns = {"before": self.before, "after": self.after}
-        gaps = {"before": self.gap_before, "after": self.gap}
         if self.retrained is not None:
             columns["retrained"] = self.retrained
         if self.noise_floor is not None:
             columns["retrained again"] = self.noise_floor["figures"]
+        return columns
+
+    def _comparison(self) -> tables.Table:
+        gaps = {"before": self.gap_before, "after": self.gap}
+        if self.noise_floor is not None:
             gaps["retrained again"] = self.noise_floor["gap"]
-        return tables.comparison(columns, gaps)
+        return tables.comparison(self._columns(), gaps)
 
     def _compared_with(self) -> str | None:
         if self.after.get("mia_auc_test") is not None:
@@ -342,13 +350,14 @@ def _counts(measurement: Measurement) -> dict[str, int | None]:
     }
 
 
-def _agreement(after: Measurement, retrained: Measurement) -> dict[str, Any] | None:
+def _agreement(after: Measurement, retrained: Measurement, bootstrap: int, seed: int) -> dict[str, Any] | None:
     found = {}
     for split in ("forget", "retain", "held_out", "test"):
         a, b = getattr(after, split), getattr(retrained, split)
         if a is None or b is None or a.probabilities is None or b.probabilities is None or not len(a):
             continue
-        found[split] = agreement(a, b).to_dict()
+        few = split == "forget" and after.per_row_suppressed  # a bootstrap of a few rows gives single rows away
+        found[split] = agreement(a, b, 0 if few else bootstrap, seed).to_dict()
     return found or None
 
 

@@ -51,35 +51,56 @@ def comparison(columns: Mapping[str, Mapping[str, Any]], gaps: Mapping[str, Mapp
     return rows
 
 
+def intervals(columns: Mapping[str, Mapping[str, Any]]) -> Table:
+    """The 95 % intervals of the models' accuracies and AUC side by side, in percent; a header alone where none has any.
+
+    Args:
+        columns: figures (see `hf_iau.measure.Figures`) by the column's title.
+    """
+    rows = [["95 % interval", *columns]]
+    for name, title, scale in _FIGURES:
+        found = [(figures.get("intervals") or {}).get(name) for figures in columns.values()]
+        if any(found):
+            rows.append([title, *(span(interval, scale) for interval in found)])
+    return rows
+
+
+def span(interval: Any, scale: int | None = None) -> str:
+    """`(low, high)` × `scale` as "low – high"; a dash for None."""
+    return "–" if interval is None or None in interval else " – ".join(number(end, scale) for end in interval)
+
+
 def differences(gap: Mapping[str, Any] | None) -> Table:
-    """The signed differences of a `Gap` dictionary, those that its mean averages."""
-    rows = [["figure", "unlearned − retrained"]]
+    """The signed differences of a `Gap` dictionary, those that its mean averages, with their intervals if there are any."""
+    found = (gap or {}).get("intervals") or {}
+    rows = [["figure", "unlearned − retrained", *(["95 % interval"] if found else [])]]
     names = {"retain": "RA", "forget": "UA", "test": "TA"}
     for name in (gap or {}).get("compared", ()):
         value = (gap or {})[name]
         if name == "mia_auc":
-            rows.append(["MIA", f"{value:+.1f} points"])
+            row = ["MIA", f"{value:+.1f} points"]
         else:
             split, kind = name.rsplit("_", 1)
-            rows.append([names[split], f"{value:+.1f} points"] if kind == "accuracy" else [name, f"{value:+.1f} %"])
+            row = [names[split], f"{value:+.1f} points"] if kind == "accuracy" else [name, f"{value:+.1f} %"]
+        rows.append([*row, *([span(found.get(name), 1)] if found else [])])
     return rows
 
 
 def attacks(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> Table:
     """Each attack's AUC with its interval and its true positive rate at 1 % false positives, before and after."""
-    rows = [["attack on", "AUC before, %", "AUC after, % (95 % interval)", "recognised at 1 % FPR, %"]]
+    rows = [["attack on", "AUC before, %", "AUC after, % (95 % interval)", "recognised at 1 % FPR, % (95 % interval)"]]
     for score, result in (after or {}).items():
         if result["auc"] is None:
             continue
-        interval = (
-            "" if result["ci_low"] is None else f" ({number(result['ci_low'], 100)} – {number(result['ci_high'], 100)})"
-        )
+        interval = "" if result["ci_low"] is None else f" ({span((result['ci_low'], result['ci_high']), 100)})"
+        ends = (result.get("tpr_at_1_percent_fpr_low"), result.get("tpr_at_1_percent_fpr_high"))  # older reports: None
+        recognised = "" if None in ends else f" ({span(ends, 100)})"
         rows.append(
             [
                 score.replace("_", " "),
                 number(((before or {}).get(score) or {}).get("auc"), 100),
                 number(result["auc"], 100) + interval,
-                number(result["tpr_at_1_percent_fpr"], 100),
+                number(result["tpr_at_1_percent_fpr"], 100) + recognised,
             ]
         )
     return rows

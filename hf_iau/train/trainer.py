@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 from transformers import Trainer
 
-from hf_iau.errors import ConfigError, MissingMemoryError, RequestError, UnsupportedModelError
+from hf_iau.errors import (
+    AlreadyForgottenError,
+    ConfigError,
+    MemoryFileError,
+    MissingMemoryError,
+    RequestError,
+    UnsupportedModelError,
+)
 from hf_iau.forget import (
     ForgetContext,
     MethodOutcome,
@@ -29,9 +36,10 @@ from hf_iau.forget import (
     step_norm,
     weights_norm,
 )
+from hf_iau.forget.request import remaining_positions
 from hf_iau.gather import GatherConfig, IAUCallback
 from hf_iau.gather.callback import announce_row_loss, refuse_unsupported_engines, unwrapped
-from hf_iau.gather.gather import build_memory, choose_row_loss, count_labels
+from hf_iau.gather.gather import build_memory, choose_row_loss, count_labels, identify_rows
 from hf_iau.gather.gradient_sum import trainable_parameters
 from hf_iau.measure import Measurement, measure_model
 from hf_iau.methods import find_method
@@ -42,9 +50,13 @@ from hf_iau.objective.row_loss import TrainerRowLoss, UserLossFunction
 from hf_iau.objective.rows import refuse_iterable, row_bytes, rows_are_deterministic, select_rows
 from hf_iau.parallel import is_main_process, together
 from hf_iau.phases import PhaseTimer
-from hf_iau.remember import MEMORY_FOLDER, GradientMemory
+from hf_iau.publish.card import UnlearningCard, card_metadata, task_of_model
+from hf_iau.publish.upload import hub_errors_explained
+from hf_iau.remember import MEMORY_FOLDER, GradientMemory, RowIdentity, find_key, keyed_fingerprints
 from hf_iau.remember.fingerprints import data_fingerprint, package_versions
+from hf_iau.remember.private import TRAINER_IGNORES, refuse_private_files
 from hf_iau.report import UnlearningReport
+from hf_iau.requests.id_column import rows_of_ids
 from hf_iau.train.restriction import GradientRestriction, RestrictionConfig
 
 logger = logging.getLogger(__name__)
@@ -92,6 +104,7 @@ class UnlearningTrainer(Trainer):
             below `args.output_dir`, if there is one.
         restriction: gradient restriction in training: a `RestrictionConfig`, or its mode "exact" or
             "finite-difference"; default: none.
+        id_column: the column of `train_dataset` that says whose a row is, for `unlearn_by_id`.
     """
 
     def __init__(
@@ -100,17 +113,22 @@ class UnlearningTrainer(Trainer):
         row_loss: UserLossFunction | RowLoss | None = None,
         memory: GradientMemory | None = None,
         restriction: RestrictionConfig | str | None = None,
+        id_column: str | None = None,
         **kwargs: Any,
     ) -> None:
+        self.id_column = id_column
         self._given_row_loss = row_loss
         self._given_memory = memory
         self._memory_of_request: GradientMemory | None = None
+        self._memory_ended = False
         self._forgotten: Counter[bytes] = Counter()
+        self._unlearning_card: UnlearningCard | None = None
         self._given_restriction = restriction
         self._restriction_config: RestrictionConfig | None = None
         self._restriction: GradientRestriction | None = None
         super().__init__(*args, **kwargs)
         refuse_unsupported_engines(self.args)
+        self.given_optimizer = self.optimizer is not None
         self.row_loss: RowLoss = self._choose_row_loss()
         self._restriction_config = self._choose_restriction()
         if self.model is not None:
@@ -129,7 +147,9 @@ class UnlearningTrainer(Trainer):
         """As in `Trainer`. The memory of an earlier run no longer fits afterwards and is dropped here."""
         self._memory_of_request = None
         self._given_memory = None
+        self._memory_ended = False
         self._forgotten = Counter()
+        self._unlearning_card = UnlearningCard()
         restriction = self._choose_restriction()
         if restriction != self._restriction_config:  # a callback with restriction= was added or removed since
             self._restriction_config, self._restriction = restriction, None
@@ -166,6 +186,11 @@ class UnlearningTrainer(Trainer):
             return loss if scaled else loss / self.current_gradient_accumulation_steps
 
         return self._restriction.backward(model, compute_loss, self.accelerator.backward)
+
+    @property
+    def restriction_config(self) -> RestrictionConfig | None:
+        """How gradients are restricted in training, or None."""
+        return self._restriction_config
 
     def _choose_restriction(self) -> RestrictionConfig | None:
         callbacks = [cb.restriction for cb in self.callback_handler.callbacks if isinstance(cb, IAUCallback)]
@@ -206,7 +231,12 @@ class UnlearningTrainer(Trainer):
 
     @property
     def memory(self) -> GradientMemory | None:
-        """The memory in force: after the last request, else the one given, gathered, or saved under `output_dir`."""
+        """The memory in force: after the last request, else the one given, gathered, or saved under `output_dir`.
+
+        None after a request that made the weights anew (`method="retrain"`), until `gather()`.
+        """
+        if self._memory_ended:
+            return None
         if self._memory_of_request is not None:
             return self._memory_of_request
         if self._given_memory is not None:
@@ -235,24 +265,32 @@ class UnlearningTrainer(Trainer):
         batch_size = config.batch_size or self.args.per_device_train_batch_size
         source = self._rows(rows, "training rows", batch_size)
         model = self._bare_model()
+        identity = self._identity_of(model, source)
         kept = source
-        if self._forgotten:
-            gone, positions = Counter(self._forgotten), []
-            for i in range(len(source)):
-                digest = row_bytes(source.dataset[i])
-                if gone[digest] > 0:  # as many copies of a row as were forgotten
-                    gone[digest] -= 1
-                else:
-                    positions.append(i)
-            kept = source.select(positions)
+        if identity is not None and bool(identity.forgotten.any()):
+            kept = source.select(np.flatnonzero(~identity.forgotten))
+        elif self._forgotten:
+            kept = source.select(positions := remaining_positions(source, self._forgotten))
+            if identity is not None:
+                identity = replace(identity, forgotten=~np.isin(np.arange(len(source)), positions))
         memory = build_memory(model, kept, self.row_loss, config, optimizer=self.optimizer)
+        memory.row_identity = identity
         if len(kept) < len(source):
             # Row numbers still name rows of the whole training set.
             memory.data = data_fingerprint(model, source.dataset)
             memory.loss["probe"] = memory.probe_loss(model, self.row_loss, source)
             memory.forgotten_rows = len(source) - len(kept)
-        self._memory_of_request = memory
+        self._memory_of_request, self._memory_ended = memory, False
         return memory
+
+    def _identity_of(self, model: nn.Module, source: RowSource) -> RowIdentity | None:
+        """The rows' identity in the present memory, where that is of these rows; else a new one, if there is a key."""
+        with contextlib.suppress(MissingMemoryError, MemoryFileError):
+            memory = self.memory
+            known = None if memory is None else memory.row_identity
+            if memory is not None and known is not None and memory.data == data_fingerprint(model, source.dataset):
+                return known
+        return identify_rows(model, source.dataset, self.args.output_dir)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`; the memory that belongs to these weights is saved with them, under `_iau/`.
@@ -260,11 +298,19 @@ class UnlearningTrainer(Trainer):
         Checkpoints (saved by the training loop itself) carry no memory.
         """
         super().save_model(output_dir, _internal_call)
-        memory = None if _internal_call or self.is_in_train else self._memory_in_ram()
-        if memory is not None and self.args.should_save:
-            memory.save(Path(output_dir or self.args.output_dir or ".") / MEMORY_FOLDER)
+        if not _internal_call and not self.is_in_train and self.args.should_save:
+            self._save_private_files(Path(output_dir or self.args.output_dir or ".") / MEMORY_FOLDER)
+
+    def _save_private_files(self, folder: Path) -> None:
+        memory = self._memory_in_ram()
+        if memory is not None:
+            memory.save(folder)
+        if self._unlearning_card is not None:
+            self._unlearning_card.save(folder, self._bare_model())
 
     def _memory_in_ram(self) -> GradientMemory | None:
+        if self._memory_ended:
+            return None
         callback = self._gathering_callback()
         gathered = callback.memory if callback is not None and callback.has_memory else None
         return self._memory_of_request or self._given_memory or gathered
@@ -328,6 +374,32 @@ class UnlearningTrainer(Trainer):
                 dry_run,
             )
 
+    def unlearn_by_id(self, ids: Sequence[Any], **settings: Any) -> UnlearnOutput:
+        """`unlearn` all rows of `train_dataset` whose `id_column` holds one of `ids`, as far as they are still in.
+
+        Args:
+            ids: values of that column, e.g. `["u17", "u23"]`.
+            **settings: as for `unlearn`.
+
+        Raises:
+            RequestError: no `id_column`, or ids that no training row has.
+            AlreadyForgottenError: all their rows are forgotten.
+        """
+        positions = rows_of_ids(self.train_dataset, self.id_column, ids)
+        memory, key = self.memory, find_key(self.args.output_dir)
+        if len(positions) and memory is not None and memory.row_identity is not None and key is not None:
+            memory.row_identity.check_key(key)
+            model = self._bare_model()
+            asked = keyed_fingerprints(key, model, select_rows(self.train_dataset, positions))
+            still = memory.row_identity.still_in(asked)
+            if not still.any():
+                raise AlreadyForgottenError(
+                    f"All {len(positions)} rows of these ids were already forgotten by an earlier request: there is "
+                    "nothing left to do."
+                )
+            positions = positions[still]
+        return self.unlearn(row_indices=positions, **settings)
+
     def _serve(
         self,
         forget_dataset: Any,
@@ -353,6 +425,7 @@ class UnlearningTrainer(Trainer):
             self._check_loss(context)
             agree_on_request(context, method.name, _plain(config))
         model = context.model
+        card = self.unlearning_card  # read while the weights are those that it describes
         with timer.phase("measure_before"):
             retained = context.retained_sample(_MEASURED_RETAINED_ROWS, self.args.seed)
             if retained is not None:
@@ -378,7 +451,7 @@ class UnlearningTrainer(Trainer):
             if dry_run:
                 transaction.rollback()
             else:
-                undo = self._commit(transaction, context, memory)
+                undo = self._commit(transaction, context, memory, card.with_report(report))
         if dry_run:
             return UnlearnOutput(report, applied=False, memory=self.memory)
         if is_main_process():
@@ -482,10 +555,12 @@ class UnlearningTrainer(Trainer):
             )
         digests = Counter(row_bytes(forget.dataset[i]) for i in range(len(forget)))
         _refuse_repeated_rows(forget, digests, train)
+        fingerprints = self._fingerprints(model, memory, forget)
+        self._recall_forgotten(model, memory, train)
         excluded = set(digests)
         again = _forgotten_before(digests, self._forgotten, train)
         if again:
-            raise RequestError(
+            raise AlreadyForgottenError(
                 f"{again} of the {len(forget)} rows were already forgotten by an earlier request to this trainer: "
                 "leave them out."
             )
@@ -517,11 +592,40 @@ class UnlearningTrainer(Trainer):
             held_out=held_out,
             excluded=excluded | set(self._forgotten),
             digests=digests,
+            fingerprints=fingerprints,
+            forgotten=self._forgotten,
+            trainer=self,
             label_counts=count_labels(forget.dataset),
             seed=args.seed,
             progress=not args.disable_tqdm,
             timer=timer,
         )
+
+    def _fingerprints(self, model: nn.Module, memory: GradientMemory | None, forget: RowSource) -> np.ndarray | None:
+        """Keyed fingerprints of the forget rows, checked against the memory's; None without a key."""
+        key = find_key(self.args.output_dir)
+        identity = None if memory is None else memory.row_identity
+        if key is None:
+            if identity is not None:
+                raise ConfigError(
+                    f"The memory holds row fingerprints made with key {identity.key_check}, and neither HF_IAU_KEY nor "
+                    "HF_IAU_KEY_FILE is set: set the key, or gather anew without one."
+                )
+            return None
+        fingerprints = keyed_fingerprints(key, model, forget.dataset)
+        if identity is not None:
+            identity.check_key(key)
+            identity.check_request(fingerprints)
+        return fingerprints
+
+    def _recall_forgotten(self, model: nn.Module, memory: GradientMemory | None, train: RowSource | None) -> None:
+        """In a fresh process: learn from the memory which training rows earlier requests took out."""
+        identity = None if memory is None else memory.row_identity
+        if memory is None or identity is None or train is None or self._forgotten or not identity.forgotten.any():
+            return
+        if memory.data == data_fingerprint(model, train.dataset):
+            gone = np.flatnonzero(identity.forgotten).tolist()
+            self._forgotten = Counter(row_bytes(train.dataset[i]) for i in gone)
 
     def _check_columns(self, forget: RowSource) -> None:
         """Refuse forget rows that lack labels or columns of the training rows, or that are collated at random."""
@@ -605,10 +709,11 @@ class UnlearningTrainer(Trainer):
             length = step_norm(move)
             relative = length / max(weights_norm(context.model, names), 1e-30)
             diagnostics = {"step_norm": length, "relative_step_norm": relative, **outcome.diagnostics}
-            if memory is None:
+            if memory is None or not outcome.keeps_memory:
                 return None, diagnostics
-            rows = len(context.forget)
-            targets = outcome.forget_targets if outcome.forget_targets is not None else rows
+            rows, targets = len(context.forget), outcome.forget_targets
+            if targets is None:
+                targets = context.count_forget_targets()
             moved_sum = None
             if memory.gradient_sum is not None and memory.curvature is not None and outcome.forget_sum is not None:
                 moved_sum = moved_gradient_sum(
@@ -624,22 +729,81 @@ class UnlearningTrainer(Trainer):
             )
             if outcome.calibration is not None:
                 newer.calibration = outcome.calibration
+            if newer.row_identity is not None and context.fingerprints is not None:
+                newer.row_identity = newer.row_identity.without(context.fingerprints, context.forget_positions)
         return newer, diagnostics
 
     def _commit(
-        self, transaction: WeightTransaction, context: ForgetContext, memory: GradientMemory | None
+        self,
+        transaction: WeightTransaction,
+        context: ForgetContext,
+        memory: GradientMemory | None,
+        card: UnlearningCard,
     ) -> Callable[[], None]:
-        earlier, forgotten = self._memory_of_request, self._forgotten
+        earlier = self._memory_of_request, self._memory_ended, self._forgotten, self._unlearning_card
         revert_weights = transaction.commit()
-        if memory is not None:
-            self._memory_of_request = memory
+        self._memory_of_request = memory
+        if memory is None:  # whatever lies below output_dir, or the callback holds, is of other weights
+            self._memory_ended = True
         self._forgotten = self._forgotten + context.digests
+        self._unlearning_card = card
 
         def undo() -> None:
             revert_weights()
-            self._memory_of_request, self._forgotten = earlier, forgotten
+            self._memory_of_request, self._memory_ended, self._forgotten, self._unlearning_card = earlier
 
         return undo
+
+    # --- publishing -----------------------------------------------------------------------------------------------
+
+    @property
+    def unlearning_card(self) -> UnlearningCard:
+        """What the model card tells of the requests served so far, also by earlier processes: counts and means only."""
+        if self._unlearning_card is None:
+            folder = Path(self.args.output_dir or ".") / MEMORY_FOLDER
+            self._unlearning_card = UnlearningCard.of_weights(folder, self._bare_model())
+        return self._unlearning_card
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As in `Trainer`; once a request was served the card has a section on unlearning, its figures and tags."""
+        path = Path(self.args.output_dir or ".") / "README.md"
+        earlier = card_metadata(path)
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            self.unlearning_card.complete(path, task=task_of_model(self._bare_model()), earlier=earlier)
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """As in `Trainer`.
+
+        Raises:
+            PublishError: no token, no access, or no connection.
+        """
+        with hub_errors_explained(self._repository()):
+            super().init_hf_repo(*args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`: weights, configuration and the model card are uploaded, `_iau/` is not.
+
+        The memory that belongs to the weights is saved beside them first. Earlier revisions of the repository keep the
+        forgotten rows; see docs/publishing.md for how to take them away before.
+
+        Raises:
+            PublishError: no token, no access, no connection, or a memory lies where it would be uploaded.
+        """
+        if self.is_world_process_zero():
+            refuse_private_files(self.args.output_dir or ".", TRAINER_IGNORES)
+            self._save_private_files(Path(self.args.output_dir or ".") / MEMORY_FOLDER)
+        with hub_errors_explained(self._repository()):
+            return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As in `Trainer`, which uploads whole checkpoint folders with `hub_strategy="checkpoint"`."""
+        refuse_private_files(self.args.output_dir or ".", TRAINER_IGNORES)
+        refuse_private_files(checkpoint_folder)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _repository(self) -> str:
+        return self.args.hub_model_id or Path(self.args.output_dir or ".").absolute().name
 
     # --- reporting ------------------------------------------------------------------------------------------------
 

@@ -109,6 +109,32 @@ def test_round_trip(report):
     assert str(again) == str(report)
 
 
+def test_intervals_of_the_rates(report):
+    low, high = report.after["intervals"]["forget_accuracy"]
+    assert low < report.after["forget_accuracy"] < high
+    text = report.to_markdown()
+    assert "| 95 % interval | before | after | retrained | retrained again |" in text
+    assert f"{100 * low:.1f} – {100 * high:.1f}" in text
+    low, high = report.gap["intervals"]["mia_auc"]
+    assert f"| MIA | {report.gap['mia_auc']:+.1f} points | {low:.1f} – {high:.1f} |" in text
+    assert " 95 %" not in report.table()  # the short table stays short
+
+
+def test_reports_without_intervals_are_read(report):
+    older = report.to_dict()
+    for figures in (older["before"], older["after"], older["retrained"], older["noise_floor"]["figures"]):
+        del figures["intervals"]
+        for result in figures["attacks"].values():
+            for name in [name for name in result if name.endswith(("_low", "_high")) and name[:3] != "ci_"]:
+                del result[name]
+    for distance in (older["gap"], older["gap_before"], older["noise_floor"]["gap"]):
+        del distance["intervals"]
+    again = UnlearningReport.from_dict(json.loads(json.dumps(older)))
+    text = again.to_markdown()
+    assert "| 95 % interval |" not in text and "| figure | unlearned − retrained |" in text
+    assert again.table().splitlines()[:-1] == report.table().splitlines()[:-1]
+
+
 def test_strict_json():
     @dataclass
     class Settings:

@@ -1,0 +1,46 @@
+"""Checks that the configurations of the methods share."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from hf_iau.errors import ConfigError
+
+
+def check_number(
+    config: Any,
+    name: str,
+    *,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    at_most: float = math.inf,
+    below: float = math.inf,
+    whole: bool = False,
+) -> None:
+    """Raise `ConfigError` unless the field `name` of `config` is a finite number in the given range."""
+    value = getattr(config, name)
+    kind = int if whole else (int, float)
+    fits = (
+        isinstance(value, kind)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and at_least <= value <= at_most
+        and above < value < below
+    )
+    if fits:
+        return
+    bounds = [
+        f"{sign} {bound:g}"
+        for sign, bound in ((">=", at_least), (">", above), ("<=", at_most), ("<", below))
+        if math.isfinite(bound)
+    ]
+    wanted = f"give a {'whole' if whole else 'finite'} number {' and '.join(bounds)}".rstrip()
+    raise ConfigError(f"{type(config).__name__}({name}={value!r}): {wanted}.")
+
+
+def check_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
+    """Raise `ConfigError` unless the field `name` of `config` is one of `choices`."""
+    value = getattr(config, name)
+    if value not in choices:
+        raise ConfigError(f"{type(config).__name__}({name}={value!r}): choose one of {', '.join(map(repr, choices))}.")
