@@ -365,7 +365,7 @@ class _Fit:
         scales = {layer.name: _norm(sums[layer.name]) for layer in layers}
         names = [(layer, attribute, name) for layer in layers for attribute, name in layer.parameters.items()]
         parameters = [layer.module._parameters[attribute] for layer, attribute, _ in names]
-        for index in range(rows):
+        for index in range(rows if names else 0):
             loss, _ = self._loss(positions[index : index + 1], _one_row(inputs, index, rows))
             gradients = parameter_gradients(
                 loss, [p for p in parameters if p is not None], backward=self.needs_backward
@@ -374,8 +374,9 @@ class _Fit:
                 if gradient is not None:
                     total = sums[layer.name][name]
                     total -= gradient.to(total.dtype).square()
+        # Of the whole model: adapters are often wider than the base weights that their gradients pass through.
+        half = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.model.parameters())
         for layer in layers:
-            half = any(layer.parameter(key).dtype in (torch.float16, torch.bfloat16) for key in layer.parameters)
             rounding = (100 * torch.finfo(layer.dtype).eps) ** 2 * largest
             size = sum(total.numel() for total in sums[layer.name].values())
             tolerance = (0.2 if half else 0.01) * scales[layer.name] + rounding * size**0.5

@@ -27,6 +27,7 @@ from hf_iau.objective import (
     UserRowLoss,
     probe_additivity,
 )
+from hf_iau.objective.adapters import check_adapters
 from hf_iau.objective.row_loss import UserLossFunction
 from hf_iau.objective.rows import Collator, refuse_iterable, rows_are_deterministic, sample_positions
 from hf_iau.parallel import SAME_START, agree, together
@@ -239,6 +240,7 @@ def refuse_data_parallel(model: nn.Module) -> None:
 def check_gatherable(model: nn.Module, dataset: Any) -> None:
     """Refuse what has no row gradients, before any compute is spent."""
     refuse_data_parallel(model)
+    check_adapters(model)
     refuse_iterable(dataset, "training rows")
     if len(dataset) == 0:
         raise UnsupportedModelError("The training rows are empty: there is nothing to remember.")

@@ -45,6 +45,7 @@ from hf_iau.measure import Measurement, measure_model
 from hf_iau.methods import find_method
 from hf_iau.methods.base import UnlearningMethod
 from hf_iau.objective import RowLoss, RowSource, probe_additivity
+from hf_iau.objective.adapters import check_adapters
 from hf_iau.objective.evaluation_mode import RandomState
 from hf_iau.objective.row_loss import TrainerRowLoss, UserLossFunction
 from hf_iau.objective.rows import refuse_iterable, row_bytes, rows_are_deterministic, select_rows
@@ -529,6 +530,7 @@ class UnlearningTrainer(Trainer):
                 "device, or launch one process a GPU with `accelerate launch`."
             )
         model = self._bare_model()
+        check_adapters(model)
         train = None
         if self.train_dataset is not None:
             refuse_iterable(self.train_dataset, "training rows")
