@@ -12,6 +12,7 @@ from hf_iau.errors import RequestError
 from hf_iau.objective.evaluation_mode import evaluation_mode
 from hf_iau.objective.rows import RowSource
 from hf_iau.objective.targets import TaskKind, read_targets
+from hf_iau.parallel import gather_arrays, together
 
 
 @dataclass(frozen=True)
@@ -119,13 +120,30 @@ class RowPredictions:
 def predict_rows(model: nn.Module, source: RowSource, *, keep_probabilities: bool = False) -> RowPredictions:
     """Run `model` over the rows of `source` in evaluation mode, without gradients.
 
+    Of several processes, each takes its share of the rows; all get the figures of all rows, in their order.
+
     Args:
         model: the bare model.
         source: the rows, with labels.
         keep_probabilities: keep each single-label row's distribution, `(rows, classes)`.
     """
+    what = f"the predictions for the {source.name}"
+    with together(what):
+        own, own_kind = _predict_own_rows(model, source.share()[0], keep_probabilities)
+        parts = gather_arrays(own, {"kind": None if own_kind is None else own_kind.value}, what)
+    filled = [(arrays, about["kind"]) for arrays, about in parts if about["kind"] is not None]
+    if not filled:
+        names = [f.name for f in fields(RowPredictions) if f.name not in ("kind", "probabilities")]
+        return RowPredictions(kind=TaskKind.SINGLE_LABEL, **{name: np.zeros(0) for name in names})
+    arrays = {name: np.concatenate([part[name] for part, _ in filled]) for name in filled[0][0]}
+    return RowPredictions(kind=TaskKind(filled[-1][1]), **arrays)
+
+
+def _predict_own_rows(
+    model: nn.Module, source: RowSource, keep_probabilities: bool
+) -> tuple[dict[str, np.ndarray], TaskKind | None]:
     collected: dict[str, list[Tensor]] = {}
-    kind = TaskKind.SINGLE_LABEL
+    kind: TaskKind | None = None
     with evaluation_mode(model), torch.no_grad():
         for _, inputs in source:
             targets = read_targets(model, model(**inputs), inputs.get("labels"))
@@ -139,10 +157,7 @@ def predict_rows(model: nn.Module, source: RowSource, *, keep_probabilities: boo
             collected.setdefault("targets", []).append(counts.cpu())
             if keep_probabilities and kind is TaskKind.SINGLE_LABEL:
                 collected.setdefault("probabilities", []).append(targets.logits.softmax(dim=1).cpu())
-    arrays = {name: torch.cat(parts).numpy() for name, parts in collected.items()}
-    if not arrays:
-        arrays = {f.name: np.zeros(0) for f in fields(RowPredictions) if f.name not in ("kind", "probabilities")}
-    return RowPredictions(kind=kind, **arrays)
+    return {name: torch.cat(parts).numpy() for name, parts in collected.items()}, kind
 
 
 def _target_figures(kind: TaskKind, logits: Tensor, labels: Tensor, losses: Tensor) -> dict[str, Tensor]:
