@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from hf_iau.errors import NonFiniteGradientError, UnsupportedModelError
 from hf_iau.objective import RowLoss, RowSource, evaluation_mode
+from hf_iau.objective.working import memory_device
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -109,7 +110,9 @@ def sum_row_gradients(
         NonFiniteGradientError: a row's loss or gradient is NaN or infinite; the message says which row.
     """
     parameters = trainable_parameters(model, names)
-    sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
+    sums = {
+        name: torch.zeros_like(p, dtype=torch.float64, device=memory_device(p.device)) for name, p in parameters.items()
+    }
     result = GradientSum(sums, 0, 0)
     pending = 0
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in parameters.values())
@@ -121,7 +124,7 @@ def sum_row_gradients(
         for name, parameter in parameters.items():
             if parameter.grad is None:
                 continue
-            sums[name] += parameter.grad
+            sums[name] += parameter.grad.to(sums[name].device)
             if track_batches:
                 squared += parameter.grad.double().square().sum().cpu()
             parameter.grad = None
