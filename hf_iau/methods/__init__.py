@@ -6,11 +6,18 @@ from hf_iau.methods.gradient_ascent import GradientAscent, GradientAscentConfig
 from hf_iau.methods.iau import IAU, IAUConfig
 from hf_iau.methods.iau_paper import IAUPaper, IAUPaperConfig
 from hf_iau.methods.iau_released import IAUReleased, IAUReleasedConfig
+from hf_iau.methods.influence_cg import InfluenceCG, InfluenceCGConfig
 from hf_iau.methods.neggrad_plus import NegGradPlus, NegGradPlusConfig
+from hf_iau.methods.random_labels import RandomLabels, RandomLabelsConfig
 from hf_iau.methods.retrain import Retrain, RetrainConfig
+from hf_iau.methods.salun import SalUn, SalUnConfig
+from hf_iau.methods.scrub import SCRUB, SCRUBConfig
+from hf_iau.methods.ssd import SSD, SSDConfig
 
 __all__ = [
     "IAU",
+    "SCRUB",
+    "SSD",
     "FineTune",
     "FineTuneConfig",
     "GradientAscent",
@@ -20,10 +27,18 @@ __all__ = [
     "IAUPaperConfig",
     "IAUReleased",
     "IAUReleasedConfig",
+    "InfluenceCG",
+    "InfluenceCGConfig",
     "NegGradPlus",
     "NegGradPlusConfig",
+    "RandomLabels",
+    "RandomLabelsConfig",
     "Retrain",
     "RetrainConfig",
+    "SCRUBConfig",
+    "SSDConfig",
+    "SalUn",
+    "SalUnConfig",
     "UnlearningMethod",
     "available_methods",
     "find_method",
