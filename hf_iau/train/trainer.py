@@ -48,7 +48,7 @@ from hf_iau.methods.base import UnlearningMethod
 from hf_iau.objective import RowLoss, RowSource, probe_additivity
 from hf_iau.objective.adapters import check_adapters
 from hf_iau.objective.evaluation_mode import RandomState
-from hf_iau.objective.row_loss import TrainerRowLoss, UserLossFunction
+from hf_iau.objective.row_loss import TrainerRowLoss, UserLossFunction, describe_function
 from hf_iau.objective.rows import refuse_iterable, row_bytes, rows_are_deterministic, select_rows
 from hf_iau.objective.working import memory_device, working
 from hf_iau.parallel import is_main_process, together
@@ -970,7 +970,9 @@ def _random_state_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    return asdict(config) if is_dataclass(config) and not isinstance(config, type) else {}
+    """A configuration as a mapping, with functions by name: their `repr` is another in each process."""
+    values = asdict(config) if is_dataclass(config) and not isinstance(config, type) else {}
+    return {name: describe_function(v)["function"] if callable(v) else v for name, v in values.items()}
 
 
 __all__ = ["ConfigError", "MissingMemoryError", "UnlearnOutput", "UnlearningTrainer"]
