@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hf_iau.errors import StorageError
-from hf_iau.remember.files import sync_folder, write_text_atomically
+from hf_iau.remember.files import PRIVATE_FOLDER, sync_folder, write_text_atomically
 from hf_iau.remember.keys import Key
 from hf_iau.remember.memory import MEMORY_FOLDER
 from hf_iau.requests.milestones import passed
@@ -124,7 +124,7 @@ class JournalFile:
         for number, name in enumerate(journal.files):
             source, target = self._inside(self.staged, name), self._inside(self.output_dir, name)
             if source.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
+                target.parent.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
                 os.replace(source, target)
                 folders.add(target.parent)
             if number == 0:

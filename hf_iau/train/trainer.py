@@ -43,7 +43,7 @@ from hf_iau.phases import PhaseTimer
 from hf_iau.publish.card import UnlearningCard, card_metadata, task_of_model
 from hf_iau.publish.upload import hub_errors_explained
 from hf_iau.remember import MEMORY_FOLDER, GradientMemory, RowIdentity, find_key, keyed_fingerprints
-from hf_iau.remember.fingerprints import data_fingerprint, package_versions
+from hf_iau.remember.fingerprints import data_fingerprint, package_versions, weights_fingerprint
 from hf_iau.remember.private import TRAINER_IGNORES, refuse_private_files
 from hf_iau.report import UnlearningReport
 from hf_iau.requests.budget import FEWEST_ROWS, record_budget
@@ -307,12 +307,19 @@ class UnlearningTrainer(Trainer):
         return self.gather(config)
 
     def _identity_of(self, model: nn.Module, source: RowSource) -> RowIdentity | None:
-        """The rows' identity in the present memory, where that is of these rows; else a new one, if there is a key."""
+        """The rows' identity in the memory of these weights, where that is of these rows; else a new one with a key."""
         with contextlib.suppress(MissingMemoryError, MemoryFileError):
             memory = self.memory
             known = None if memory is None else memory.row_identity
             if memory is not None and known is not None and memory.data == data_fingerprint(model, source.dataset):
-                return known
+                if memory.model["weights"] == weights_fingerprint(model):
+                    return known
+                if known.forgotten.any():
+                    logger.warning(
+                        "The memory that is there belongs to other weights; its %d forgotten rows are taken to have been "
+                        "trained on again.",
+                        int(known.forgotten.sum()),
+                    )
         return identify_rows(model, source.dataset, self.args.output_dir)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
