@@ -27,8 +27,12 @@ from hf_iau.objective import (
     UserRowLoss,
     probe_additivity,
 )
+from hf_iau.objective.adapters import check_adapters
 from hf_iau.objective.row_loss import UserLossFunction
 from hf_iau.objective.rows import Collator, refuse_iterable, rows_are_deterministic, sample_positions
+from hf_iau.objective.working import working
+from hf_iau.objective.wrappers import unwrapped
+from hf_iau.parallel import SAME_START, agree, together
 from hf_iau.remember import GradientMemory, RowIdentity, data_fingerprint, find_key, model_fingerprint
 from hf_iau.remember.fingerprints import input_columns
 from hf_iau.remember.keys import say_that_there_is_no_key
@@ -73,7 +77,7 @@ def gather(
         CoupledRowsError: the loss couples rows of a batch.
         NonFiniteGradientError: a row's gradient is NaN or infinite.
     """
-    config = config or GatherConfig()
+    config, model = config or GatherConfig(), unwrapped(model)
     loss = choose_row_loss(
         row_loss=row_loss, compute_loss_func=compute_loss_func, label_smoothing_factor=label_smoothing_factor
     )
@@ -113,9 +117,22 @@ def build_memory(
     optimizer: torch.optim.Optimizer | None = None,
 ) -> GradientMemory:
     """Gather from prepared rows; what `gather` and `IAUCallback` share."""
+    with together("gathering"), working(config.precision, config.memory_device):
+        return _build_memory(model, source, row_loss, config, optimizer)
+
+
+def _build_memory(
+    model: nn.Module,
+    source: RowSource,
+    row_loss: RowLoss,
+    config: GatherConfig,
+    optimizer: torch.optim.Optimizer | None,
+) -> GradientMemory:
     check_gatherable(model, source.dataset)
     parameters = trainable_parameters(model)
     probe_additivity(row_loss, model, source)
+    of_model, of_data = model_fingerprint(model), data_fingerprint(model, source.dataset)
+    agree(str(of_model | of_data), "the model or training rows that they gather from", SAME_START)
     decay = coupled_weight_decay(model, optimizer)
     seconds: dict[str, float] = {}
 
@@ -136,7 +153,7 @@ def build_memory(
             fisher=config.fisher,
             row_loss=row_loss,
             max_factor_size=config.max_factor_size,
-            factor_device=config.factor_device,
+            factor_device=config.factor_device or config.memory_device,
             optimizer=optimizer,
             weight_decay=max(decay.values(), default=0.0),
             progress=config.progress,
@@ -148,8 +165,8 @@ def build_memory(
         parameters={name: tuple(p.shape) for name, p in parameters.items()},
         n_rows=len(source),
         n_targets=n_targets,
-        model=model_fingerprint(model),
-        data=data_fingerprint(model, source.dataset),
+        model=of_model,
+        data=of_data,
         loss=dict(row_loss.fingerprint()),
         label_counts=count_labels(source.dataset),
         gradient_sum=None if total is None else total.tensors,
@@ -225,6 +242,7 @@ def refuse_data_parallel(model: nn.Module) -> None:
 def check_gatherable(model: nn.Module, dataset: Any) -> None:
     """Refuse what has no row gradients, before any compute is spent."""
     refuse_data_parallel(model)
+    check_adapters(model)
     refuse_iterable(dataset, "training rows")
     if len(dataset) == 0:
         raise UnsupportedModelError("The training rows are empty: there is nothing to remember.")

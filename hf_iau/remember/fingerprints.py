@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_iau.objective.adapters import active_adapters
 from hf_iau.objective.rows import row_bytes, sample_positions
 from hf_iau.objective.targets import bare_model
 
@@ -24,16 +25,18 @@ def model_fingerprint(model: nn.Module) -> dict[str, str]:
 
     Returns:
         `class`; `architecture`, a digest of every parameter's name and shape; `weights`, a digest of the values of all
-        parameters and persistent buffers, in the order of their names.
+        parameters and persistent buffers, in the order of their names; `adapters`, the active PEFT adapters, if any.
     """
     shapes = hashlib.blake2b(digest_size=16)
     for name, parameter in sorted(model.named_parameters()):
         shapes.update(f"{name}{tuple(parameter.shape)}".encode())
-    return {
+    fingerprint = {
         "class": type(bare_model(model)).__name__,
         "architecture": shapes.hexdigest(),
         "weights": weights_fingerprint(model),
     }
+    adapters = active_adapters(model)
+    return fingerprint | {"adapters": ", ".join(adapters)} if adapters else fingerprint
 
 
 def weights_fingerprint(model: nn.Module) -> str:

@@ -97,7 +97,7 @@ class GradientMemory:
         """Raise unless `model` has the architecture and, bit for bit, the weights of this memory.
 
         Raises:
-            MemoryMismatchError: another architecture.
+            MemoryMismatchError: another architecture, or another active adapter.
             StaleMemoryError: the weights have moved since.
         """
         now = model_fingerprint(model)
@@ -106,6 +106,11 @@ class GradientMemory:
                 f"The memory was gathered from a {self.model['class']} (architecture {self.model['architecture'][:8]}) "
                 f"but the model is a {now['class']} (architecture {now['architecture'][:8]}): their parameters differ "
                 "in name or shape. Load the memory that lies beside this model, or gather anew with hf_iau.gather()."
+            )
+        if now.get("adapters") != self.model.get("adapters", now.get("adapters")):
+            raise MemoryMismatchError(
+                f"The memory was gathered with adapter {self.model['adapters']!r} active but {now.get('adapters')!r} is "
+                f"active now: activate the adapter that is to forget (model.set_adapter({self.model['adapters']!r}))."
             )
         if now["weights"] != self.model["weights"]:
             raise StaleMemoryError(

@@ -12,18 +12,19 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors
-import torch.distributed
 from filelock import FileLock, Timeout
 from transformers import Trainer
 
 from hf_iau.errors import IAUError, MissingMemoryError, RequestError, StorageError
 from hf_iau.forget import ForgetContext, MethodOutcome
+from hf_iau.parallel import is_main_process, of_main_process, together
 from hf_iau.remember import (
     MEMORY_FOLDER,
     GradientMemory,
@@ -36,6 +37,7 @@ from hf_iau.remember.files import PRIVATE_FOLDER, write_text_atomically
 from hf_iau.remember.fingerprints import package_versions
 from hf_iau.remember.keys import Key, require_key
 from hf_iau.remember.memory import MEMORY_HEADER, is_memory_file
+from hf_iau.remember.row_identity import FINGERPRINT_BYTES
 from hf_iau.report import UnlearningReport
 from hf_iau.report.jsonable import jsonable
 from hf_iau.requests.certificate import certificate
@@ -54,7 +56,6 @@ LOCK_NAME = "lock"
 CERTIFICATE_FOLDER = "certificates"
 _STEP = ("length", "damping", "finish_weight")
 _INDEX = "model.safetensors.index.json"
-T = TypeVar("T")
 
 
 class RequestService:
@@ -85,7 +86,7 @@ class RequestService:
         forget_dataset: Any,
         row_indices: Any,
         method: Any,
-        config: Any,
+        config: Mapping[str, Any],
         request_id: str | None,
     ) -> tuple[LedgerEntry | None, Any]:
         """Serve a request once.
@@ -93,7 +94,8 @@ class RequestService:
         Args:
             run: `run(method, keep)`: the trainer's own serving, with the method to use and what keeps the result.
             forget_dataset, row_indices: the rows, as given.
-            method, config: as found.
+            method: as found.
+            config: its settings as a mapping, for the records.
             request_id: the caller's name for the request, or None.
 
         Returns:
@@ -118,16 +120,16 @@ class RequestService:
             name = request_name(self.key, fingerprints, request_id)
             run_name = "" if identity is None else identity.training_run
             before = weights_fingerprint(model)
-            entry = on_main_process(trainer, lambda: self._served_before(name, run_name, before))
-            if entry is not None:
-                return entry, None
+            found = on_main_process(lambda: self._served_before(name, run_name, before), "the ledger")
+            if found is not None:
+                return LedgerEntry(**found), None
             self._check_room(memory)
             journal = Journal(
                 request=name,
                 time=datetime.now(UTC).isoformat(timespec="seconds"),
                 rows=len(rows),
                 method=method.name,
-                config=json.loads(json.dumps(jsonable(config))),
+                config=jsonable(config),
                 weights_before=before,
             )
             journaled = _JournaledMethod(method, journal, self._found_before(interrupted, journal), self._note)
@@ -135,14 +137,15 @@ class RequestService:
 
             def keep(context: ForgetContext, newer: GradientMemory | None, report: UnlearningReport, card: Any) -> None:
                 started = time.perf_counter()
-                kept.append(
-                    on_main_process(
-                        trainer,
-                        lambda: self._store(
+                stored = on_main_process(
+                    lambda: asdict(
+                        self._store(
                             journaled.journal, run_name, fingerprints, context, newer, report, card, termination
-                        ),
-                    )
+                        )
+                    ),
+                    "writing the request",
                 )
+                kept.append(LedgerEntry(**stored))
                 report.seconds["save"] = time.perf_counter() - started
 
             output = run(journaled, keep)
@@ -179,7 +182,7 @@ class RequestService:
                 ) from error
 
         try:
-            on_main_process(self.trainer, acquire)
+            on_main_process(acquire, "the lock of the output directory")
             yield
         finally:
             lock.release()
@@ -193,16 +196,17 @@ class RequestService:
             The journal of a request that was not committed, if there is one.
         """
 
-        def tidy() -> Journal | None:
+        def tidy() -> dict[str, Any] | None:
             journal = self.journal.read()
             with _storage_errors("An interrupted request was committed, but could not be moved into place", True):
                 if journal is None or not journal.ready:
                     self.journal.clear_staged()
                 else:
                     self.journal.finish(journal)
-            return journal
+            return None if journal is None else asdict(journal)
 
-        journal = on_main_process(self.trainer, tidy)
+        found = on_main_process(tidy, "finishing an interrupted request")
+        journal = None if found is None else Journal(**found)
         if journal is None or not journal.ready:
             return journal
         logger.warning(
@@ -252,15 +256,15 @@ class RequestService:
                     self.queue.write(waiting)
                 return len(waiting)
 
-            return on_main_process(self.trainer, add)
+            return int(on_main_process(add, "the queue"))
 
     def queued_positions(self) -> np.ndarray:
         """Numbers in `train_dataset` of the rows that wait, int64."""
         with self.alone():
             self.recover()
             identity = self._known_rows()
-            waiting = on_main_process(self.trainer, lambda: self.queue.left(identity))
-            return identity.positions(waiting)
+            waiting = on_main_process(lambda: self.queue.left(identity).tolist(), "the queue")
+            return identity.positions(np.asarray(waiting, dtype=np.uint8).reshape(-1, FINGERPRINT_BYTES))
 
     def _known_rows(self) -> RowIdentity:
         memory = self.trainer.memory
@@ -284,10 +288,12 @@ class RequestService:
         if memory.data == data_fingerprint(model, source.dataset):
             memory.row_identity = RowIdentity.of(self.key, model, source.dataset)
 
-    def _served_before(self, name: str, run_name: str, weights: str) -> LedgerEntry | None:
+    def _served_before(self, name: str, run_name: str, weights: str) -> dict[str, Any] | None:
         entry = self.ledger.find(name, run_name)
         # Without a memory there is no telling one training run from the next, except by the weights.
-        return None if entry is not None and not run_name and entry.weights_after != weights else entry
+        if entry is None or (not run_name and entry.weights_after != weights):
+            return None
+        return asdict(entry)
 
     def _found_before(self, interrupted: Journal | None, journal: Journal) -> dict[str, Any] | None:
         """k, λ and c that the same request had found before it was interrupted."""
@@ -321,14 +327,14 @@ class RequestService:
                     f"{needed / 2**20:.0f} MiB for weights and memory beside the old ones: nothing was changed. Free some."
                 )
 
-        on_main_process(self.trainer, look)
+        on_main_process(look, "room on the disk")
 
     def _note(self, journal: Journal) -> None:
         def write() -> None:
             with _storage_errors("The request could not be noted in the journal"):
                 self.journal.write(journal)
 
-        on_main_process(self.trainer, write)
+        on_main_process(write, "the journal")
 
     # --- after ------------------------------------------------------------------------------------------------------
 
@@ -569,21 +575,13 @@ def finish_interrupted_request(trainer: UnlearningTrainer) -> None:
         service.recover()
 
 
-def on_main_process(trainer: Any, work: Callable[[], T]) -> T:
-    """Do `work` on the main process alone; every process gets its result, or raises its error."""
-    if trainer.accelerator.num_processes == 1:
-        return work()
-    outcome: list[Any] = [None, None]
-    if trainer.is_world_process_zero():
-        try:
-            outcome[0] = work()
-        except Exception as error:  # the others wait, and must hear of it whatever it is
-            outcome[1] = error
-    torch.distributed.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    result: T = outcome[0]
-    return result
+def on_main_process(work: Callable[[], Any], what: str) -> Any:
+    """Do `work` on the main process alone; every process gets its result (JSON), or raises its error."""
+    result = None
+    with together(what):
+        if is_main_process():
+            result = work()
+    return of_main_process(result, what)
 
 
 @contextlib.contextmanager

@@ -21,12 +21,22 @@ from transformers import Trainer
 from hf_iau.errors import (
     AlreadyForgottenError,
     ConfigError,
+    IAUError,
     MemoryFileError,
     MissingMemoryError,
     RequestError,
     UnsupportedModelError,
 )
-from hf_iau.forget import ForgetContext, MethodOutcome, WeightTransaction, moved_gradient_sum, step_norm, weights_norm
+from hf_iau.forget import (
+    ForgetContext,
+    MethodOutcome,
+    WeightTransaction,
+    agree_on_request,
+    moved_gradient_sum,
+    settle_weights,
+    step_norm,
+    weights_norm,
+)
 from hf_iau.forget.request import remaining_positions
 from hf_iau.gather import GatherConfig, IAUCallback
 from hf_iau.gather.callback import announce_row_loss, refuse_unsupported_engines, unwrapped
@@ -36,9 +46,12 @@ from hf_iau.measure import Measurement, measure_model
 from hf_iau.methods import find_method
 from hf_iau.methods.base import UnlearningMethod
 from hf_iau.objective import RowLoss, RowSource, probe_additivity
+from hf_iau.objective.adapters import check_adapters
 from hf_iau.objective.evaluation_mode import RandomState
-from hf_iau.objective.row_loss import TrainerRowLoss, UserLossFunction
+from hf_iau.objective.row_loss import TrainerRowLoss, UserLossFunction, describe_function
 from hf_iau.objective.rows import refuse_iterable, row_bytes, rows_are_deterministic, select_rows
+from hf_iau.objective.working import memory_device, working
+from hf_iau.parallel import is_main_process, together
 from hf_iau.phases import PhaseTimer
 from hf_iau.publish.card import UnlearningCard, card_metadata, task_of_model
 from hf_iau.publish.upload import hub_errors_explained
@@ -283,7 +296,8 @@ class UnlearningTrainer(Trainer):
         if len(kept) < len(source):
             # Row numbers still name rows of the whole training set.
             memory.data = data_fingerprint(model, source.dataset)
-            memory.loss["probe"] = memory.probe_loss(model, self.row_loss, source)
+            with working(config.precision):
+                memory.loss["probe"] = memory.probe_loss(model, self.row_loss, source)
             memory.forgotten_rows = len(source) - len(kept)
         self._memory_of_request, self._memory_ended = memory, False
         return memory
@@ -401,7 +415,7 @@ class UnlearningTrainer(Trainer):
         models = _models(retrained_model)
 
         def run(served: UnlearningMethod, keep: Callable[..., None] | None = None) -> UnlearnOutput:
-            with _random_state_kept(self._bare_model()):
+            with together("the request"), _random_state_kept(self._bare_model()), self._working_as_gathered():
                 return self._serve(
                     forget_dataset,
                     row_indices,
@@ -422,7 +436,7 @@ class UnlearningTrainer(Trainer):
         if dry_run:
             raise RequestError("save=True and dry_run=True contradict each other: leave one out.")
         service = RequestService(self)
-        entry, output = service.serve(run, forget_dataset, row_indices, chosen, config, request_id)
+        entry, output = service.serve(run, forget_dataset, row_indices, chosen, _plain(config), request_id)
         if output is None:
             assert entry is not None
             return UnlearnOutput(report_of(entry), applied=False, memory=self.memory, entry=entry)
@@ -507,6 +521,7 @@ class UnlearningTrainer(Trainer):
                 self._check_same_columns(others, context.forget)
             method.check(context, config)
             self._check_loss(context)
+            agree_on_request(context, method.name, _plain(config))
         model = context.model
         card = self.unlearning_card  # read while the weights are those that it describes
         with timer.phase("measure_before"):
@@ -519,17 +534,19 @@ class UnlearningTrainer(Trainer):
                 held_out = held_out.sample(_MEASURED_HELD_OUT_ROWS, self.args.seed)
             splits = (measured, retained, held_out, test)
             before = measure_model(model, *splits)
-        transaction = WeightTransaction(model)
+        transaction = WeightTransaction(model, memory_device(None))
         undo: Callable[[], None] | None = None
         with transaction:
-            outcome = method.run(context, config)
-            memory, diagnostics = self._after(context, outcome, transaction)
-            with timer.phase("measure_after"):
-                after = measure_model(model, *splits)
-            report = self._report(
-                method, config, context, outcome, diagnostics, before, after, splits, retrained_models
-            )
-            record_budget(report, context, memory)
+            with together("the update"):  # what fails in one process is rolled back in all
+                outcome = method.run(context, config)
+                settle_weights(model, transaction)
+                memory, diagnostics = self._after(context, outcome, transaction)
+                with timer.phase("measure_after"):
+                    after = measure_model(model, *splits)
+                report = self._report(
+                    method, config, context, outcome, diagnostics, before, after, splits, retrained_models
+                )
+                record_budget(report, context, memory)
             if dry_run:
                 transaction.rollback()
             else:
@@ -539,9 +556,19 @@ class UnlearningTrainer(Trainer):
                 undo = self._commit(transaction, context, memory, card)
         if dry_run:
             return UnlearnOutput(report, applied=False, memory=self.memory)
-        for sentence in report.warnings:
-            logger.warning(sentence)
+        if is_main_process():
+            for sentence in report.warnings:
+                logger.warning(sentence)
         return UnlearnOutput(report, applied=True, memory=memory, _undo=undo)
+
+    def _working_as_gathered(self) -> contextlib.AbstractContextManager[None]:
+        """The precision and memory device of the memory in force."""
+        try:
+            memory = self.memory
+        except IAUError:  # raised again where the request is checked
+            memory = None
+        settings = {} if memory is None else memory.settings
+        return working(settings.get("precision"), settings.get("memory_device"))
 
     def _bare_model(self) -> nn.Module:
         return unwrapped(self.accelerator.unwrap_model(self.model))
@@ -613,6 +640,7 @@ class UnlearningTrainer(Trainer):
                 "device, or launch one process a GPU with `accelerate launch`."
             )
         model = self._bare_model()
+        check_adapters(model)
         train = None
         if self.train_dataset is not None:
             refuse_iterable(self.train_dataset, "training rows")
@@ -1040,7 +1068,9 @@ def _random_state_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    return asdict(config) if is_dataclass(config) and not isinstance(config, type) else {}
+    """A configuration as a mapping, with functions by name: their `repr` is another in each process."""
+    values = asdict(config) if is_dataclass(config) and not isinstance(config, type) else {}
+    return {name: describe_function(v)["function"] if callable(v) else v for name, v in values.items()}
 
 
 __all__ = ["ConfigError", "MissingMemoryError", "UnlearnOutput", "UnlearningTrainer"]
