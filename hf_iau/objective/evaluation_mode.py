@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from hf_iau.parallel import whole_parameters
+
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
@@ -20,6 +22,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
 
     * every module is in `eval()`: dropout is off and BatchNorm uses its running statistics, so rows are separable;
     * `use_cache` is off in the model's configuration;
+    * parameters that `fully_shard` has spread over processes are whole in each (see `whole_parameters`);
     * the autocast wrapper that Accelerate puts around `forward` under bf16/fp16 is set aside, so that the training
       process and a fresh process compute the same numbers.
 
@@ -27,11 +30,17 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
     parameters' `.grad` and the random states of Python, NumPy, the CPU and the model's CUDA devices are what they were.
 
     Args:
-        model: the bare model (not wrapped by DDP, FSDP or `DataParallel`).
+        model: the bare model (not wrapped by DDP, FSDP1 or `DataParallel`).
 
     Yields:
         The same model.
     """
+    with whole_parameters(model), _evaluation_mode(model):
+        yield model
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     training_flags = {module: module.training for module in model.modules()}
     caching = [(config, config.use_cache) for config in _configurations(model) if hasattr(config, "use_cache")]
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
@@ -47,7 +56,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
             parameter.grad = None
         device = next((p.device.type for p in gradients), "cpu")
         with torch.autocast(device, enabled=False):
-            yield model
+            yield
     finally:
         for module, flag in training_flags.items():
             module.training = flag
