@@ -1,6 +1,6 @@
 """Unlearning methods, one file each, chosen by name."""
 
-from hf_iau.methods.base import UnlearningMethod, available_methods, find_method, register_method
+from hf_iau.methods.base import UnlearningMethod, available_methods, find_method, method_config, register_method
 from hf_iau.methods.fine_tune import FineTune, FineTuneConfig
 from hf_iau.methods.gradient_ascent import GradientAscent, GradientAscentConfig
 from hf_iau.methods.iau import IAU, IAUConfig
@@ -42,5 +42,6 @@ __all__ = [
     "UnlearningMethod",
     "available_methods",
     "find_method",
+    "method_config",
     "register_method",
 ]
