@@ -56,6 +56,37 @@ class SmallCNN(nn.Module):
         return {"loss": None if labels is None else F.cross_entropy(logits, labels), "logits": logits}
 
 
+class MLP(nn.Module):
+    """Two hidden layers for a table of 30 columns."""
+
+    def __init__(self, n_classes: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(30, 64)
+        self.fc2 = nn.Linear(64, 64)
+        self.fc3 = nn.Linear(64, n_classes)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor | None]:
+        logits = self.fc3(F.relu(self.fc2(F.relu(self.fc1(pixel_values)))))
+        return {"loss": None if labels is None else F.cross_entropy(logits, labels), "logits": logits}
+
+
+def resnet18(n_classes: int) -> nn.Module:
+    """ResNet-18 as it is used on CIFAR: a 3×3 stem without pooling, four stages of two basic blocks; 11.2 M weights."""
+    config = ResNetConfig(
+        num_channels=3,
+        embedding_size=64,
+        hidden_sizes=[64, 128, 256, 512],
+        depths=[2, 2, 2, 2],
+        layer_type="basic",
+        num_labels=n_classes,
+    )
+    model = ResNetForImageClassification(config)
+    stem: nn.Module = model.resnet.embedder
+    stem.embedder.convolution = nn.Conv2d(3, 64, 3, padding=1, bias=False)  # type: ignore[union-attr]
+    stem.pooler = nn.Identity()
+    return model
+
+
 def small_resnet(n_classes: int) -> nn.Module:
     """A three-stage ResNet with BatchNorm for 28×28 grey images."""
     config = ResNetConfig(
@@ -152,6 +183,8 @@ def make_tokenizer(name: str, weights: Path | None = None) -> PreTrainedTokenize
 _MINILMS: dict[str, Callable[[int, Path], nn.Module]] = {"minilm": minilm, "minilm_lora": minilm_lora}
 _MODELS: dict[str, Callable[[int], nn.Module]] = {
     "lenet": LeNet,
+    "mlp": MLP,
+    "resnet18": resnet18,
     "small_cnn": SmallCNN,
     "small_resnet": small_resnet,
     "small_vit": small_vit,

@@ -69,3 +69,7 @@ class StorageError(IAUError, OSError):
 
 class PublishError(IAUError):
     """A model could not be published, or what is to be published or removed is not fit for it."""
+
+
+class ParallelError(IAUError, RuntimeError):
+    """The processes of a run have come apart, or one of them failed or is gone."""

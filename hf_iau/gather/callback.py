@@ -25,6 +25,7 @@ from hf_iau.gather.gather import (
 )
 from hf_iau.objective import RowLoss, RowSource, probe_additivity
 from hf_iau.objective.row_loss import UserLossFunction
+from hf_iau.parallel import together
 from hf_iau.remember import MEMORY_FOLDER, GradientMemory, find_key
 from hf_iau.remember.private import TRAINER_IGNORES, refuse_private_files
 
@@ -111,10 +112,11 @@ class IAUCallback(TrainerCallback):
                 "Trainer. Use hf_iau.UnlearningTrainer, or drop restriction=."
             )
         refuse_unsupported_engines(args)
-        find_key(args.output_dir)  # a key that cannot be used is better refused now than after training
-        source = self._source(args, model, kwargs["train_dataloader"])
-        check_gatherable(model, source.dataset)
-        probe_additivity(self._choose_loss(args, model), model, source)
+        with together("the check before training"):
+            find_key(args.output_dir)  # a key that cannot be used is better refused now than after training
+            source = self._source(args, model, kwargs["train_dataloader"])
+            check_gatherable(model, source.dataset)
+            probe_additivity(self._choose_loss(args, model), model, source)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -129,12 +131,13 @@ class IAUCallback(TrainerCallback):
             return
         model = unwrapped(kwargs["model"])
         try:
-            source = self._source(args, model, kwargs["train_dataloader"])
-            loss = self._choose_loss(args, model)
-            self._memory = build_memory(model, source, loss, self.config, optimizer=kwargs.get("optimizer"))
-            self._memory.row_identity = identify_rows(model, source.dataset, args.output_dir)
-            if self.save and args.should_save:
-                self._memory.save(Path(args.output_dir or ".") / MEMORY_FOLDER)
+            with together("gathering"):  # nobody reads the files before they are written
+                source = self._source(args, model, kwargs["train_dataloader"])
+                loss = self._choose_loss(args, model)
+                self._memory = build_memory(model, source, loss, self.config, optimizer=kwargs.get("optimizer"))
+                self._memory.row_identity = identify_rows(model, source.dataset, args.output_dir)
+                if self.save and args.should_save:
+                    self._memory.save(Path(args.output_dir or ".") / MEMORY_FOLDER)
             logger.info("Gathered a gradient memory: %s", dict(describe_memory(self._memory)))
         except Exception as error:  # whatever it is, the training that has just ended is not to be lost with it
             self._failure = error

@@ -30,6 +30,7 @@ from hf_iau.objective import (
 from hf_iau.objective.adapters import check_adapters
 from hf_iau.objective.row_loss import UserLossFunction
 from hf_iau.objective.rows import Collator, refuse_iterable, rows_are_deterministic, sample_positions
+from hf_iau.parallel import SAME_START, agree, together
 from hf_iau.remember import GradientMemory, RowIdentity, data_fingerprint, find_key, model_fingerprint
 from hf_iau.remember.fingerprints import input_columns
 from hf_iau.remember.keys import say_that_there_is_no_key
@@ -114,9 +115,22 @@ def build_memory(
     optimizer: torch.optim.Optimizer | None = None,
 ) -> GradientMemory:
     """Gather from prepared rows; what `gather` and `IAUCallback` share."""
+    with together("gathering"):
+        return _build_memory(model, source, row_loss, config, optimizer)
+
+
+def _build_memory(
+    model: nn.Module,
+    source: RowSource,
+    row_loss: RowLoss,
+    config: GatherConfig,
+    optimizer: torch.optim.Optimizer | None,
+) -> GradientMemory:
     check_gatherable(model, source.dataset)
     parameters = trainable_parameters(model)
     probe_additivity(row_loss, model, source)
+    of_model, of_data = model_fingerprint(model), data_fingerprint(model, source.dataset)
+    agree(str(of_model | of_data), "the model or training rows that they gather from", SAME_START)
     decay = coupled_weight_decay(model, optimizer)
     seconds: dict[str, float] = {}
 
@@ -149,8 +163,8 @@ def build_memory(
         parameters={name: tuple(p.shape) for name, p in parameters.items()},
         n_rows=len(source),
         n_targets=n_targets,
-        model=model_fingerprint(model),
-        data=data_fingerprint(model, source.dataset),
+        model=of_model,
+        data=of_data,
         loss=dict(row_loss.fingerprint()),
         label_counts=count_labels(source.dataset),
         gradient_sum=None if total is None else total.tensors,

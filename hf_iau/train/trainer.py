@@ -26,7 +26,16 @@ from hf_iau.errors import (
     RequestError,
     UnsupportedModelError,
 )
-from hf_iau.forget import ForgetContext, MethodOutcome, WeightTransaction, moved_gradient_sum, step_norm, weights_norm
+from hf_iau.forget import (
+    ForgetContext,
+    MethodOutcome,
+    WeightTransaction,
+    agree_on_request,
+    moved_gradient_sum,
+    settle_weights,
+    step_norm,
+    weights_norm,
+)
 from hf_iau.forget.request import remaining_positions
 from hf_iau.gather import GatherConfig, IAUCallback
 from hf_iau.gather.callback import announce_row_loss, refuse_unsupported_engines, unwrapped
@@ -40,6 +49,7 @@ from hf_iau.objective.adapters import check_adapters
 from hf_iau.objective.evaluation_mode import RandomState
 from hf_iau.objective.row_loss import TrainerRowLoss, UserLossFunction
 from hf_iau.objective.rows import refuse_iterable, row_bytes, rows_are_deterministic, select_rows
+from hf_iau.parallel import is_main_process, together
 from hf_iau.phases import PhaseTimer
 from hf_iau.publish.card import UnlearningCard, card_metadata, task_of_model
 from hf_iau.publish.upload import hub_errors_explained
@@ -352,7 +362,7 @@ class UnlearningTrainer(Trainer):
             NonFiniteGradientError: a forget row's gradient is NaN or infinite.
         """
         chosen, config = find_method(method, config)
-        with _random_state_kept(self._bare_model()):
+        with together("the request"), _random_state_kept(self._bare_model()):
             return self._serve(
                 forget_dataset,
                 row_indices,
@@ -414,6 +424,7 @@ class UnlearningTrainer(Trainer):
                 self._check_same_columns(others, context.forget)
             method.check(context, config)
             self._check_loss(context)
+            agree_on_request(context, method.name, _plain(config))
         model = context.model
         card = self.unlearning_card  # read while the weights are those that it describes
         with timer.phase("measure_before"):
@@ -429,21 +440,24 @@ class UnlearningTrainer(Trainer):
         transaction = WeightTransaction(model)
         undo: Callable[[], None] | None = None
         with transaction:
-            outcome = method.run(context, config)
-            memory, diagnostics = self._after(context, outcome, transaction)
-            with timer.phase("measure_after"):
-                after = measure_model(model, *splits)
-            report = self._report(
-                method, config, context, outcome, diagnostics, before, after, splits, retrained_models
-            )
+            with together("the update"):  # what fails in one process is rolled back in all
+                outcome = method.run(context, config)
+                settle_weights(model, transaction)
+                memory, diagnostics = self._after(context, outcome, transaction)
+                with timer.phase("measure_after"):
+                    after = measure_model(model, *splits)
+                report = self._report(
+                    method, config, context, outcome, diagnostics, before, after, splits, retrained_models
+                )
             if dry_run:
                 transaction.rollback()
             else:
                 undo = self._commit(transaction, context, memory, card.with_report(report))
         if dry_run:
             return UnlearnOutput(report, applied=False, memory=self.memory)
-        for sentence in report.warnings:
-            logger.warning(sentence)
+        if is_main_process():
+            for sentence in report.warnings:
+                logger.warning(sentence)
         return UnlearnOutput(report, applied=True, memory=memory, _undo=undo)
 
     def _bare_model(self) -> nn.Module:
