@@ -42,11 +42,16 @@ def load_rows(source: str, *, configuration: str | None = None) -> datasets.Data
             return load_files({"rows": name}, split=split.replace("train", "rows", 1))
         return datasets.load_dataset(name, configuration, split=split)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
-        first = (str(error).splitlines() or [""])[0]
         raise RequestError(
-            f"The rows {source!r} cannot be loaded ({type(error).__name__}: {first}). Give a file "
+            f"The rows {source!r} cannot be loaded ({brief(error)}). Give a file "
             f"({', '.join(FILE_LOADERS)}), a folder, or a data set of the Hub, with its split after a colon."
         ) from error
+
+
+def brief(error: Exception) -> str:
+    """Kind and beginning of another library's error, on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= 400 else text[:399] + '…'}"
 
 
 def load_files(files: Mapping[str, str], split: str | None = None) -> Any:

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from hf_iau.errors import RequestError, UnsupportedModelError
-from hf_iau.tasks.rows import rows_of_labels
+from hf_iau.tasks.rows import brief, rows_of_labels
 
 logger = logging.getLogger(__name__)
 
@@ -141,8 +141,7 @@ def local_folder(name: str) -> Path | None:
 
 
 def _not_loaded(what: str, name: str, error: Exception) -> RequestError:
-    first = (str(error).splitlines() or [""])[0]
     return RequestError(
-        f"The {what} {name!r} cannot be loaded ({type(error).__name__}: {first}). Give a folder written by save_model(), "
+        f"The {what} {name!r} cannot be loaded ({brief(error)}). Give a folder written by save_model(), "
         "or a name on the Hub."
     )

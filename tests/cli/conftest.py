@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pytest
+from command_runner import HELD_OUT, ROWS
 from PIL import Image
 from tiny_models import bert, resnet
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
-from typer.testing import CliRunner
-
-from hf_iau.cli import app
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{number}" for number in range(20))]
 NAMES = ["red", "green", "blue"]
-ROWS, HELD_OUT = 60, 40
 
 
 def text_columns(n: int, seed: int) -> dict[str, list[Any]]:
@@ -77,17 +73,3 @@ def image_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 @pytest.fixture(autouse=True)
 def _caches_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def run(*arguments: object, code: int = 0, stdin: str | None = None) -> Any:
-    """Run a command in this process and check how it ends."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
-    assert result.exit_code == code, f"{result.exit_code}: {result.stdout}\n{result.stderr}\n{result.exception!r}"
-    return result
-
-
-def run_json(*arguments: object, code: int = 0) -> dict[str, Any]:
-    """The same with `--json`: standard output must be one JSON object and nothing else."""
-    values = json.loads(run(*arguments, "--json", code=code).stdout)
-    assert isinstance(values, dict)
-    return values

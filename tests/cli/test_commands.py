@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HELD_OUT, ROWS, run, run_json
+from command_runner import HELD_OUT, ROWS, run, run_json
 from huggingface_hub import ModelCard
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -252,7 +252,7 @@ def test_code_of_a_model_is_not_run(text_model: Path, text_rows_files: dict[str,
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     refused = run_json("gather", folder, "--train", text_rows_files["train"], "--cpu", code=3)
-    assert "trust_remote_code" in refused["message"] and not (tmp_path / "ran").exists()
+    assert "custom code" in refused["message"] and not (tmp_path / "ran").exists()
 
 
 def test_an_unexpected_error_is_told(gathered: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
