@@ -24,6 +24,7 @@ from hf_iau.calibrate.trial import Directions, auc_distance
 from hf_iau.forget.step import Step, step_norm, weights_norm
 from hf_iau.gather.gradient_sum import sum_row_gradients
 from hf_iau.objective import RowLoss, RowSource, predict_rows
+from hf_iau.objective.working import kept_copy
 
 _STRIDE, _SHORTEST_STRIDE = 0.03, 0.002
 _MOST_STEPS = 48
@@ -90,7 +91,7 @@ def walk(
         pull: c, the weight of the other rows' remembered gradient.
     """
     names = list(directions.forget_sum)
-    weights = {name: model.get_parameter(name).detach().clone() for name in names}
+    weights = {name: kept_copy(model.get_parameter(name)) for name in names}
     norm = max(weights_norm(model, names), 1e-300)
     moved: Step = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in weights.items()}
     before = predict_rows(model, held_out)

@@ -21,6 +21,7 @@ from transformers import Trainer
 from hf_iau.errors import (
     AlreadyForgottenError,
     ConfigError,
+    IAUError,
     MemoryFileError,
     MissingMemoryError,
     RequestError,
@@ -47,8 +48,9 @@ from hf_iau.methods.base import UnlearningMethod
 from hf_iau.objective import RowLoss, RowSource, probe_additivity
 from hf_iau.objective.adapters import check_adapters
 from hf_iau.objective.evaluation_mode import RandomState
-from hf_iau.objective.row_loss import TrainerRowLoss, UserLossFunction
+from hf_iau.objective.row_loss import TrainerRowLoss, UserLossFunction, describe_function
 from hf_iau.objective.rows import refuse_iterable, row_bytes, rows_are_deterministic, select_rows
+from hf_iau.objective.working import memory_device, working
 from hf_iau.parallel import is_main_process, together
 from hf_iau.phases import PhaseTimer
 from hf_iau.publish.card import UnlearningCard, card_metadata, task_of_model
@@ -279,7 +281,8 @@ class UnlearningTrainer(Trainer):
         if len(kept) < len(source):
             # Row numbers still name rows of the whole training set.
             memory.data = data_fingerprint(model, source.dataset)
-            memory.loss["probe"] = memory.probe_loss(model, self.row_loss, source)
+            with working(config.precision):
+                memory.loss["probe"] = memory.probe_loss(model, self.row_loss, source)
             memory.forgotten_rows = len(source) - len(kept)
         self._memory_of_request, self._memory_ended = memory, False
         return memory
@@ -362,7 +365,7 @@ class UnlearningTrainer(Trainer):
             NonFiniteGradientError: a forget row's gradient is NaN or infinite.
         """
         chosen, config = find_method(method, config)
-        with together("the request"), _random_state_kept(self._bare_model()):
+        with together("the request"), _random_state_kept(self._bare_model()), self._working_as_gathered():
             return self._serve(
                 forget_dataset,
                 row_indices,
@@ -437,7 +440,7 @@ class UnlearningTrainer(Trainer):
                 held_out = held_out.sample(_MEASURED_HELD_OUT_ROWS, self.args.seed)
             splits = (measured, retained, held_out, test)
             before = measure_model(model, *splits)
-        transaction = WeightTransaction(model)
+        transaction = WeightTransaction(model, memory_device(None))
         undo: Callable[[], None] | None = None
         with transaction:
             with together("the update"):  # what fails in one process is rolled back in all
@@ -459,6 +462,15 @@ class UnlearningTrainer(Trainer):
             for sentence in report.warnings:
                 logger.warning(sentence)
         return UnlearnOutput(report, applied=True, memory=memory, _undo=undo)
+
+    def _working_as_gathered(self) -> contextlib.AbstractContextManager[None]:
+        """The precision and memory device of the memory in force."""
+        try:
+            memory = self.memory
+        except IAUError:  # raised again where the request is checked
+            memory = None
+        settings = {} if memory is None else memory.settings
+        return working(settings.get("precision"), settings.get("memory_device"))
 
     def _bare_model(self) -> nn.Module:
         return unwrapped(self.accelerator.unwrap_model(self.model))
@@ -962,7 +974,9 @@ def _random_state_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    return asdict(config) if is_dataclass(config) and not isinstance(config, type) else {}
+    """A configuration as a mapping, with functions by name: their `repr` is another in each process."""
+    values = asdict(config) if is_dataclass(config) and not isinstance(config, type) else {}
+    return {name: describe_function(v)["function"] if callable(v) else v for name, v in values.items()}
 
 
 __all__ = ["ConfigError", "MissingMemoryError", "UnlearnOutput", "UnlearningTrainer"]

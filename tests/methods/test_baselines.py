@@ -17,16 +17,21 @@ from unlearning_trainers import FORGET, ROWS, WITH_CURVATURE, assert_bits, make_
 from hf_iau import UnlearningTrainer
 from hf_iau.errors import ConfigError, NonFiniteGradientError, RequestError
 from hf_iau.methods import (
+    BadTeacherConfig,
     FineTuneConfig,
+    FisherForgettingConfig,
     GradientAscentConfig,
     InfluenceCGConfig,
+    L1SparseConfig,
     NegGradPlusConfig,
     RandomLabelsConfig,
     RetrainConfig,
     SalUnConfig,
     SCRUBConfig,
     SSDConfig,
+    UnrollingSGDConfig,
 )
+from hf_iau.methods.epochs import EpochsConfig
 
 CONFIGS: dict[str, Any] = {
     "fine-tune": FineTuneConfig(epochs=1),
@@ -37,10 +42,14 @@ CONFIGS: dict[str, Any] = {
     "scrub": SCRUBConfig(epochs=2, max_epochs=1),
     "ssd": SSDConfig(selection=1.1),
     "influence-cg": InfluenceCGConfig(iterations=2),
+    "bad-teacher": BadTeacherConfig(epochs=3, retain_share=0.9),
+    "l1-sparse": L1SparseConfig(epochs=1),
+    "fisher-forgetting": FisherForgettingConfig(alpha=1e-5),
+    "unrolling-sgd": UnrollingSGDConfig(model_init=lambda: build("resnet", seed=5)),
     "retrain": RetrainConfig(model_init=lambda: build("resnet", seed=5)),
 }
-EPOCHS = [name for name, config in CONFIGS.items() if hasattr(config, "epochs")]
-NEED_RETAINED = [name for name in CONFIGS if name != "gradient-ascent"]
+EPOCHS = [name for name, config in CONFIGS.items() if isinstance(config, EpochsConfig)]
+NEED_RETAINED = [name for name in CONFIGS if name not in ("gradient-ascent", "unrolling-sgd")]
 FAMILY = "resnet"  # has BatchNorm statistics, which move too
 
 
@@ -145,7 +154,14 @@ def test_an_exception_halfway_leaves_every_bit(method: str, tmp_path: Path) -> N
     assert trainer.memory is memory
 
 
-@pytest.mark.parametrize("method, part", [("ssd", "ssd.dampening_factor"), ("influence-cg", "influence_cg.apply_step")])
+@pytest.mark.parametrize(
+    "method, part",
+    [
+        ("ssd", "ssd.dampening_factor"),
+        ("influence-cg", "influence_cg.apply_step"),
+        ("unrolling-sgd", "unrolling_sgd.apply_step"),
+    ],
+)
 def test_an_exception_while_weights_are_written_leaves_every_bit(
     method: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,7 +208,7 @@ def test_as_many_copies_of_a_row_stay_as_were_not_forgotten(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "family, frozen", [("bert", "bert.embeddings"), ("lora", "base_layer")], ids=["partly frozen", "LoRA"]
 )
-@pytest.mark.parametrize("method", [name for name in CONFIGS if name != "retrain"])
+@pytest.mark.parametrize("method", [name for name in CONFIGS if name not in ("retrain", "unrolling-sgd")])
 def test_frozen_parameters_do_not_move(method: str, family: str, frozen: str, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, family)
     for name, parameter in trainer.model.named_parameters():
@@ -224,6 +240,19 @@ def test_a_language_model_is_counted_in_tokens(tmp_path: Path) -> None:
         (lambda: GradientAscentConfig(momentum=1.0), "momentum=1.0.*< 1"),
         (lambda: GradientAscentConfig(weight_decay=-1), "weight_decay=-1"),
         (lambda: NegGradPlusConfig(alpha=1.5), r"NegGradPlusConfig\(alpha=1.5\).*<= 1"),
+        (
+            lambda: SalUnConfig(salient_share=0.0),
+            r"SalUnConfig\(salient_share=0.0\): give a finite number > 0 and <= 1",
+        ),
+        (lambda: SSDConfig(selection=0), "selection=0"),
+        (lambda: SCRUBConfig(epochs=2), "max_epochs=3, epochs=2.*at least as many"),
+        (lambda: SCRUBConfig(temperature=0.0), "temperature=0.0"),
+        (lambda: InfluenceCGConfig(curvature="fisher"), "choose one of 'gauss-newton', 'hessian'"),
+        (lambda: InfluenceCGConfig(damping=float("inf")), "damping=inf"),
+        (lambda: BadTeacherConfig(retain_share=1.2), "retain_share=1.2"),
+        (lambda: L1SparseConfig(gamma=-1e-5), "gamma=-1e-05"),
+        (lambda: FisherForgettingConfig(alpha=-1), "alpha=-1"),
+        (lambda: UnrollingSGDConfig(lr=0.0), "lr=0.0"),
         (lambda: RetrainConfig(initial_weights="nowhere"), "safetensors file"),
         (lambda: RetrainConfig(model_init=3), "a function that makes a model"),
         (lambda: RetrainConfig(model_init=lambda: nn.Linear(1, 1), initial_weights="x"), "both"),
