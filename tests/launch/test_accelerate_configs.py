@@ -52,7 +52,7 @@ def test_configurations_are_read_by_accelerate(name: str) -> None:
 
 def test_every_configuration_is_tested() -> None:
     assert available_configs() == sorted(EXPECTED)
-    with pytest.raises(ConfigError, match="'deepspeed' is unknown: choose one of .*ddp"):
+    with pytest.raises(ConfigError, match=r"'deepspeed' is unknown: choose one of .*ddp"):
         config_file("deepspeed")
 
 
