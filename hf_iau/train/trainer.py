@@ -876,6 +876,10 @@ class UnlearningTrainer(Trainer):
             self._unlearning_card = UnlearningCard.of_weights(folder, self._bare_model())
         return self._unlearning_card
 
+    @unlearning_card.setter
+    def unlearning_card(self, card: UnlearningCard) -> None:
+        self._unlearning_card = card
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As in `Trainer`; once a request was served the card has a section on unlearning, its figures and tags."""
         path = Path(self.args.output_dir or ".") / "README.md"
