@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from allocations import peak_allocated
 from memorising_network import CLASSES, WIDTH, Classifier, draw, fit
 from tiny_models import FAMILIES, as_dataset, build, pad_right, rows_of
 from torch import nn
 from transformers import TrainingArguments
 
 import hf_iau
+from benchmarks.hardware import peak_allocated_bytes
 from hf_iau import ConfigError, GatherConfig, IAUConfig, UnlearningTrainer, UnsupportedModelError
 from hf_iau.forget.transaction import WeightTransaction
 from hf_iau.gather.gradient_sum import sum_row_gradients
@@ -72,7 +72,7 @@ def test_peaks_of_gathering_and_of_a_request(kind: Any, width: int, tmp_path: Pa
     wishes = IAUConfig(walk=False)
     forecast = hf_iau.estimate(model, train, config, method_config=wishes, request_rows=60, held_out_rows=300)
     found: list[Any] = []
-    peak = peak_allocated(lambda: found.append(hf_iau.gather(model, train, config=config)))
+    peak = peak_allocated_bytes(lambda: found.append(hf_iau.gather(model, train, config=config)))
     assert forecast.bytes["gathering_peak"] - forecast.bytes["weights"] == pytest.approx(peak, rel=0.2)
     trainer = UnlearningTrainer(
         model=model,
@@ -88,7 +88,7 @@ def test_peaks_of_gathering_and_of_a_request(kind: Any, width: int, tmp_path: Pa
         eval_dataset=held_out,
         memory=found[0],
     )
-    peak = peak_allocated(lambda: found.append(trainer.unlearn(row_indices=np.arange(60), config=wishes)))
+    peak = peak_allocated_bytes(lambda: found.append(trainer.unlearn(row_indices=np.arange(60), config=wishes)))
     assert forecast.bytes["request"] == pytest.approx(peak, rel=0.2)
 
 
