@@ -31,6 +31,7 @@ from hf_iau.objective.working import is_narrow
 from hf_iau.parallel import (
     from_one_process,
     is_main_process,
+    on_whole_parameters,
     process_count,
     process_number,
     sum_over_processes,
@@ -47,6 +48,7 @@ PROBE_ROWS = 3
 CACHE_BYTES = 256 * 2**20
 
 
+@on_whole_parameters
 def fit_curvature(
     model: nn.Module,
     source: RowSource,
