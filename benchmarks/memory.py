@@ -27,8 +27,8 @@ from transformers import BertConfig, BertForSequenceClassification, TrainingArgu
 from benchmarks.hardware import hardware, peak_allocated_bytes
 from hf_iau import Estimate, GatherConfig, IAUConfig, UnlearningTrainer, estimate
 
-_LENGTH, _VOCABULARY, _CLASSES = 64, 4000, 10
-_ROWS, _HELD_OUT, _FORGET = 1000, 300, 40
+_LENGTH, _VOCABULARY, _CLASSES = 32, 2000, 10
+_ROWS, _HELD_OUT, _FORGET = 400, 200, 40
 _MODELS = ("full", "lora")
 
 
@@ -38,7 +38,7 @@ def main(
         _MODELS
     ),
     width: Annotated[int, typer.Option(help="Hidden size of the BERT-style model.", min=64)] = 256,
-    layers: Annotated[int, typer.Option(help="Its layers.", min=1)] = 2,
+    layers: Annotated[int, typer.Option(help="Its layers.", min=1)] = 1,
     batch_size: Annotated[int, typer.Option(help="Rows a batch.", min=1)] = 16,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Gradient checkpointing.")] = False,
     memory_device: Annotated[str | None, typer.Option(help="As in GatherConfig.")] = None,
@@ -49,7 +49,7 @@ def main(
     names = models.split(",")
     if unknown := sorted(set(names) - set(_MODELS)):
         raise typer.BadParameter(f"{', '.join(unknown)}: choose among {', '.join(_MODELS)}.", param_hint="--models")
-    config = GatherConfig(batch_size=batch_size, memory_device=memory_device, curvature_rows=256, progress=False)
+    config = GatherConfig(batch_size=batch_size, memory_device=memory_device, curvature_rows=128, progress=False)
     results = []
     for name in names:
         set_seed(0)
@@ -77,7 +77,7 @@ def _measure(model: nn.Module, config: GatherConfig, batch_size: int) -> dict[st
             folder,
             per_device_train_batch_size=batch_size,
             per_device_eval_batch_size=4 * batch_size,
-            max_steps=12,
+            max_steps=6,
             save_strategy="no",
             disable_tqdm=True,
             report_to="none",
