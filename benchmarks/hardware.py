@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import resource
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 
 def hardware() -> dict[str, Any]:
@@ -32,27 +30,6 @@ def hardware() -> dict[str, Any]:
 def peak_process_memory_bytes() -> int:
     """Largest resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def peak_allocated_bytes(work: Callable[[], Any], device: torch.device | str = "cpu") -> int:
-    """The most bytes that PyTorch's allocator held at once while `work` ran.
-
-    On CUDA everything that is allocated counts; elsewhere what is allocated beyond what there was before.
-    """
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        work()
-        return int(torch.cuda.max_memory_allocated(device))
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = work()
-    assert profiler.profiler is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    del result
-    return peak
 
 
 def _processor() -> str:

@@ -24,8 +24,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments, default_data_collator, set_seed
 
-from benchmarks.hardware import hardware, peak_allocated_bytes
+from benchmarks.hardware import hardware
 from hf_iau import Estimate, GatherConfig, IAUConfig, UnlearningTrainer, estimate
+from hf_iau.phases import peak_allocated_bytes
 
 _LENGTH, _VOCABULARY, _CLASSES = 32, 2000, 10
 _ROWS, _HELD_OUT, _FORGET = 400, 200, 40
@@ -104,6 +105,7 @@ def _measure(model: nn.Module, config: GatherConfig, batch_size: int) -> dict[st
         method_config=wishes,
         request_rows=_FORGET,
         held_out_rows=_HELD_OUT,
+        prediction_batch_size=4 * batch_size,
         data_collator=default_data_collator,
     )
     gathered: list[Any] = []
