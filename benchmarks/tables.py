@@ -259,7 +259,7 @@ def _rank(rank: Rank | None) -> str:
 
 def _setting(cells: Sequence[Cell]) -> str:
     """What tuning chose, as far as the settings differ; the seeds' choices in their order."""
-    tried = [cell["settings_to_choose_among"] for cell in cells if cell["tuning"]]
+    tried = [cell["settings_to_choose_among"] for cell in cells if cell["tuning"] is not None]
     if not tried:
         return ""
     names = [name for name in tried[0][0] if len({repr(setting[name]) for setting in tried[0]}) > 1]

@@ -17,7 +17,7 @@ from hf_iau.methods.settings import check_number
 
 @dataclass(frozen=True)
 class SSDConfig:
-    """Configuration of `ssd`. The defaults are those of the paper for ResNet-18; for ViT it halves `selection`.
+    """Configuration of `ssd`. The defaults are those of the public code.
 
     Raises:
         ConfigError: a value is not positive.
