@@ -6,28 +6,28 @@ import gc
 import hashlib
 import json
 import logging
-import re
-import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import hf_iau
+from benchmarks.comparison import Comparison
+from benchmarks.files import file_name, write_arrays, write_json
 from benchmarks.hardware import hardware, peak_process_memory_bytes
-from benchmarks.suites import Suite, Variant
+from benchmarks.requests import gather_config, serve
+from benchmarks.suites import Suite
 from benchmarks.training import Case, ModelStore, TrainedModel, restore_moments
-from hf_iau import GatherConfig, GradientMemory, UnlearningTrainer
-from hf_iau.methods import find_method
+from benchmarks.variants import Variant, options
+from hf_iau import GradientMemory, IAUError
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 1
-_TOLERATED_LOSS = 1.05  # tuned settings may raise the held-out loss by no more than this factor
+SCHEMA = 2
 
 
 class CellStore:
-    """The JSON files of a suite's cells.
+    """The files of a suite: one JSON a cell, row losses beside it, and the forget rows' numbers.
 
     Args:
         folder: of the suite.
@@ -35,18 +35,35 @@ class CellStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "cells"
+        self.forget_folder = folder / "forget_ids"
 
     def path(self, case: Case, variant: Variant) -> Path:
         """Where the cell's JSON lies."""
-        parts = (case.work.name, case.scenario.name, f"seed{case.seed}", variant.name)
-        return self.folder / ("--".join(re.sub(r"[^a-z0-9.]+", "-", part.lower()) for part in parts) + ".json")
+        return self.folder / (file_name(case.work.name, case.scenario.name, f"seed{case.seed}", variant.name) + ".json")
 
-    def write(self, path: Path, cell: dict[str, Any]) -> None:
-        """Write the file whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        staged = path.with_suffix(".staged")
-        staged.write_text(json.dumps(cell, indent=1, allow_nan=False))
-        staged.replace(path)
+    def references(self, case: Case) -> Path:
+        """Where the row losses of the model before and of the retrained one lie."""
+        name = file_name(case.work.name, case.scenario.name, f"seed{case.seed}", "references")
+        return self.folder / f"{name}.npz"
+
+    def write_forget_rows(self, case: Case) -> None:
+        """Publish which rows are forgotten, so that anyone can forget the same."""
+        ids = case.splits.train_ids
+        requests = [rows.tolist() for rows in case.requests]
+        document = {
+            "data": case.work.data,
+            "scenario": case.scenario.name,
+            "seed": case.seed,
+            "meaning": "ids: numbers of the rows in the data set's own training split, from 0; rows: numbers among this "
+            "benchmark's training rows; requests: the same by request",
+            "training_rows": len(case.splits.train),
+            "ids": ids[case.forget_rows].tolist(),
+            "rows": case.forget_rows.tolist(),
+            "requests": requests if len(requests) > 1 else None,
+        }
+        write_json(
+            self.forget_folder / f"{file_name(case.work.name, case.scenario.name)}-seed{case.seed}.json", document
+        )
 
     def all(self) -> list[dict[str, Any]]:
         """Every finished cell."""
@@ -63,7 +80,7 @@ def run_cells(
     command: str,
     train_only: bool = False,
     redo: bool = False,
-) -> None:
+) -> list[str]:
     """Run the cells of one case that are not finished yet.
 
     Args:
@@ -75,52 +92,77 @@ def run_cells(
         command: as typed, for the JSON.
         train_only: stop after training.
         redo: run finished cells again.
+
+    Returns:
+        A sentence on each cell whose method failed; the others are run all the same.
     """
     wanted = [variant for variant in variants if redo or not cells.path(case, variant).is_file()]
     if not wanted:
-        return
+        return []
     original = models.original(case)
     references = [models.retrained(case)]
     if suite.floor:
         references.append(models.retrained_again(case))
     if train_only:
-        return
+        return []
+    cells.write_forget_rows(case)
     tokenizer = models.tokenizer(case.work)
     table = case.scenario.label is not None
     train = case.train.dataset(tokenizer, table=table)
     held_out = case.splits.held_out.dataset(tokenizer, table=table)
-    test = case.splits.test.dataset(tokenizer, table=table)
+    comparison: Comparison | None = None
     memories: dict[str, GradientMemory] = {}
+    failures = []
     for variant in wanted:
-        trainer = models.trainer(case.work, original.model, train, seed=case.seed, held_out=held_out, for_request=True)
         settings = json.dumps(variant.gather, sort_keys=True)
-        if settings not in memories:
+        trainer = models.trainer(
+            case.work,
+            original.model,
+            train,
+            seed=case.seed,
+            held_out=held_out,
+            for_request=True,
+            memory=memories.get(settings),
+        )
+        if comparison is None:
+            comparison = Comparison(models, case, original, references, trainer.args.device)
+            comparison.write_losses(cells.references(case))
+        if variant.gather is not None and settings not in memories:
             if variant.gather.get("curvature") == "adam":
                 restore_moments(trainer, original)
-            memories[settings] = trainer.gather(GatherConfig(progress=False, **variant.gather))
-        else:
-            trainer = models.trainer(
-                case.work,
-                original.model,
-                train,
-                seed=case.seed,
-                held_out=held_out,
-                for_request=True,
-                memory=memories[settings],
-            )
+            memories[settings] = trainer.gather(gather_config(variant))
+        memory = None if variant.gather is None else memories[settings]
+        name = f"{case.work.name} {case.scenario.name} seed {case.seed} {variant.name}"
+        try:
+            measured, after = serve(trainer, variant, variant.settings(case.work), case.requests, comparison)
+        except IAUError as error:
+            failures.append(f"{name}: {error}")
+            logger.exception("%s failed", name)
+            continue
         cell = _describe(suite, case, variant, command, original, references)
-        cell |= _measure(trainer, case, variant, references, test)
-        cells.write(cells.path(case, variant), cell)
+        cell |= measured
+        cell["timing"] |= _beside_training(cell["timing"], memory, references[0].record)
+        cell["memory"] = {
+            "peak_bytes_by_phase": cell.pop("peak_bytes_by_phase"),
+            "peak_process_bytes": peak_process_memory_bytes(),
+            "gradient_memory_bytes": 0 if memory is None else memory.nbytes(),
+        }
+        path = cells.path(case, variant)
+        write_arrays(path.with_suffix(".npz"), after.losses())
+        write_json(path, cell)
         logger.info(
-            "%s %s seed %d %s: gap %.2f (before %.2f, floor %.2f), %.1f s",
-            *(case.work.name, case.scenario.name, case.seed, variant.name),
-            cell["gap"]["mean_absolute"],
-            cell["gap_before"]["mean_absolute"],
-            cell["noise_floor"]["mean_absolute"] if cell["noise_floor"] else float("nan"),
+            "%s: gap %s (before %s, floor %s), %.1f s, tuning %.1f s",
+            name,
+            *(
+                "–" if gap is None or gap["mean_absolute"] is None else f"{gap['mean_absolute']:.2f}"
+                for gap in (cell["gap"], cell["gap_before"], cell["noise_floor"])
+            ),
             cell["timing"]["unlearn_seconds"],
+            (cell["tuning"] or {"seconds": 0.0})["seconds"],
         )
         del trainer
         gc.collect()
+    return failures
 
 
 def _describe(
@@ -139,7 +181,9 @@ def _describe(
         "seed": case.seed,
         "method": variant.name,
         "method_name": variant.method,
-        "method_config": variant.config,
+        "group": variant.group,
+        "method_config": options(variant.config),
+        "settings_to_choose_among": [options(config) for config in variant.settings(case.work)],
         "gather_config": variant.gather,
         "hardware": hardware(),
         "source": _source_digest(),
@@ -151,95 +195,15 @@ def _describe(
     }
 
 
-def _measure(
-    trainer: UnlearningTrainer, case: Case, variant: Variant, references: list[TrainedModel], test: Any
+def _beside_training(
+    timing: dict[str, Any], memory: GradientMemory | None, retraining: dict[str, Any]
 ) -> dict[str, Any]:
-    """Tune by held-out rows where the method has no default, time one plain request, then compare."""
-    memory = trainer.memory
-    assert memory is not None
-    options = dict(variant.config)
-    tuning = None
-    if variant.tune is not None:
-        tuning = _tune(trainer, case, variant)
-        options[variant.tune] = tuning["chosen"]
-    method, config = find_method(variant.method, None if not options else _config(variant.method, options))
-    started, cpu_started = time.perf_counter(), time.process_time()
-    plain = trainer.unlearn(row_indices=case.forget_rows, method=method.name, config=config, dry_run=True)
-    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    compared = trainer.unlearn(
-        row_indices=case.forget_rows,
-        method=method.name,
-        config=config,
-        test_dataset=test,
-        retrained_model=[reference.model for reference in references],
-        dry_run=True,
-    )
-    report = compared.report.to_dict()
-    calibration = report["diagnostics"].get("calibration") or {}
-    retraining = references[0].record
     return {
-        "timing": {
-            "unlearn_seconds": seconds,
-            "unlearn_cpu_seconds": cpu_seconds,
-            "unlearn_seconds_by_phase": plain.report.seconds,
-            "gather_seconds_by_phase": memory.seconds,
-            "retraining_seconds": retraining["seconds"],
-            "retraining_cpu_seconds": retraining["cpu_seconds"],
-            "share_of_retraining": cpu_seconds / retraining["cpu_seconds"],
-            "report_seconds_by_phase": report["seconds"],
-        },
-        "memory": {
-            "peak_bytes_by_phase": report["peak_memory_bytes"],
-            "peak_process_bytes": peak_process_memory_bytes(),
-            "gradient_memory_bytes": memory.nbytes(),
-        },
-        "tuning": tuning,
-        "figures": {
-            "before": report["before"],
-            "after": report["after"],
-            "retrained": report["retrained"],
-            "retrained_again": (report["noise_floor"] or {}).get("figures"),
-        },
-        "gap": report["gap"],
-        "gap_before": report["gap_before"],
-        "noise_floor": (report["noise_floor"] or {}).get("gap"),
-        "agreement": report["agreement"],
-        "verdict": report["verdict"],
-        "reasons": report["diagnostics"].get("reasons"),
-        "calibrated": report["calibrated"],
-        "length": calibration.get("length"),
-        "damping": calibration.get("damping"),
-        "finish_weight": calibration.get("finish_weight"),
-        "diagnostics": report["diagnostics"],
-        "config": report["config"],
-        "counts": report["counts"],
-        "warnings": report["warnings"],
-        "versions": report["versions"],
+        "gather_seconds_by_phase": {} if memory is None else memory.seconds,
+        "retraining_seconds": retraining["seconds"],
+        "retraining_cpu_seconds": retraining["cpu_seconds"],
+        "share_of_retraining": timing["unlearn_cpu_seconds"] / retraining["cpu_seconds"],
     }
-
-
-def _config(method: str, options: dict[str, Any]) -> Any:
-    from hf_iau.methods import IAUConfig, IAUPaperConfig, IAUReleasedConfig
-
-    classes = {"iau": IAUConfig, "iau-paper": IAUPaperConfig, "iau-released": IAUReleasedConfig}
-    return classes[method](**options)
-
-
-def _tune(trainer: UnlearningTrainer, case: Case, variant: Variant) -> dict[str, Any]:
-    """The value at which held-out rows and forget rows are hardest to tell apart, without ruining the held-out loss."""
-    tried = []
-    started = time.perf_counter()
-    for value in variant.tuned_over:
-        config = _config(variant.method, {**variant.config, variant.tune: value})
-        report = trainer.unlearn(
-            row_indices=case.forget_rows, method=variant.method, config=config, dry_run=True
-        ).report
-        before, after = report.before["held_out_loss"], report.after["held_out_loss"]
-        distance = abs((report.after["mia_auc_held_out"] or 0.5) - 0.5)
-        allowed = after is not None and after <= _TOLERATED_LOSS * before
-        tried.append({"value": value, "distance": distance, "held_out_loss": after, "allowed": allowed})
-    best = min(tried, key=lambda trial: (not trial["allowed"], trial["distance"]))
-    return {"name": variant.tune, "chosen": best["value"], "tried": tried, "seconds": time.perf_counter() - started}
 
 
 def _source_digest() -> str:

@@ -28,6 +28,7 @@ _CIFAR10_CLASSES = (
     "truck",
 )
 _LONGEST_TEXT = 64
+_SHIFT = 4
 
 
 class TensorRows(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -44,6 +45,19 @@ class TensorRows(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"pixel_values": self.pixel_values[row], "labels": self.labels[row]}
 
 
+class AugmentedRows(TensorRows):
+    """Images shifted by up to four pixels and mirrored at random, each time anew: the usual augmentation of CIFAR."""
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        values = super().__getitem__(row)
+        image = values["pixel_values"]
+        height, width = image.shape[1:]
+        padded = torch.nn.functional.pad(image, (_SHIFT, _SHIFT, _SHIFT, _SHIFT))
+        top, left = torch.randint(0, 2 * _SHIFT + 1, (2,)).tolist()
+        image = padded[:, top : top + height, left : left + width]
+        return values | {"pixel_values": image.flip(2) if torch.rand(()) < 0.5 else image}
+
+
 def stack_rows(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Collator of `TensorRows`."""
     return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
@@ -55,7 +69,7 @@ class Split:
 
     Attributes:
         labels: int64, one class a row.
-        pixel_values: float32, (rows, channels, height, width), or None for text.
+        pixel_values: float32, (rows, channels, height, width), or (rows, columns) of a table; None for text.
         texts: strings, or None for images.
     """
 
@@ -78,12 +92,15 @@ class Split:
         """The same rows with other labels."""
         return replace(self, labels=labels)
 
-    def dataset(self, tokenizer: PreTrainedTokenizerBase | None = None, *, table: bool = False) -> Any:
+    def dataset(
+        self, tokenizer: PreTrainedTokenizerBase | None = None, *, table: bool = False, augmented: bool = False
+    ) -> Any:
         """What a Trainer takes: tensors in memory for images, a tokenized `datasets.Dataset` for text.
 
         Args:
             tokenizer: for text.
             table: a `datasets.Dataset` for images too, which knows its label counts (slower to read).
+            augmented: images that are shifted and mirrored at random, for training alone.
         """
         if self.texts is not None:
             if tokenizer is None:
@@ -93,7 +110,8 @@ class Split:
             return datasets.Dataset.from_dict({**columns, "labels": self.labels.tolist()})
         assert self.pixel_values is not None
         if not table:
-            return TensorRows(self.pixel_values, torch.from_numpy(self.labels))
+            rows = AugmentedRows if augmented else TensorRows
+            return rows(self.pixel_values, torch.from_numpy(self.labels))
         shape = tuple(self.pixel_values.shape[1:])
         features = datasets.Features(
             {"pixel_values": datasets.Array3D(shape, "float32"), "labels": datasets.Value("int64")}
@@ -104,19 +122,26 @@ class Split:
 
 @dataclass(frozen=True)
 class Splits:
-    """What a benchmark trains on, calibrates with and scores on; no row is in two of them."""
+    """What a benchmark trains on, calibrates with and scores on; no row is in two of them.
+
+    Attributes:
+        train, held_out, test: the rows.
+        n_classes: of all of them.
+        train_ids: of each training row, its number in the data set's own training split.
+    """
 
     train: Split
     held_out: Split
     test: Split
     n_classes: int
+    train_ids: np.ndarray
 
 
 def load_splits(name: str, data: Path | None, *, train_rows: int, held_out_rows: int, test_rows: int) -> Splits:
     """The first rows of a fixed permutation of the training pool, then held-out rows of it, and test rows.
 
     Args:
-        name: `cifar10`, `fashion_mnist`, `banking77`, `digits` or `synthetic` (the last two need no data).
+        name: `cifar10`, `fashion_mnist`, `banking77`, `digits`, `breast_cancer` or `synthetic` (the last three need no data).
         data: the folder or file with the data, or a folder that has it under `name`.
         train_rows, held_out_rows, test_rows: how many of each.
 
@@ -139,6 +164,7 @@ def load_splits(name: str, data: Path | None, *, train_rows: int, held_out_rows:
         held_out=pool.select(order[train_rows : train_rows + held_out_rows]),
         test=test.select(test_order),
         n_classes=n_classes,
+        train_ids=order[:train_rows],
     )
 
 
@@ -194,6 +220,20 @@ def _digits(data: Path | None) -> tuple[Split, Split]:
     return rows.select(order[:1397]), rows.select(order[1397:])
 
 
+def _breast_cancer(data: Path | None) -> tuple[Split, Split]:
+    """scikit-learn's Wisconsin table: 569 rows of 30 standardised columns, two classes."""
+    from sklearn.datasets import load_breast_cancer
+    from sklearn.preprocessing import StandardScaler
+
+    table = load_breast_cancer()
+    order = np.random.default_rng(4).permutation(len(table.target))
+    pool, test = order[:419], order[419:]
+    scaler = StandardScaler().fit(table.data[pool])
+    columns = torch.from_numpy(scaler.transform(table.data).astype(np.float32))
+    rows = Split(table.target.astype(np.int64), columns)
+    return rows.select(pool), rows.select(test)
+
+
 def _synthetic(data: Path | None) -> tuple[Split, Split]:
     """Noise around one pattern a class: small, and hard enough to be memorised."""
     random = np.random.default_rng(3)
@@ -212,6 +252,7 @@ _LOADERS: dict[str, Callable[[Path | None], tuple[Split, Split]]] = {
     "fashion_mnist": _fashion_mnist,
     "banking77": _banking77,
     "digits": _digits,
+    "breast_cancer": _breast_cancer,
     "synthetic": _synthetic,
 }
 

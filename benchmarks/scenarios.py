@@ -17,6 +17,7 @@ class Scenario:
         share: this share of the rows, at random.
         label: all rows of this class.
         flipped: the rows chosen were trained on with a wrong label, and are forgotten for that.
+        requests: the rows are asked for in this many requests of equal size, one after the other.
     """
 
     name: str
@@ -24,10 +25,13 @@ class Scenario:
     share: float | None = None
     label: int | None = None
     flipped: bool = False
+    requests: int = 1
 
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.rows, self.share, self.label)) != 1:
             raise ValueError(f"Scenario({self.name!r}): give exactly one of rows, share and label.")
+        if self.requests < 1:
+            raise ValueError(f"Scenario({self.name!r}): requests={self.requests}, give at least 1.")
 
     def forget_rows(self, labels: np.ndarray, seed: int) -> np.ndarray:
         """Sorted positions of the forget rows among the training rows with these labels."""
@@ -36,6 +40,13 @@ class Scenario:
         count = self.rows if self.rows is not None else round((self.share or 0.0) * len(labels))
         random = np.random.default_rng(100 + seed)
         return np.sort(random.choice(len(labels), count, replace=False))
+
+    def split(self, rows: np.ndarray, seed: int) -> list[np.ndarray]:
+        """The forget rows by request, each sorted: a seeded order of them, cut into `requests` parts."""
+        if self.requests == 1:
+            return [rows]
+        order = np.random.default_rng(300 + seed).permutation(rows)
+        return [np.sort(part) for part in np.array_split(order, self.requests)]
 
     def training_labels(self, labels: np.ndarray, seed: int, n_classes: int) -> np.ndarray:
         """The labels that are trained on: the true ones, or with those of the forget rows made wrong."""
@@ -48,13 +59,19 @@ class Scenario:
         return wrong
 
 
+RANDOM_1_PERCENT = Scenario("random-1-percent", share=0.01)
 RANDOM_5_PERCENT = Scenario("random-5-percent", share=0.05)
+RANDOM_10_PERCENT = Scenario("random-10-percent", share=0.10)
+RANDOM_20_PERCENT = Scenario("random-20-percent", share=0.20)
+WHOLE_CLASS = Scenario("whole-class", label=3)
+# The rows of random-10-percent, so that the models retrained for it serve here too.
+TWENTY_REQUESTS = Scenario("20-requests-of-0.5-percent", share=0.10, requests=20)
 SIZES = (
     Scenario("one-row", rows=1),
     Scenario("random-0.1-percent", share=0.001),
-    Scenario("random-1-percent", share=0.01),
-    Scenario("random-10-percent", share=0.10),
-    Scenario("random-20-percent", share=0.20),
-    Scenario("whole-class", label=3),
+    RANDOM_1_PERCENT,
+    RANDOM_10_PERCENT,
+    RANDOM_20_PERCENT,
+    WHOLE_CLASS,
     Scenario("flipped-5-percent", share=0.05, flipped=True),
 )

@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from benchmarks.scenarios import RANDOM_5_PERCENT, SIZES, Scenario
+from benchmarks.scenarios import (
+    RANDOM_5_PERCENT,
+    RANDOM_10_PERCENT,
+    RANDOM_20_PERCENT,
+    SIZES,
+    TWENTY_REQUESTS,
+    WHOLE_CLASS,
+    Scenario,
+)
+from benchmarks.variants import (
+    BASELINE_VARIANTS,
+    CURVATURES,
+    IAU,
+    IAU_ON_PROXIES,
+    IAU_WITH_SUM,
+    PAPER,
+    RELEASED,
+    RELEASED_TUNED,
+    Variant,
+)
 
 
 @dataclass(frozen=True)
 class Training:
-    """How a model is trained: constant learning rate, a fixed number of epochs, no clipping, no weight decay.
+    """How a model is trained: AdamW, a fixed number of epochs, no clipping.
 
     Attributes:
         epochs, learning_rate, batch_size: as named.
         restriction: mode of gradient restriction, `none`, `exact` or `finite-difference`.
         alpha: its weight.
+        schedule: of the learning rate, as in `TrainingArguments`.
+        weight_decay: decoupled.
+        augmented: shift and mirror images at random.
     """
 
     epochs: int
@@ -23,6 +45,15 @@ class Training:
     batch_size: int
     restriction: str = "none"
     alpha: float = 0.0
+    schedule: str = "constant"
+    weight_decay: float = 0.0
+    augmented: bool = False
+
+    def settings(self) -> dict[str, Any]:
+        """What trained weights depend on. What was added later counts only where it is used: older keys stay valid."""
+        later = {"schedule", "weight_decay", "augmented"}
+        unused = {f.name for f in fields(self) if f.name in later and getattr(self, f.name) == f.default}
+        return {name: value for name, value in asdict(self).items() if name not in unused}
 
 
 @dataclass(frozen=True)
@@ -35,6 +66,7 @@ class Work:
         training: how it is trained.
         train_rows, held_out_rows, test_rows: rows of each split.
         request_batch_size, eval_batch_size: rows a batch of a request's gradients and of forward passes.
+        baseline_epochs: passes over the retained rows that a baseline may spend on one request.
         keep_optimizer: keep the optimizer's second moment with the model, for `curvature="adam"`.
     """
 
@@ -47,31 +79,13 @@ class Work:
     test_rows: int
     request_batch_size: int = 250
     eval_batch_size: int = 500
+    baseline_epochs: int = 5
     keep_optimizer: bool = False
 
     def settings(self) -> dict[str, Any]:
         """Everything that the trained weights depend on, beside the seed and the rows."""
         names = ("data", "model", "train_rows", "held_out_rows")
-        return {**{name: getattr(self, name) for name in names}, "training": asdict(self.training)}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A method with its settings.
-
-    Attributes:
-        name: in file names and tables.
-        method: as for `trainer.unlearn(method=…)`.
-        gather, config: what differs from the package's defaults in `GatherConfig` and in the method's configuration.
-        tune: an option without a default that is chosen among `tuned_over` by held-out rows.
-    """
-
-    name: str
-    method: str
-    gather: dict[str, Any] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-    tune: str | None = None
-    tuned_over: tuple[float, ...] = ()
+        return {**{name: getattr(self, name) for name in names}, "training": self.training.settings()}
 
 
 @dataclass(frozen=True)
@@ -94,18 +108,15 @@ class Suite:
     ablation: tuple[Variant, ...] = ()
     floor: bool = True
 
+    @property
+    def every_variant(self) -> tuple[Variant, ...]:
+        """All methods, ablation included, in the order of the table."""
+        return (*self.variants, *self.ablation)
 
-_EXACT = {"gradient_sum": "exact"}
-RELEASED = Variant("iau-released", "iau-released", gather=_EXACT)
-PAPER = Variant("iau-paper", "iau-paper", gather=_EXACT, tune="eta", tuned_over=(1e-8, 1e-7, 1e-6, 1e-5, 1e-4))
-IAU = Variant("iau", "iau")
-IAU_ON_PROXIES = Variant("iau, proxies", "iau", config={"calibrate_on": "proxies"})
-IAU_WITH_SUM = Variant("iau, exact sum", "iau", gather=_EXACT)
-CURVATURES = tuple(
-    Variant(f"iau, {curvature}", "iau", gather={"curvature": curvature})
-    for curvature in ("diagonal", "identity", "adam")
-)
-STANDARD = (RELEASED, IAU, IAU_ON_PROXIES, IAU_WITH_SUM)
+
+PUBLISHED_METHODS = (PAPER, RELEASED, RELEASED_TUNED)
+STANDARD = (*BASELINE_VARIANTS, *PUBLISHED_METHODS, IAU, IAU_ON_PROXIES, IAU_WITH_SUM)
+SHORT = (*BASELINE_VARIANTS, *PUBLISHED_METHODS, IAU)
 
 LENET = Work(
     "lenet",
@@ -132,6 +143,21 @@ FASHION_VIT = replace(
     model="small_vit",
     training=Training(epochs=40, learning_rate=1e-3, batch_size=32),
 )
+# The setting of SalUn's tables (arXiv 2310.12508), but for the optimizer and fewer epochs: 45,000 training rows,
+# augmentation, until nearly every row is known.
+CIFAR10_RESNET18 = Work(
+    "cifar10_resnet18",
+    data="cifar10",
+    model="resnet18",
+    training=Training(
+        epochs=40, learning_rate=1e-3, batch_size=128, schedule="cosine", weight_decay=0.05, augmented=True
+    ),
+    train_rows=45_000,
+    held_out_rows=5_000,
+    test_rows=10_000,
+    request_batch_size=250,
+    eval_batch_size=1_000,
+)
 BANKING77_MINILM = Work(
     "banking77_minilm",
     data="banking77",
@@ -143,6 +169,13 @@ BANKING77_MINILM = Work(
     request_batch_size=25,
     eval_batch_size=100,
 )
+BANKING77_MINILM_LORA = replace(
+    BANKING77_MINILM,
+    name="banking77_minilm_lora",
+    model="minilm_lora",
+    training=Training(epochs=10, learning_rate=1e-3, batch_size=32),
+    train_rows=1_000,
+)
 DIGITS = Work(
     "digits_cnn",
     data="digits",
@@ -152,6 +185,17 @@ DIGITS = Work(
     held_out_rows=397,
     test_rows=400,
     request_batch_size=50,
+)
+# The only table at hand that ships with a dependency and has enough rows to calibrate with, and small at that.
+BREAST_CANCER_MLP = Work(
+    "breast_cancer_mlp",
+    data="breast_cancer",
+    model="mlp",
+    training=Training(epochs=60, learning_rate=1e-3, batch_size=16),
+    train_rows=300,
+    held_out_rows=119,
+    test_rows=150,
+    request_batch_size=30,
 )
 SYNTHETIC = Work(
     "synthetic",
@@ -181,10 +225,26 @@ SUITES = {
             "banking77_minilm",
             (BANKING77_MINILM,),
             (Scenario("random-100-rows", rows=100),),
-            (RELEASED, IAU, IAU_WITH_SUM),
+            (*SHORT, IAU_WITH_SUM),
             seeds=2,
         ),
-        Suite("sizes", (LENET,), SIZES, (RELEASED, IAU), seeds=1),
+        Suite("sizes", (LENET,), SIZES, SHORT, seeds=1),
+        Suite(
+            "consecutive",
+            (LENET,),
+            (RANDOM_10_PERCENT, TWENTY_REQUESTS),
+            SHORT,
+            seeds=1,
+        ),
+        Suite("cifar10_resnet18", (CIFAR10_RESNET18,), (RANDOM_10_PERCENT,), SHORT, seeds=1),
+        Suite(
+            "banking77_minilm_lora",
+            (BANKING77_MINILM_LORA,),
+            (Scenario("random-100-rows", rows=100),),
+            (*SHORT, IAU_WITH_SUM),
+            seeds=1,
+            floor=False,
+        ),
         Suite(
             "gradient_restriction",
             (
@@ -200,13 +260,20 @@ SUITES = {
             (DIGITS,),
             (
                 RANDOM_5_PERCENT,
-                Scenario("random-20-percent", share=0.20),
-                Scenario("whole-class", label=3),
+                RANDOM_20_PERCENT,
+                WHOLE_CLASS,
                 Scenario("flipped-10-percent", share=0.10, flipped=True),
             ),
-            (RELEASED, IAU),
+            SHORT,
             seeds=3,
         ),
-        Suite("synthetic", (SYNTHETIC,), (RANDOM_5_PERCENT,), (RELEASED, IAU), seeds=1),
+        Suite("tabular_mlp", (BREAST_CANCER_MLP,), (RANDOM_10_PERCENT, RANDOM_20_PERCENT), SHORT, seeds=3),
+        Suite(
+            "synthetic",
+            (SYNTHETIC,),
+            (RANDOM_5_PERCENT, Scenario("4-requests", rows=80, requests=4)),
+            (RELEASED, RELEASED_TUNED, IAU),
+            seeds=1,
+        ),
     )
 }

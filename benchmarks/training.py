@@ -54,6 +54,11 @@ class Case:
     forget_rows: np.ndarray
 
     @property
+    def requests(self) -> list[np.ndarray]:
+        """The forget rows by request; mostly one."""
+        return self.scenario.split(self.forget_rows, self.seed)
+
+    @property
     def train(self) -> Split:
         """The training rows with the labels that are trained on."""
         labels = self.splits.train.labels
@@ -102,6 +107,11 @@ class ModelStore:
         """The model's tokenizer, or None."""
         return make_tokenizer(work.model, self.weights)
 
+    def collator(self, work: Work) -> Any:
+        """What turns rows into a batch."""
+        tokenizer = self.tokenizer(work)
+        return stack_rows if tokenizer is None else DataCollatorWithPadding(tokenizer)
+
     def trainer(
         self,
         work: Work,
@@ -114,7 +124,6 @@ class ModelStore:
         memory: GradientMemory | None = None,
     ) -> UnlearningTrainer:
         """A trainer for training or for requests; both read the rows through the same collator."""
-        tokenizer = self.tokenizer(work)
         training = work.training
         arguments = TrainingArguments(
             output_dir=str(self.folder / "runs"),
@@ -122,9 +131,9 @@ class ModelStore:
             per_device_eval_batch_size=work.eval_batch_size,
             num_train_epochs=training.epochs,
             learning_rate=training.learning_rate,
-            lr_scheduler_type="constant",
+            lr_scheduler_type=training.schedule,
             optim="adamw_torch",
-            weight_decay=0.0,
+            weight_decay=training.weight_decay,
             max_grad_norm=0.0,
             save_strategy="no",
             logging_strategy="epoch",
@@ -141,7 +150,7 @@ class ModelStore:
             args=arguments,
             train_dataset=train,
             eval_dataset=held_out,
-            data_collator=stack_rows if tokenizer is None else DataCollatorWithPadding(tokenizer),
+            data_collator=self.collator(work),
             restriction=restriction,
             memory=memory,
         )
@@ -157,7 +166,7 @@ class ModelStore:
         model = make_model(work.model, case.splits.n_classes, self.weights)
         if not (header.is_file() and weights.is_file() and (moments.is_file() or not keep_optimizer)):
             logger.info("training %s", key)
-            dataset = train.select(rows).dataset(self.tokenizer(work), table=False)
+            dataset = train.select(rows).dataset(self.tokenizer(work), augmented=work.training.augmented)
             trainer = self.trainer(work, model, dataset, seed=seed)
             started, cpu_started = time.perf_counter(), time.process_time()
             result = trainer.train()

@@ -6,10 +6,12 @@ Data flows one way: gather → remember → forget → calibrate → measure →
 from importlib.metadata import PackageNotFoundError, version
 
 from hf_iau.errors import (
+    AlreadyForgottenError,
     CalibrationError,
     ConfigError,
     CoupledRowsError,
     IAUError,
+    LedgerError,
     MemoryFileError,
     MemoryMismatchError,
     MissingMemoryError,
@@ -17,6 +19,8 @@ from hf_iau.errors import (
     PublishError,
     RequestError,
     StaleMemoryError,
+    StorageError,
+    UnknownRowsError,
     UnsupportedModelError,
 )
 from hf_iau.gather import GatherConfig, IAUCallback, gather
@@ -32,6 +36,7 @@ from hf_iau.methods import (
 from hf_iau.publish import AuditReport, audit
 from hf_iau.remember import GradientMemory
 from hf_iau.report import UnlearningReport
+from hf_iau.requests import Ledger, LedgerEntry
 from hf_iau.train import RestrictionConfig, UnlearningTrainer, UnlearnOutput
 
 try:
@@ -40,6 +45,7 @@ except PackageNotFoundError:  # a source tree that was not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "AlreadyForgottenError",
     "AuditReport",
     "CalibrationError",
     "ConfigError",
@@ -52,6 +58,9 @@ __all__ = [
     "IAUError",
     "IAUPaperConfig",
     "IAUReleasedConfig",
+    "Ledger",
+    "LedgerEntry",
+    "LedgerError",
     "MemoryFileError",
     "MemoryMismatchError",
     "MissingMemoryError",
@@ -60,6 +69,8 @@ __all__ = [
     "RequestError",
     "RestrictionConfig",
     "StaleMemoryError",
+    "StorageError",
+    "UnknownRowsError",
     "UnlearnOutput",
     "UnlearningMethod",
     "UnlearningReport",

@@ -15,6 +15,14 @@ class RequestError(IAUError, ValueError):
     """The forget request, or an argument that goes with it, cannot be served as it is."""
 
 
+class UnknownRowsError(RequestError):
+    """Rows of the request were never trained on, so there is nothing to forget of them."""
+
+
+class AlreadyForgottenError(RequestError):
+    """Rows of the request were forgotten by an earlier one."""
+
+
 class ConfigError(IAUError, ValueError):
     """A configuration value is out of range or contradicts another one."""
 
@@ -51,5 +59,17 @@ class CalibrationError(IAUError, ValueError):
     """The step cannot be calibrated with the rows at hand."""
 
 
+class LedgerError(IAUError, ValueError):
+    """The ledger was edited, reordered or cut, has a gap, is malformed, or was made with another key."""
+
+
+class StorageError(IAUError, OSError):
+    """A request could not be written to disk; weights, memory and ledger are as they were before it."""
+
+
 class PublishError(IAUError):
     """A model could not be published, or what is to be published or removed is not fit for it."""
+
+
+class ParallelError(IAUError, RuntimeError):
+    """The processes of a run have come apart, or one of them failed or is gone."""

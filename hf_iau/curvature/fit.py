@@ -27,6 +27,14 @@ from hf_iau.curvature.layers import (
 )
 from hf_iau.errors import ConfigError, MissingMemoryError, NonFiniteGradientError, RequestError
 from hf_iau.objective import RowLoss, RowSource, evaluation_mode, read_targets
+from hf_iau.parallel import (
+    from_one_process,
+    is_main_process,
+    process_count,
+    process_number,
+    sum_over_processes,
+    together,
+)
 
 FisherKind = Literal["true", "empirical"]
 Reduce = Callable[[Tensor], Tensor]
@@ -77,6 +85,8 @@ def fit_curvature(
     The two statistics (bases, then Λ) need two passes over the rows, or one if what the second needs fits in
     `cache_bytes`.
 
+    Of several processes, each takes its share of the rows; all get the same factors, and all raise if one has to.
+
     Args:
         model: the bare model (no DDP or FSDP wrapper).
         source: the rows, with labels.
@@ -93,8 +103,9 @@ def fit_curvature(
         weight_decay: coefficient of a coupled L2 regulariser on the mean loss, added to every eigenvalue of "ekfac" and
             "diagonal".
         progress: show a progress bar.
-        reduce: applied to every summed statistic, e.g. an all-reduce over processes that hold different rows. It is
-            called the same number of times, on the same shapes, in each of them.
+        reduce: where `source` holds one part of the rows: applied to every summed statistic, to make it that of all
+            parts. It is called the same number of times, on the same shapes, in each of them. None: `source` holds
+            all rows, which the processes share out among them.
 
     Returns:
         The curvature, in float32 (float64 for float64 parameters), on `factor_device`.
@@ -125,19 +136,28 @@ def fit_curvature(
         raise RequestError(f"row_ids has {len(ids)} numbers for {len(source)} {source.name}: give one a row.")
     if len(source) == 0 and reduce is None:
         raise RequestError(f"There are no {source.name} to fit the curvature to: give at least one row.")
+    looped = np.unique(np.linspace(0, len(source) - 1, num=min(LOOP_ROWS, len(source)), dtype=int))
+    start = 0
+    if reduce is None:
+        source, start = source.share()
+        ids = ids[start : start + len(source)]
+        looped = looped[(looped >= start) & (looped < start + len(source))] - start
     fit = _Fit(
         model,
         source,
+        start=start,
+        looped=looped,
+        owners=process_count() if reduce is None else 1,
         plan=plan_layers(model, kronecker=kind == "ekfac", max_factor_size=max_factor_size),
         row_ids=ids,
         seed=seed,
         row_loss=row_loss if fisher == "empirical" else None,
         factor_device=None if factor_device is None else torch.device(factor_device),
         cache_bytes=cache_bytes,
-        progress=progress,
-        reduce=reduce or (lambda tensor: tensor),
+        progress=progress and is_main_process(),
+        reduce=reduce or _over_processes,
     )
-    with evaluation_mode(model), torch.enable_grad():
+    with together("the curvature"), evaluation_mode(model), torch.enable_grad():
         blocks = fit.run(weight_decay)
     order = {name: number for number, (name, _) in enumerate(model.named_parameters())}
     blocks.sort(key=lambda block: min(order[name] for name in block.shapes))
@@ -205,6 +225,9 @@ class _Fit:
         model: nn.Module,
         source: RowSource,
         *,
+        start: int,
+        looped: np.ndarray,
+        owners: int,
         plan: LayerPlan,
         row_ids: np.ndarray,
         seed: int,
@@ -216,6 +239,9 @@ class _Fit:
     ) -> None:
         self.model = model
         self.source = source
+        self.start = start  # the first row's position among those of all processes
+        self.looped = looped
+        self.owners = owners  # processes that the eigendecompositions are shared out among
         self.plan = plan
         self.row_ids = row_ids
         self.seed = seed
@@ -294,7 +320,7 @@ class _Fit:
                         )
         if not bool(loss.isfinite()):
             raise NonFiniteGradientError(
-                f"The loss of the {self.source.name} at positions {positions[0]} to {positions[-1]} is {float(loss)}. "
+                f"The loss of the {self.source.name} at positions {self.start + positions[0]} to {self.start + positions[-1]} is {float(loss)}. "
                 "Remove or repair such rows."
             )
 
@@ -304,7 +330,7 @@ class _Fit:
             return ""
         by_row = bad.reshape(len(positions), -1).any(dim=1).cpu().numpy()
         position = int(positions[int(by_row.argmax())])
-        return f" for row {int(self.row_ids[position])} (position {position} of the {self.source.name})"
+        return f" for row {int(self.row_ids[position])} (position {self.start + position} of the {self.source.name})"
 
     # --- passes -------------------------------------------------------------------------------------------------------
 
@@ -339,7 +365,7 @@ class _Fit:
         scales = {layer.name: _norm(sums[layer.name]) for layer in layers}
         names = [(layer, attribute, name) for layer in layers for attribute, name in layer.parameters.items()]
         parameters = [layer.module._parameters[attribute] for layer, attribute, _ in names]
-        for index in range(rows):
+        for index in range(rows if names else 0):
             loss, _ = self._loss(positions[index : index + 1], _one_row(inputs, index, rows))
             gradients = parameter_gradients(
                 loss, [p for p in parameters if p is not None], backward=self.needs_backward
@@ -348,8 +374,9 @@ class _Fit:
                 if gradient is not None:
                     total = sums[layer.name][name]
                     total -= gradient.to(total.dtype).square()
+        # Of the whole model: adapters are often wider than the base weights that their gradients pass through.
+        half = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.model.parameters())
         for layer in layers:
-            half = any(layer.parameter(key).dtype in (torch.float16, torch.bfloat16) for key in layer.parameters)
             rounding = (100 * torch.finfo(layer.dtype).eps) ** 2 * largest
             size = sum(total.numel() for total in sums[layer.name].values())
             tolerance = (0.2 if half else 0.01) * scales[layer.name] + rounding * size**0.5
@@ -456,15 +483,21 @@ class _Fit:
                 self._demote(layer, "another process could not tell its rows apart")
 
     def _rotate(self) -> None:
-        """Eigenbases of the covariances."""
-        for layer in self.plan.kronecker:
+        """Eigenbases of the covariances; of several processes, each works out those of some layers for all."""
+        for number, layer in enumerate(self.plan.kronecker):
             *sums, bound = self._covariance(layer)
-            inputs, outputs = (_eigenvectors(self._reduced(total), layer.name) for total in sums)
+            totals = [self._reduced(total) for total in sums]
             self.bounds[layer.name] = float(self._reduced(bound))
-            self.bases[layer.name] = (inputs, outputs)
+            if number % self.owners == process_number() % self.owners:
+                totals = [_eigenvectors(total, layer.name) for total in totals]
+            self.bases[layer.name] = (totals[0], totals[1])
             groups, columns, rows = layer.layout.groups, layer.layout.columns, layer.layout.group_outputs
-            self.kronecker_sums[layer.name] = inputs.new_zeros(groups, rows, columns)
+            self.kronecker_sums[layer.name] = totals[0].new_zeros(groups, rows, columns)
             del self.covariances[layer.name]
+        if self.owners > 1:
+            for number, layer in enumerate(self.plan.kronecker):
+                for basis in self.bases[layer.name]:
+                    from_one_process(basis, number % self.owners, f"the eigenvectors of {layer.name}")
 
     def _second_pass(self) -> None:
         """Λ of the Kronecker layers."""
@@ -503,8 +536,7 @@ class _Fit:
             zeros = torch.zeros_like(entry.parameter, dtype=dtype, memory_format=torch.contiguous_format).detach()
             sums[entry.name] = zeros.to(self.factor_device or zeros.device)
         n_targets = 0
-        size = min(LOOP_ROWS, len(self.source))
-        positions = np.unique(np.linspace(0, len(self.source) - 1, num=size, dtype=int))
+        positions = self.looped
         rows = self.source.select(positions).resized(1)
         for index, inputs in tqdm(rows, desc="curvature: row by row", disable=not self.progress):
             position = positions[index]
@@ -521,7 +553,7 @@ class _Fit:
                 if not bool(squares.sum().isfinite()) and not bool(gradient.isfinite().all()):
                     raise NonFiniteGradientError(
                         f"The gradient of {entry.name!r} is NaN or infinite for row {int(self.row_ids[position[0]])} "
-                        f"(position {int(position[0])} of the {self.source.name}). Remove or repair such rows."
+                        f"(position {self.start + int(position[0])} of the {self.source.name}). Remove or repair such rows."
                     )
                 total += squares
         return sums, n_targets
@@ -603,6 +635,12 @@ def _eigenvectors(covariance: Tensor, name: str) -> Tensor:
         # A multiple of the identity does not move eigenvectors; another driver on the CPU often converges.
         vectors = torch.linalg.eigh(matrix.cpu() + torch.eye(matrix.shape[-1], dtype=matrix.dtype)).eigenvectors
     return vectors.to(covariance.device, covariance.dtype).contiguous()
+
+
+def _over_processes(tensor: Tensor) -> Tensor:
+    tensor = tensor.contiguous()
+    sum_over_processes([tensor], "the curvature")
+    return tensor
 
 
 def _norm(tensors: Mapping[str, Tensor]) -> float:

@@ -1,6 +1,7 @@
 """Forgetting: the step that is taken, and the transaction around it."""
 
 from hf_iau.forget.request import ForgetContext, MethodOutcome
+from hf_iau.forget.settle import agree_on_request, settle_weights
 from hf_iau.forget.step import Step, apply_step, finish_forgetting_step, moved_gradient_sum, step_norm, weights_norm
 from hf_iau.forget.transaction import WeightTransaction
 
@@ -9,9 +10,11 @@ __all__ = [
     "MethodOutcome",
     "Step",
     "WeightTransaction",
+    "agree_on_request",
     "apply_step",
     "finish_forgetting_step",
     "moved_gradient_sum",
+    "settle_weights",
     "step_norm",
     "weights_norm",
 ]

@@ -34,6 +34,7 @@ class ForgetContext:
         held_out: rows that were never trained on, for calibration.
         excluded: digests of rows that are out: forgotten now or earlier.
         digests: digests of the forget rows, with how often each occurs.
+        fingerprints: keyed fingerprints of the forget rows in their order, uint8 `(m, 16)`; None without a key.
         forgotten: digests of the rows that earlier requests took out, with how often each occurs.
         trainer: the Trainer that serves the request, for methods that train anew with its settings.
         seed, progress, timer: as their names say.
@@ -49,6 +50,7 @@ class ForgetContext:
     held_out: RowSource | None = None
     excluded: set[bytes] = field(default_factory=set)
     digests: Counter[bytes] = field(default_factory=Counter)
+    fingerprints: np.ndarray | None = None
     forgotten: Counter[bytes] = field(default_factory=Counter)
     label_counts: Mapping[str, int] | None = None
     trainer: Any = None

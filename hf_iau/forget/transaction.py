@@ -26,7 +26,7 @@ class WeightTransaction:
     def __init__(self, model: nn.Module, device: torch.device | str | None = None) -> None:
         self.model = model
         self._copies = {
-            name: tensor.detach().to(device or tensor.device, copy=True) for name, tensor in _state(model).items()
+            name: tensor.detach().to(device or tensor.device, copy=True) for name, tensor in model_state(model).items()
         }
         self._after: str | None = None
 
@@ -51,7 +51,7 @@ class WeightTransaction:
     def rollback(self) -> None:
         """Put every parameter and buffer back, bit for bit."""
         with torch.no_grad():
-            for name, tensor in _state(self.model).items():
+            for name, tensor in model_state(self.model).items():
                 tensor.copy_(self._copies[name])
 
     def commit(self) -> Callable[[], None]:
@@ -76,7 +76,7 @@ class WeightTransaction:
         self._copies = {}
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
+def model_state(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers; expanded constants, which nothing can write to, are left out."""
     buffers = {
         name: buffer

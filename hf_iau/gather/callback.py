@@ -15,10 +15,18 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from hf_iau.errors import MissingMemoryError, UnsupportedModelError
 from hf_iau.gather.config import GatherConfig
-from hf_iau.gather.gather import build_memory, check_gatherable, choose_row_loss, describe_memory, keep_input_columns
+from hf_iau.gather.gather import (
+    build_memory,
+    check_gatherable,
+    choose_row_loss,
+    describe_memory,
+    identify_rows,
+    keep_input_columns,
+)
 from hf_iau.objective import RowLoss, RowSource, probe_additivity
 from hf_iau.objective.row_loss import UserLossFunction
-from hf_iau.remember import MEMORY_FOLDER, GradientMemory
+from hf_iau.parallel import together
+from hf_iau.remember import MEMORY_FOLDER, GradientMemory, find_key
 from hf_iau.remember.private import TRAINER_IGNORES, refuse_private_files
 
 logger = logging.getLogger(__name__)
@@ -104,9 +112,11 @@ class IAUCallback(TrainerCallback):
                 "Trainer. Use hf_iau.UnlearningTrainer, or drop restriction=."
             )
         refuse_unsupported_engines(args)
-        source = self._source(args, model, kwargs["train_dataloader"])
-        check_gatherable(model, source.dataset)
-        probe_additivity(self._choose_loss(args, model), model, source)
+        with together("the check before training"):
+            find_key(args.output_dir)  # a key that cannot be used is better refused now than after training
+            source = self._source(args, model, kwargs["train_dataloader"])
+            check_gatherable(model, source.dataset)
+            probe_additivity(self._choose_loss(args, model), model, source)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -121,11 +131,13 @@ class IAUCallback(TrainerCallback):
             return
         model = unwrapped(kwargs["model"])
         try:
-            source = self._source(args, model, kwargs["train_dataloader"])
-            loss = self._choose_loss(args, model)
-            self._memory = build_memory(model, source, loss, self.config, optimizer=kwargs.get("optimizer"))
-            if self.save and args.should_save:
-                self._memory.save(Path(args.output_dir or ".") / MEMORY_FOLDER)
+            with together("gathering"):  # nobody reads the files before they are written
+                source = self._source(args, model, kwargs["train_dataloader"])
+                loss = self._choose_loss(args, model)
+                self._memory = build_memory(model, source, loss, self.config, optimizer=kwargs.get("optimizer"))
+                self._memory.row_identity = identify_rows(model, source.dataset, args.output_dir)
+                if self.save and args.should_save:
+                    self._memory.save(Path(args.output_dir or ".") / MEMORY_FOLDER)
             logger.info("Gathered a gradient memory: %s", dict(describe_memory(self._memory)))
         except Exception as error:  # whatever it is, the training that has just ended is not to be lost with it
             self._failure = error

@@ -13,6 +13,7 @@ from hf_iau.errors import IAUError
 from hf_iau.gather.gather import choose_row_loss, default_collator, keep_input_columns
 from hf_iau.gather.gradient_sum import sum_row_gradients, trainable_parameters
 from hf_iau.objective import RowLoss, RowSource, evaluation_mode, probe_additivity
+from hf_iau.objective.adapters import check_adapters
 from hf_iau.objective.row_loss import UserLossFunction
 from hf_iau.objective.rows import Collator
 
@@ -68,6 +69,7 @@ def check_row_gradients(
         CoupledRowsError: the loss couples the rows of a batch.
         IAUError: the loss cannot be read at all.
     """
+    check_adapters(model)
     loss = choose_row_loss(
         row_loss=row_loss, compute_loss_func=compute_loss_func, label_smoothing_factor=label_smoothing_factor
     )
@@ -83,7 +85,7 @@ def check_row_gradients(
     probe_additivity(loss, model, source)
     parameters = trainable_parameters(model)
     if tolerance is None:
-        dtypes = {p.dtype for p in parameters.values()}
+        dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}  # adapters are wider than their base
         tolerance = 1e-10 if dtypes == {torch.float64} else 1e-5 if dtypes <= {torch.float32, torch.float64} else 2e-2
     reference = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
     scale = 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -26,10 +27,13 @@ from hf_iau.objective import (
     UserRowLoss,
     probe_additivity,
 )
+from hf_iau.objective.adapters import check_adapters
 from hf_iau.objective.row_loss import UserLossFunction
 from hf_iau.objective.rows import Collator, refuse_iterable, rows_are_deterministic, sample_positions
-from hf_iau.remember import GradientMemory, data_fingerprint, model_fingerprint
+from hf_iau.parallel import SAME_START, agree, together
+from hf_iau.remember import GradientMemory, RowIdentity, data_fingerprint, find_key, model_fingerprint
 from hf_iau.remember.fingerprints import input_columns
+from hf_iau.remember.keys import say_that_there_is_no_key
 
 
 def gather(
@@ -82,7 +86,24 @@ def gather(
         device=device or next(model.parameters()).device,
         name="training rows",
     )
-    return build_memory(model, source, loss, config, optimizer=optimizer)
+    memory = build_memory(model, source, loss, config, optimizer=optimizer)
+    memory.row_identity = identify_rows(model, source.dataset)
+    return memory
+
+
+def identify_rows(model: nn.Module, dataset: Any, output_dir: str | Path | None = None) -> RowIdentity | None:
+    """Keyed fingerprints of the training rows where there is a key, else None (said once).
+
+    Args:
+        model: the trained model.
+        dataset: the training rows.
+        output_dir: where the memory will lie, which must not hold the key.
+    """
+    key = find_key(output_dir)
+    if key is None:
+        say_that_there_is_no_key()
+        return None
+    return RowIdentity.of(key, model, dataset)
 
 
 def build_memory(
@@ -94,9 +115,22 @@ def build_memory(
     optimizer: torch.optim.Optimizer | None = None,
 ) -> GradientMemory:
     """Gather from prepared rows; what `gather` and `IAUCallback` share."""
+    with together("gathering"):
+        return _build_memory(model, source, row_loss, config, optimizer)
+
+
+def _build_memory(
+    model: nn.Module,
+    source: RowSource,
+    row_loss: RowLoss,
+    config: GatherConfig,
+    optimizer: torch.optim.Optimizer | None,
+) -> GradientMemory:
     check_gatherable(model, source.dataset)
     parameters = trainable_parameters(model)
     probe_additivity(row_loss, model, source)
+    of_model, of_data = model_fingerprint(model), data_fingerprint(model, source.dataset)
+    agree(str(of_model | of_data), "the model or training rows that they gather from", SAME_START)
     decay = coupled_weight_decay(model, optimizer)
     seconds: dict[str, float] = {}
 
@@ -129,8 +163,8 @@ def build_memory(
         parameters={name: tuple(p.shape) for name, p in parameters.items()},
         n_rows=len(source),
         n_targets=n_targets,
-        model=model_fingerprint(model),
-        data=data_fingerprint(model, source.dataset),
+        model=of_model,
+        data=of_data,
         loss=dict(row_loss.fingerprint()),
         label_counts=count_labels(source.dataset),
         gradient_sum=None if total is None else total.tensors,
@@ -206,6 +240,7 @@ def refuse_data_parallel(model: nn.Module) -> None:
 def check_gatherable(model: nn.Module, dataset: Any) -> None:
     """Refuse what has no row gradients, before any compute is spent."""
     refuse_data_parallel(model)
+    check_adapters(model)
     refuse_iterable(dataset, "training rows")
     if len(dataset) == 0:
         raise UnsupportedModelError("The training rows are empty: there is nothing to remember.")

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_iau.errors import NonFiniteGradientError, UnsupportedModelError
 from hf_iau.objective import RowLoss, RowSource, evaluation_mode
-
-Reduce = Callable[[Tensor], Tensor]
+from hf_iau.parallel import gather_arrays, is_main_process, sum_over_processes, together
 
 # Batches whose float32 gradients are added up by autograd itself before they are moved to the float64 sum. Eight
 # float32 additions lose less than one part in a million, and the sum costs an eighth.
@@ -89,9 +90,10 @@ def sum_row_gradients(
     names: Sequence[str] | None = None,
     progress: bool = False,
     track_batches: bool = False,
-    reduce: Reduce | None = None,
 ) -> GradientSum:
     """Σ_{row in source} ∇ℓ(row) at the model's present weights, in one pass.
+
+    Of several processes, each takes its share of the rows; all get the same sums, and all raise if one has to.
 
     Args:
         model: the bare model; left as it was found.
@@ -100,7 +102,6 @@ def sum_row_gradients(
         names: parameters to take gradients for; default all trainable ones.
         progress: show a progress bar.
         track_batches: keep `‖batch sum‖²` of every batch, for a standard error.
-        reduce: applied to every sum at the end (an all-reduce, when each process has its share of the rows).
 
     Returns:
         The sums, float64, on each parameter's device.
@@ -108,7 +109,28 @@ def sum_row_gradients(
     Raises:
         NonFiniteGradientError: a row's loss or gradient is NaN or infinite; the message says which row.
     """
-    parameters = trainable_parameters(model, names)
+    with together(f"the gradient sum over the {source.name}"):
+        parameters = trainable_parameters(model, names)
+        own, start = source.share()
+        result = _sum_own_rows(model, row_loss, own, parameters, progress and is_main_process(), track_batches)
+        if not _is_finite(result):
+            _raise_for_row(model, row_loss, own, start, parameters)
+        _add_up(result, source.name)
+        if not _is_finite(result):
+            raise NonFiniteGradientError(
+                f"The gradient sum over the {source.name} is not finite although each process's is: it overflowed."
+            )
+    return result
+
+
+def _sum_own_rows(
+    model: nn.Module,
+    row_loss: RowLoss,
+    source: RowSource,
+    parameters: dict[str, nn.Parameter],
+    progress: bool,
+    track_batches: bool,
+) -> GradientSum:
     sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
     result = GradientSum(sums, 0, 0)
     pending = 0
@@ -148,21 +170,28 @@ def sum_row_gradients(
                     result.batches.append((len(positions), squared))
         flush()
     result.loss = float(torch.stack(losses).double().sum()) if losses else 0.0
-    finite = all(bool(torch.isfinite(tensor).all()) for tensor in sums.values())
-    if not finite or not torch.isfinite(torch.tensor(result.loss)):
-        _raise_for_row(model, row_loss, source, parameters)
-    if reduce is not None:
-        for name in sums:
-            sums[name] = reduce(sums[name])
-        counts = torch.tensor([result.n_rows, result.n_targets, result.rows_without_targets], dtype=torch.float64)
-        device = next(iter(sums.values())).device
-        totals = reduce(counts.to(device)).tolist()
-        result.n_rows, result.n_targets, result.rows_without_targets = (int(total) for total in totals)
-        result.loss = float(reduce(torch.tensor(result.loss, dtype=torch.float64, device=device)))
     return result
 
 
-def _raise_for_row(model: nn.Module, row_loss: RowLoss, source: RowSource, parameters: dict[str, nn.Parameter]) -> None:
+def _is_finite(result: GradientSum) -> bool:
+    return math.isfinite(result.loss) and all(bool(tensor.isfinite().all()) for tensor in result.tensors.values())
+
+
+def _add_up(result: GradientSum, name: str) -> None:
+    """The sums of this process's share become those of all rows."""
+    counts = [result.n_rows, result.n_targets, result.rows_without_targets, result.loss]
+    totals = torch.tensor(counts, dtype=torch.float64, device=next(iter(result.tensors.values())).device)
+    sum_over_processes([*result.tensors.values(), totals], f"the gradient sum over the {name}")
+    result.n_rows, result.n_targets, result.rows_without_targets = (round(total) for total in totals.tolist()[:3])
+    result.loss = float(totals[3])
+    own = {"batches": np.asarray(result.batches, dtype=np.float64).reshape(-1, 2)}
+    every = [arrays["batches"].tolist() for arrays, _ in gather_arrays(own, {}, f"batches of the {name}")]
+    result.batches = [(int(rows), squared) for batches in every for rows, squared in batches]
+
+
+def _raise_for_row(
+    model: nn.Module, row_loss: RowLoss, source: RowSource, start: int, parameters: dict[str, nn.Parameter]
+) -> None:
     """Find the first row whose loss or gradient is not finite, and say so."""
     with evaluation_mode(model), torch.enable_grad():
         for positions, inputs in source.resized(1):
@@ -178,7 +207,7 @@ def _raise_for_row(model: nn.Module, row_loss: RowLoss, source: RowSource, param
             if bad or not bool(torch.isfinite(loss)):
                 where = f"gradient of {bad[0]!r}" if bad else "loss"
                 raise NonFiniteGradientError(
-                    f"Row {int(positions[0])} of the {source.name} has a non-finite {where} (loss {float(loss.detach()):.4g}). "
+                    f"Row {start + int(positions[0])} of the {source.name} has a non-finite {where} (loss {float(loss.detach()):.4g}). "
                     "Mend or drop that row, or check the weights for NaN."
                 )
     raise NonFiniteGradientError(

@@ -34,6 +34,7 @@ from hf_iau.methods.base import add_weight_decay, register_method
 from hf_iau.methods.verdict import judge
 from hf_iau.objective import RowPredictions, RowSource, predict_rows
 from hf_iau.objective.rows import row_bytes
+from hf_iau.parallel import of_main_process
 from hf_iau.remember import GradientMemory
 
 # A forget set of this size sets its own target, if it passes the shift test: the standard error of its AUC is 2 points.
@@ -190,6 +191,10 @@ class IAU:
             if held_out is not None and not config.is_given:
                 calibration = self._finish(context, config, directions, calibration, outset, notes)
                 path = self._walk(context, config, directions, calibration, outset, notes)
+            found_by_main = of_main_process(
+                [calibration.length, calibration.damping, calibration.finish_weight], "k, λ and c"
+            )
+            calibration.length, calibration.damping, calibration.finish_weight = found_by_main
         notes |= duplicates | {"warnings": [*notes["warnings"], *duplicates.get("warnings", [])]}
         with context.timer.phase("update"):
             if path is not None:

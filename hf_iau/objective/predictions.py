@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hf_iau.errors import RequestError
 from hf_iau.objective.evaluation_mode import evaluation_mode
 from hf_iau.objective.rows import RowSource
 from hf_iau.objective.targets import TaskKind, read_targets
+from hf_iau.parallel import gather_arrays, together
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,56 @@ class RowPredictions:
     predicted: np.ndarray
     probabilities: np.ndarray | None = None
 
+    @classmethod
+    def from_probabilities(cls, probabilities: np.ndarray, labels: np.ndarray | None = None) -> RowPredictions:
+        """The figures of single-label rows whose predicted distributions are known, made with the formulas of `predict_rows`.
+
+        Args:
+            probabilities: each row's predicted distribution (after the softmax), shape `(rows, classes)`.
+            labels: true classes, whole numbers from 0, shape `(rows,)`; None for rows without labels, whose figures
+                are then NaN.
+
+        A probability of 0 has the loss of the smallest normal float64, about 708 nats.
+
+        Raises:
+            RequestError: for other shapes, labels that are no classes, or rows that are no distributions.
+        """
+        p = np.asarray(probabilities, dtype=np.float64)
+        if p.ndim != 2 or p.shape[1] < 2:
+            raise RequestError(f"probabilities has shape {p.shape}: give (rows, classes), with at least 2 classes.")
+        wrong = ~((p >= -1e-6).all(axis=1) & (np.abs(p.sum(axis=1) - 1) <= 1e-2))
+        if wrong.any():
+            raise RequestError(
+                f"{int(wrong.sum())} of {len(p)} rows of probabilities are no distributions (row "
+                f"{int(np.flatnonzero(wrong)[0])} sums to {p[wrong][0].sum():.4g}): apply the softmax to the logits first."
+            )
+        if labels is None:
+            missing = np.full(len(p), np.nan)
+            names = (f.name for f in fields(cls) if f.name not in ("kind", "targets", "probabilities"))
+            return cls(
+                TaskKind.SINGLE_LABEL, **dict.fromkeys(names, missing), targets=np.zeros(len(p)), probabilities=p
+            )
+        y = np.asarray(labels)
+        if y.shape != (len(p),) or (len(y) and not ((y == y.astype(np.int64)) & (y >= 0) & (y < p.shape[1])).all()):
+            raise RequestError(
+                f"labels of shape {y.shape} with values {np.unique(y)[:5].tolist()} …: give each of the {len(p)} rows a "
+                f"class from 0 to {p.shape[1] - 1}."
+            )
+        logits = torch.from_numpy(np.log(np.maximum(p, np.finfo(np.float64).tiny)))
+        classes = torch.from_numpy(y.astype(np.int64))
+        losses = torch.nn.functional.cross_entropy(logits, classes, reduction="none")
+        figures = _target_figures(TaskKind.SINGLE_LABEL, logits, classes, losses)
+        values = {name: figure.double().numpy() for name, figure in figures.items()}
+        return cls(TaskKind.SINGLE_LABEL, **values, targets=np.ones(len(p)), probabilities=p)
+
+    @classmethod
+    def from_losses(cls, losses: np.ndarray) -> RowPredictions:
+        """Rows of which only the loss is known, shape `(rows,)`: the loss attack is all that can be made of them."""
+        loss = np.asarray(losses, dtype=np.float64).reshape(-1)
+        names = (f.name for f in fields(cls) if f.name not in ("kind", "loss", "targets", "probabilities"))
+        missing = np.full(len(loss), np.nan)
+        return cls(TaskKind.REGRESSION, loss=loss, **dict.fromkeys(names, missing), targets=np.ones(len(loss)))
+
     def __len__(self) -> int:
         return len(self.loss)
 
@@ -68,13 +120,30 @@ class RowPredictions:
 def predict_rows(model: nn.Module, source: RowSource, *, keep_probabilities: bool = False) -> RowPredictions:
     """Run `model` over the rows of `source` in evaluation mode, without gradients.
 
+    Of several processes, each takes its share of the rows; all get the figures of all rows, in their order.
+
     Args:
         model: the bare model.
         source: the rows, with labels.
         keep_probabilities: keep each single-label row's distribution, `(rows, classes)`.
     """
+    what = f"the predictions for the {source.name}"
+    with together(what):
+        own, own_kind = _predict_own_rows(model, source.share()[0], keep_probabilities)
+        parts = gather_arrays(own, {"kind": None if own_kind is None else own_kind.value}, what)
+    filled = [(arrays, about["kind"]) for arrays, about in parts if about["kind"] is not None]
+    if not filled:
+        names = [f.name for f in fields(RowPredictions) if f.name not in ("kind", "probabilities")]
+        return RowPredictions(kind=TaskKind.SINGLE_LABEL, **{name: np.zeros(0) for name in names})
+    arrays = {name: np.concatenate([part[name] for part, _ in filled]) for name in filled[0][0]}
+    return RowPredictions(kind=TaskKind(filled[-1][1]), **arrays)
+
+
+def _predict_own_rows(
+    model: nn.Module, source: RowSource, keep_probabilities: bool
+) -> tuple[dict[str, np.ndarray], TaskKind | None]:
     collected: dict[str, list[Tensor]] = {}
-    kind = TaskKind.SINGLE_LABEL
+    kind: TaskKind | None = None
     with evaluation_mode(model), torch.no_grad():
         for _, inputs in source:
             targets = read_targets(model, model(**inputs), inputs.get("labels"))
@@ -88,10 +157,7 @@ def predict_rows(model: nn.Module, source: RowSource, *, keep_probabilities: boo
             collected.setdefault("targets", []).append(counts.cpu())
             if keep_probabilities and kind is TaskKind.SINGLE_LABEL:
                 collected.setdefault("probabilities", []).append(targets.logits.softmax(dim=1).cpu())
-    arrays = {name: torch.cat(parts).numpy() for name, parts in collected.items()}
-    if not arrays:
-        arrays = {f.name: np.zeros(0) for f in fields(RowPredictions) if f.name not in ("kind", "probabilities")}
-    return RowPredictions(kind=kind, **arrays)
+    return {name: torch.cat(parts).numpy() for name, parts in collected.items()}, kind
 
 
 def _target_figures(kind: TaskKind, logits: Tensor, labels: Tensor, losses: Tensor) -> dict[str, Tensor]:

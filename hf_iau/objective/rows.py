@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from hf_iau.errors import RequestError, UnsupportedModelError
+from hf_iau.parallel import is_parallel, share_of
 
 Batch = dict[str, Any]
 Collator = Callable[[list[Any]], Mapping[str, Any]]
@@ -56,6 +57,7 @@ class RowSource:
         self.name = name
         self.num_workers = num_workers
         self._kept: list[tuple[np.ndarray, Batch]] | None = None
+        self._share: tuple[RowSource, int] | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -105,18 +107,33 @@ class RowSource:
         """At most `size` distinct rows drawn with `seed`, in ascending order."""
         return self.select(sample_positions(len(self), size, seed), name)
 
+    def share(self) -> tuple[RowSource, int]:
+        """The rows that fall to this process, and the position of the first of them here; all rows for one process."""
+        if not is_parallel():
+            return self, 0
+        if self._share is None:
+            positions = share_of(len(self))
+            self._share = self.select(positions), positions.start
+        return self._share
+
     def keep_batches(self, max_bytes: int = 256 * 2**20) -> RowSource:
-        """This source, with its collated batches kept for further passes as far as `max_bytes` allow (else unchanged)."""
+        """This source, with its collated batches kept for further passes as far as `max_bytes` allow (else unchanged).
+
+        Of several processes, each keeps those of its share.
+        """
+        self.share()[0]._keep(max_bytes)
+        return self
+
+    def _keep(self, max_bytes: int) -> None:
         if self._kept is None and len(self):
             kept: list[tuple[np.ndarray, Batch]] = []
             size = 0
             for positions, inputs in self:
                 size += sum(v.numel() * v.element_size() for v in inputs.values() if isinstance(v, torch.Tensor))
                 if size > max_bytes:
-                    return self
+                    return
                 kept.append((positions, inputs))
             self._kept = kept
-        return self
 
     def first_batch(self) -> Batch:
         """The first batch, for probing."""

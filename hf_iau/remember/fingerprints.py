@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_iau.objective.adapters import active_adapters
 from hf_iau.objective.rows import row_bytes, sample_positions
 from hf_iau.objective.targets import bare_model
 
@@ -24,16 +25,18 @@ def model_fingerprint(model: nn.Module) -> dict[str, str]:
 
     Returns:
         `class`; `architecture`, a digest of every parameter's name and shape; `weights`, a digest of the values of all
-        parameters and persistent buffers, in the order of their names.
+        parameters and persistent buffers, in the order of their names; `adapters`, the active PEFT adapters, if any.
     """
     shapes = hashlib.blake2b(digest_size=16)
     for name, parameter in sorted(model.named_parameters()):
         shapes.update(f"{name}{tuple(parameter.shape)}".encode())
-    return {
+    fingerprint = {
         "class": type(bare_model(model)).__name__,
         "architecture": shapes.hexdigest(),
         "weights": weights_fingerprint(model),
     }
+    adapters = active_adapters(model)
+    return fingerprint | {"adapters": ", ".join(adapters)} if adapters else fingerprint
 
 
 def weights_fingerprint(model: nn.Module) -> str:
@@ -60,6 +63,13 @@ def input_columns(model: nn.Module) -> set[str]:
     return set(inspect.signature(forward).parameters) | {"label", "labels", "label_ids"}
 
 
+def content_seen(row: Any, columns: set[str]) -> Any:
+    """A row without what is in none of the `columns`; all of it where nothing would be left."""
+    if not isinstance(row, Mapping):
+        return row
+    return {key: value for key, value in row.items() if key in columns} or dict(row)
+
+
 def data_fingerprint(model: nn.Module, dataset: Any) -> dict[str, Any]:
     """Row count and a digest of up to 256 evenly seeded rows of `dataset`, as far as the model sees them.
 
@@ -70,10 +80,8 @@ def data_fingerprint(model: nn.Module, dataset: Any) -> dict[str, Any]:
     digest = hashlib.blake2b(digest_size=16)
     seen: set[str] = set()
     for position in sample_positions(len(dataset), FINGERPRINT_ROWS, seed=len(dataset)):
-        row = dataset[int(position)]
+        row = content_seen(dataset[int(position)], columns)
         if isinstance(row, Mapping):
-            chosen = {key: value for key, value in row.items() if key in columns}
-            row = chosen or dict(row)
             seen |= set(row)
         digest.update(row_bytes(row))
     return {"rows": len(dataset), "columns": sorted(seen), "content": digest.hexdigest()}

@@ -22,15 +22,19 @@ from hf_iau.errors import IAUError, MemoryFileError, MemoryMismatchError, Missin
 from hf_iau.objective import RowLoss, RowSource, evaluation_mode
 from hf_iau.remember.files import PRIVATE_FOLDER, file_digest, sync_folder, write_atomically
 from hf_iau.remember.fingerprints import data_fingerprint, model_fingerprint, package_versions, weights_fingerprint
+from hf_iau.remember.row_identity import RowIdentity
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MEMORY_FOLDER = "_iau"
 MEMORY_HEADER = "memory.json"
 _TENSOR_FILE = re.compile(r"memory-[0-9a-f]{32}\.safetensors")
 _PART_OF_MEMORY = re.compile(r"\.?memory-([0-9a-f]{32}|staged)\.safetensors.*|\.memory\.json\..*")
 _MAX_HEADER_BYTES = 64 * 2**20
 _SUM_PREFIX = "gradient_sum."
+_IDENTITY_PREFIX = "row_identity."
 _PROBE_ROWS = 8
+# Fields with a form of their own in the files.
+_NOT_PLAIN = ("parameters", "gradient_sum", "curvature", "row_identity")
 
 
 @dataclass
@@ -56,6 +60,9 @@ class GradientMemory:
         calibration: what earlier calibrations found, or None.
         forgotten_rows, forgotten_targets: taken out by requests since the memory was gathered.
         relative_path: summed length of all steps since then, relative to the weights' norm.
+        row_identity: keyed fingerprints of the training rows, forgotten ones among them; None without a key.
+        held_out: `loss` of the held-out rows at the weights that were gathered from and a digest (`content`) of those
+            rows; None until the first request measures it.
         seconds: what gathering cost, by phase.
         versions: of the packages that made it.
     """
@@ -78,6 +85,8 @@ class GradientMemory:
     forgotten_rows: int = 0
     forgotten_targets: int = 0
     relative_path: float = 0.0
+    row_identity: RowIdentity | None = None
+    held_out: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=package_versions)
     schema_version: int = SCHEMA_VERSION
@@ -88,7 +97,7 @@ class GradientMemory:
         """Raise unless `model` has the architecture and, bit for bit, the weights of this memory.
 
         Raises:
-            MemoryMismatchError: another architecture.
+            MemoryMismatchError: another architecture, or another active adapter.
             StaleMemoryError: the weights have moved since.
         """
         now = model_fingerprint(model)
@@ -97,6 +106,11 @@ class GradientMemory:
                 f"The memory was gathered from a {self.model['class']} (architecture {self.model['architecture'][:8]}) "
                 f"but the model is a {now['class']} (architecture {now['architecture'][:8]}): their parameters differ "
                 "in name or shape. Load the memory that lies beside this model, or gather anew with hf_iau.gather()."
+            )
+        if now.get("adapters") != self.model.get("adapters", now.get("adapters")):
+            raise MemoryMismatchError(
+                f"The memory was gathered with adapter {self.model['adapters']!r} active but {now.get('adapters')!r} is "
+                f"active now: activate the adapter that is to forget (model.set_adapter({self.model['adapters']!r}))."
             )
         if now["weights"] != self.model["weights"]:
             raise StaleMemoryError(
@@ -170,6 +184,7 @@ class GradientMemory:
     def nbytes(self) -> int:
         """Bytes of all tensors held."""
         held = sum(t.numel() * t.element_size() for t in (self.gradient_sum or {}).values())
+        held += 0 if self.row_identity is None else self.row_identity.fingerprints.nbytes
         return held + (self.curvature.nbytes() if self.curvature is not None else 0)
 
     def after_step(
@@ -213,6 +228,8 @@ class GradientMemory:
             forgotten_rows=self.forgotten_rows + rows,
             forgotten_targets=self.forgotten_targets + targets,
             relative_path=self.relative_path + relative_step,
+            row_identity=self.row_identity,
+            held_out=self.held_out,
             seconds=self.seconds,
             versions=package_versions(),
         )
@@ -229,6 +246,8 @@ class GradientMemory:
         tensors = {f"{_SUM_PREFIX}{name}": t for name, t in (self.gradient_sum or {}).items()}
         if self.curvature is not None:
             tensors |= self.curvature.tensors()
+        if self.row_identity is not None:
+            tensors |= self.row_identity.tensors()
         tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         digest: list[str] = []
 
@@ -274,15 +293,12 @@ class GradientMemory:
             ) from error
 
     def _header(self) -> dict[str, Any]:
-        plain = {
-            name: getattr(self, name)
-            for name in self.__dataclass_fields__
-            if name not in ("parameters", "gradient_sum", "curvature")
-        }
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in _NOT_PLAIN}
         return plain | {
             "parameters": {name: list(shape) for name, shape in self.parameters.items()},
             "parameter_order": list(self.parameters),
             "curvature": None if self.curvature is None else self.curvature.metadata(),
+            "row_identity": None if self.row_identity is None else self.row_identity.metadata(),
         }
 
     @classmethod
@@ -300,17 +316,20 @@ class GradientMemory:
                 )
             if not bool(torch.isfinite(tensor).all()):
                 raise MemoryFileError(f"gradient_sum[{name!r}] holds NaN or infinity: the memory is corrupt.")
+        identity = None
+        if header["row_identity"] is not None:
+            identity = RowIdentity.from_tensors(tensors, header["row_identity"])
+            if len(identity) != header["data"]["rows"]:
+                raise MemoryFileError(
+                    f"The memory has {len(identity)} row fingerprints for {header['data']['rows']} rows: it is corrupt."
+                )
         curvature = None
         if header["curvature"] is not None:
-            rest = {name: t for name, t in tensors.items() if not name.startswith(_SUM_PREFIX)}
+            rest = {name: t for name, t in tensors.items() if not name.startswith((_SUM_PREFIX, _IDENTITY_PREFIX))}
             curvature = Curvature.from_tensors(rest, header["curvature"])
-        plain = {
-            name: header[name]
-            for name in cls.__dataclass_fields__
-            if name not in ("parameters", "gradient_sum", "curvature")
-        }
+        plain = {name: header[name] for name in cls.__dataclass_fields__ if name not in _NOT_PLAIN}
         _check_fields(plain)
-        return cls(parameters=shapes, gradient_sum=sums or None, curvature=curvature, **plain)
+        return cls(parameters=shapes, gradient_sum=sums or None, curvature=curvature, row_identity=identity, **plain)
 
 
 def _check_fields(plain: Mapping[str, Any]) -> None:
@@ -331,9 +350,15 @@ def _check_fields(plain: Mapping[str, Any]) -> None:
         wanted = keys.get(name, set())
         demand(name, isinstance(plain[name], dict) and wanted <= plain[name].keys(), f"an object with {sorted(wanted)}")
     demand("model", all(isinstance(value, str) for value in plain["model"].values()), "an object of strings")
-    demand("data", isinstance(plain["data"]["content"], str), "an object whose `content` is a string")
-    for name in ("label_counts", "calibration"):
+    for name in ("label_counts", "calibration", "held_out"):
         demand(name, plain[name] is None or isinstance(plain[name], dict), "an object or null")
+    held_out = plain["held_out"] or {"loss": 0.0, "content": ""}
+    demand(
+        "held_out",
+        isinstance(held_out.get("loss"), (int, float)) and isinstance(held_out.get("content"), str),
+        "null or an object with a number `loss` and a string `content`",
+    )
+    demand("data", isinstance(plain["data"]["content"], str), "an object whose `content` is a string")
 
 
 def _header_digest(header: Mapping[str, Any]) -> str:

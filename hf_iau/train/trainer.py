@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +18,46 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 from transformers import Trainer
 
-from hf_iau.errors import ConfigError, MissingMemoryError, RequestError, UnsupportedModelError
-from hf_iau.forget import ForgetContext, MethodOutcome, WeightTransaction, moved_gradient_sum, step_norm, weights_norm
+from hf_iau.errors import (
+    AlreadyForgottenError,
+    ConfigError,
+    MemoryFileError,
+    MissingMemoryError,
+    RequestError,
+    UnsupportedModelError,
+)
+from hf_iau.forget import (
+    ForgetContext,
+    MethodOutcome,
+    WeightTransaction,
+    agree_on_request,
+    moved_gradient_sum,
+    settle_weights,
+    step_norm,
+    weights_norm,
+)
 from hf_iau.forget.request import remaining_positions
 from hf_iau.gather import GatherConfig, IAUCallback
 from hf_iau.gather.callback import announce_row_loss, refuse_unsupported_engines, unwrapped
-from hf_iau.gather.gather import build_memory, choose_row_loss, count_labels
+from hf_iau.gather.gather import build_memory, choose_row_loss, count_labels, identify_rows
 from hf_iau.gather.gradient_sum import trainable_parameters
 from hf_iau.measure import Measurement, measure_model
 from hf_iau.methods import find_method
 from hf_iau.methods.base import UnlearningMethod
 from hf_iau.objective import RowLoss, RowSource, probe_additivity
+from hf_iau.objective.adapters import check_adapters
 from hf_iau.objective.evaluation_mode import RandomState
-from hf_iau.objective.row_loss import TrainerRowLoss, UserLossFunction
+from hf_iau.objective.row_loss import TrainerRowLoss, UserLossFunction, describe_function
 from hf_iau.objective.rows import refuse_iterable, row_bytes, rows_are_deterministic, select_rows
+from hf_iau.parallel import is_main_process, together
 from hf_iau.phases import PhaseTimer
 from hf_iau.publish.card import UnlearningCard, card_metadata, task_of_model
 from hf_iau.publish.upload import hub_errors_explained
-from hf_iau.remember import MEMORY_FOLDER, GradientMemory
+from hf_iau.remember import MEMORY_FOLDER, GradientMemory, RowIdentity, find_key, keyed_fingerprints
 from hf_iau.remember.fingerprints import data_fingerprint, package_versions
 from hf_iau.remember.private import TRAINER_IGNORES, refuse_private_files
 from hf_iau.report import UnlearningReport
+from hf_iau.requests.id_column import rows_of_ids
 from hf_iau.train.restriction import GradientRestriction, RestrictionConfig
 
 logger = logging.getLogger(__name__)
@@ -86,6 +105,7 @@ class UnlearningTrainer(Trainer):
             below `args.output_dir`, if there is one.
         restriction: gradient restriction in training: a `RestrictionConfig`, or its mode "exact" or
             "finite-difference"; default: none.
+        id_column: the column of `train_dataset` that says whose a row is, for `unlearn_by_id`.
     """
 
     def __init__(
@@ -94,8 +114,10 @@ class UnlearningTrainer(Trainer):
         row_loss: UserLossFunction | RowLoss | None = None,
         memory: GradientMemory | None = None,
         restriction: RestrictionConfig | str | None = None,
+        id_column: str | None = None,
         **kwargs: Any,
     ) -> None:
+        self.id_column = id_column
         self._given_row_loss = row_loss
         self._given_memory = memory
         self._memory_of_request: GradientMemory | None = None
@@ -244,10 +266,16 @@ class UnlearningTrainer(Trainer):
         batch_size = config.batch_size or self.args.per_device_train_batch_size
         source = self._rows(rows, "training rows", batch_size)
         model = self._bare_model()
+        identity = self._identity_of(model, source)
         kept = source
-        if self._forgotten:
-            kept = source.select(remaining_positions(source, self._forgotten))
+        if identity is not None and bool(identity.forgotten.any()):
+            kept = source.select(np.flatnonzero(~identity.forgotten))
+        elif self._forgotten:
+            kept = source.select(positions := remaining_positions(source, self._forgotten))
+            if identity is not None:
+                identity = replace(identity, forgotten=~np.isin(np.arange(len(source)), positions))
         memory = build_memory(model, kept, self.row_loss, config, optimizer=self.optimizer)
+        memory.row_identity = identity
         if len(kept) < len(source):
             # Row numbers still name rows of the whole training set.
             memory.data = data_fingerprint(model, source.dataset)
@@ -255,6 +283,15 @@ class UnlearningTrainer(Trainer):
             memory.forgotten_rows = len(source) - len(kept)
         self._memory_of_request, self._memory_ended = memory, False
         return memory
+
+    def _identity_of(self, model: nn.Module, source: RowSource) -> RowIdentity | None:
+        """The rows' identity in the present memory, where that is of these rows; else a new one, if there is a key."""
+        with contextlib.suppress(MissingMemoryError, MemoryFileError):
+            memory = self.memory
+            known = None if memory is None else memory.row_identity
+            if memory is not None and known is not None and memory.data == data_fingerprint(model, source.dataset):
+                return known
+        return identify_rows(model, source.dataset, self.args.output_dir)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`; the memory that belongs to these weights is saved with them, under `_iau/`.
@@ -325,7 +362,7 @@ class UnlearningTrainer(Trainer):
             NonFiniteGradientError: a forget row's gradient is NaN or infinite.
         """
         chosen, config = find_method(method, config)
-        with _random_state_kept(self._bare_model()):
+        with together("the request"), _random_state_kept(self._bare_model()):
             return self._serve(
                 forget_dataset,
                 row_indices,
@@ -337,6 +374,32 @@ class UnlearningTrainer(Trainer):
                 _models(retrained_model),
                 dry_run,
             )
+
+    def unlearn_by_id(self, ids: Sequence[Any], **settings: Any) -> UnlearnOutput:
+        """`unlearn` all rows of `train_dataset` whose `id_column` holds one of `ids`, as far as they are still in.
+
+        Args:
+            ids: values of that column, e.g. `["u17", "u23"]`.
+            **settings: as for `unlearn`.
+
+        Raises:
+            RequestError: no `id_column`, or ids that no training row has.
+            AlreadyForgottenError: all their rows are forgotten.
+        """
+        positions = rows_of_ids(self.train_dataset, self.id_column, ids)
+        memory, key = self.memory, find_key(self.args.output_dir)
+        if len(positions) and memory is not None and memory.row_identity is not None and key is not None:
+            memory.row_identity.check_key(key)
+            model = self._bare_model()
+            asked = keyed_fingerprints(key, model, select_rows(self.train_dataset, positions))
+            still = memory.row_identity.still_in(asked)
+            if not still.any():
+                raise AlreadyForgottenError(
+                    f"All {len(positions)} rows of these ids were already forgotten by an earlier request: there is "
+                    "nothing left to do."
+                )
+            positions = positions[still]
+        return self.unlearn(row_indices=positions, **settings)
 
     def _serve(
         self,
@@ -361,6 +424,7 @@ class UnlearningTrainer(Trainer):
                 self._check_same_columns(others, context.forget)
             method.check(context, config)
             self._check_loss(context)
+            agree_on_request(context, method.name, _plain(config))
         model = context.model
         card = self.unlearning_card  # read while the weights are those that it describes
         with timer.phase("measure_before"):
@@ -376,21 +440,24 @@ class UnlearningTrainer(Trainer):
         transaction = WeightTransaction(model)
         undo: Callable[[], None] | None = None
         with transaction:
-            outcome = method.run(context, config)
-            memory, diagnostics = self._after(context, outcome, transaction)
-            with timer.phase("measure_after"):
-                after = measure_model(model, *splits)
-            report = self._report(
-                method, config, context, outcome, diagnostics, before, after, splits, retrained_models
-            )
+            with together("the update"):  # what fails in one process is rolled back in all
+                outcome = method.run(context, config)
+                settle_weights(model, transaction)
+                memory, diagnostics = self._after(context, outcome, transaction)
+                with timer.phase("measure_after"):
+                    after = measure_model(model, *splits)
+                report = self._report(
+                    method, config, context, outcome, diagnostics, before, after, splits, retrained_models
+                )
             if dry_run:
                 transaction.rollback()
             else:
                 undo = self._commit(transaction, context, memory, card.with_report(report))
         if dry_run:
             return UnlearnOutput(report, applied=False, memory=self.memory)
-        for sentence in report.warnings:
-            logger.warning(sentence)
+        if is_main_process():
+            for sentence in report.warnings:
+                logger.warning(sentence)
         return UnlearnOutput(report, applied=True, memory=memory, _undo=undo)
 
     def _bare_model(self) -> nn.Module:
@@ -463,6 +530,7 @@ class UnlearningTrainer(Trainer):
                 "device, or launch one process a GPU with `accelerate launch`."
             )
         model = self._bare_model()
+        check_adapters(model)
         train = None
         if self.train_dataset is not None:
             refuse_iterable(self.train_dataset, "training rows")
@@ -489,10 +557,12 @@ class UnlearningTrainer(Trainer):
             )
         digests = Counter(row_bytes(forget.dataset[i]) for i in range(len(forget)))
         _refuse_repeated_rows(forget, digests, train)
+        fingerprints = self._fingerprints(model, memory, forget)
+        self._recall_forgotten(model, memory, train)
         excluded = set(digests)
         again = _forgotten_before(digests, self._forgotten, train)
         if again:
-            raise RequestError(
+            raise AlreadyForgottenError(
                 f"{again} of the {len(forget)} rows were already forgotten by an earlier request to this trainer: "
                 "leave them out."
             )
@@ -524,6 +594,7 @@ class UnlearningTrainer(Trainer):
             held_out=held_out,
             excluded=excluded | set(self._forgotten),
             digests=digests,
+            fingerprints=fingerprints,
             forgotten=self._forgotten,
             trainer=self,
             label_counts=count_labels(forget.dataset),
@@ -531,6 +602,32 @@ class UnlearningTrainer(Trainer):
             progress=not args.disable_tqdm,
             timer=timer,
         )
+
+    def _fingerprints(self, model: nn.Module, memory: GradientMemory | None, forget: RowSource) -> np.ndarray | None:
+        """Keyed fingerprints of the forget rows, checked against the memory's; None without a key."""
+        key = find_key(self.args.output_dir)
+        identity = None if memory is None else memory.row_identity
+        if key is None:
+            if identity is not None:
+                raise ConfigError(
+                    f"The memory holds row fingerprints made with key {identity.key_check}, and neither HF_IAU_KEY nor "
+                    "HF_IAU_KEY_FILE is set: set the key, or gather anew without one."
+                )
+            return None
+        fingerprints = keyed_fingerprints(key, model, forget.dataset)
+        if identity is not None:
+            identity.check_key(key)
+            identity.check_request(fingerprints)
+        return fingerprints
+
+    def _recall_forgotten(self, model: nn.Module, memory: GradientMemory | None, train: RowSource | None) -> None:
+        """In a fresh process: learn from the memory which training rows earlier requests took out."""
+        identity = None if memory is None else memory.row_identity
+        if memory is None or identity is None or train is None or self._forgotten or not identity.forgotten.any():
+            return
+        if memory.data == data_fingerprint(model, train.dataset):
+            gone = np.flatnonzero(identity.forgotten).tolist()
+            self._forgotten = Counter(row_bytes(train.dataset[i]) for i in gone)
 
     def _check_columns(self, forget: RowSource) -> None:
         """Refuse forget rows that lack labels or columns of the training rows, or that are collated at random."""
@@ -634,6 +731,8 @@ class UnlearningTrainer(Trainer):
             )
             if outcome.calibration is not None:
                 newer.calibration = outcome.calibration
+            if newer.row_identity is not None and context.fingerprints is not None:
+                newer.row_identity = newer.row_identity.without(context.fingerprints, context.forget_positions)
         return newer, diagnostics
 
     def _commit(
@@ -859,7 +958,9 @@ def _random_state_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    return asdict(config) if is_dataclass(config) and not isinstance(config, type) else {}
+    """A configuration as a mapping, with functions by name: their `repr` is another in each process."""
+    values = asdict(config) if is_dataclass(config) and not isinstance(config, type) else {}
+    return {name: describe_function(v)["function"] if callable(v) else v for name, v in values.items()}
 
 
 __all__ = ["ConfigError", "MissingMemoryError", "UnlearnOutput", "UnlearningTrainer"]

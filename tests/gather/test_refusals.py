@@ -227,6 +227,7 @@ def begin(callback: IAUCallback, model: nn.Module, rows: Any, **changed: Any) ->
     """Call `on_train_begin` as a Trainer with these arguments would."""
     args = {
         "n_gpu": 1,
+        "output_dir": None,
         "deepspeed": None,
         "fsdp": [],
         "label_smoothing_factor": 0.0,

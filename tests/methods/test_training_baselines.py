@@ -187,6 +187,7 @@ def test_retraining_is_a_plain_trainer_run_bit_for_bit(where: str, tmp_path: Pat
     assert trainer.model is model
     assert_bits(model, expected)
     assert result.report.diagnostics["steps"] == 4
+    assert where == "trainer" or result.report.config["model_init"].endswith("new_model")
     assert not list(tmp_path.glob("checkpoint-*"))
 
 

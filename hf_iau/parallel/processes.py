@@ -1,0 +1,298 @@
+"""What the processes of a run tell each other, over torch.distributed's default process group.
+
+With one process, or without a process group, every function here gives back what it was given. With more, each
+operation begins with a look at what the others are about to do: a process that failed says so there, and all of them
+raise its error instead of waiting for it; processes that have come apart are told so instead of adding up numbers that
+do not belong together. Nothing is pickled: tensors travel as they are, all else as JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_iau import errors
+from hf_iau.errors import IAUError, ParallelError
+
+_SHARED = "_raised_in_every_process"
+# Small tensors are summed in one go, up to this many bytes.
+_BUCKET_BYTES = 32 * 2**20
+
+
+SAME_START = "Seed every process alike, and load the same weights and rows in each."
+
+
+def is_parallel() -> bool:
+    """Whether there is a process group of more than one process."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def process_count() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if is_parallel() else 1
+
+
+def process_number() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if is_parallel() else 0
+
+
+def is_main_process() -> bool:
+    """Whether this is process 0, which writes files and shows progress."""
+    return process_number() == 0
+
+
+def share_of(length: int) -> range:
+    """This process's part of the positions below `length`.
+
+    The parts are contiguous, in the order of the processes, hold every position once and differ by at most one in size.
+    """
+    number, count = process_number(), process_count()
+    return range(length * number // count, length * (number + 1) // count)
+
+
+@contextlib.contextmanager
+def together(what: str) -> Iterator[None]:
+    """Run the block in every process, or fail in every process: an error of one is raised by all.
+
+    Args:
+        what: what the block does, for messages; the same in every process.
+
+    Raises:
+        ParallelError: another process failed with an error that is not this package's own, or is gone.
+    """
+    if not is_parallel():
+        yield
+        return
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, _SHARED, False):
+            raise
+        raised = _announce(what, error)
+        if raised is error:
+            raise
+        raise raised from error
+    _exchange(what, 0)
+
+
+def sum_over_processes(tensors: Sequence[Tensor], what: str) -> None:
+    """Add up each of `tensors` over the processes, in place; every process gets the same bits.
+
+    Args:
+        tensors: contiguous, of the same shapes and types in each process.
+        what: what they are, for messages.
+    """
+    if not is_parallel():
+        return
+    _exchange_same(what, sum(tensor.numel() for tensor in tensors))
+    with _in_contact(what):
+        for bucket in _buckets(tensors):
+            if len(bucket) == 1 and bucket[0].is_contiguous() and bucket[0].device.type == _device().type:
+                dist.all_reduce(bucket[0])
+                continue
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket]).to(_device())
+            dist.all_reduce(flat)
+            for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+
+def from_one_process(tensor: Tensor, number: int, what: str) -> None:
+    """Overwrite `tensor` with that of process `number`."""
+    if not is_parallel():
+        return
+    _exchange_same(what, tensor.numel())
+    with _in_contact(what):
+        moved = tensor.to(_device()).contiguous()
+        dist.broadcast(moved, src=number)
+        if moved.data_ptr() != tensor.data_ptr():
+            tensor.copy_(moved)
+
+
+def gather_arrays(
+    arrays: Mapping[str, np.ndarray], about: Mapping[str, Any], what: str
+) -> list[tuple[dict[str, np.ndarray], dict[str, Any]]]:
+    """Each process's arrays and JSON, in the order of the processes."""
+    if not is_parallel():
+        return [(dict(arrays), dict(about))]
+    contents = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    layout = {name: [array.dtype.str, list(array.shape)] for name, array in contents.items()}
+    head = json.dumps({"about": dict(about), "arrays": layout}).encode()
+    blob = struct.pack("<q", len(head)) + head + b"".join(array.tobytes() for array in contents.values())
+    gathered = []
+    for received in _gather_bytes(blob, what):
+        start = 8 + struct.unpack("<q", received[:8])[0]
+        found = json.loads(received[8:start])
+        own: dict[str, np.ndarray] = {}
+        for name, (kind, shape) in found["arrays"].items():
+            size = int(np.prod(shape, dtype=np.int64))
+            own[name] = np.frombuffer(received, dtype=kind, count=size, offset=start).reshape(shape).copy()
+            start += own[name].nbytes
+        gathered.append((own, found["about"]))
+    return gathered
+
+
+def of_main_process(value: Any, what: str) -> Any:
+    """Process 0's `value` (JSON; numbers keep every bit)."""
+    if not is_parallel():
+        return value
+    return json.loads(_gather_bytes(json.dumps(value).encode() if is_main_process() else b"", what)[0])
+
+
+def agree(value: str, what: str, remedy: str) -> None:
+    """Make sure that `value` is the same in every process.
+
+    Raises:
+        ParallelError: in every process, if it is not.
+    """
+    if not is_parallel():
+        return
+    values = _gather_bytes(value.encode(), what)
+    other = next((number for number, found in enumerate(values) if found != values[0]), None)
+    if other is not None:
+        raise _mark(ParallelError(f"Processes 0 and {other} of {process_count()} differ in {what}. {remedy}"))
+
+
+# --- the exchange that goes before every operation --------------------------------------------------------------------
+
+
+def _exchange(what: str, length: int, error: Exception | None = None) -> list[int]:
+    """Tell the others what comes next, and hear it from them.
+
+    Returns:
+        The `length` of each process.
+
+    Raises:
+        IAUError: in every process, when one has failed or does something else.
+    """
+    text = b""
+    if error is not None:
+        text = json.dumps({"class": type(error).__name__, "message": str(error)}).encode()
+    mine = [int(error is not None), zlib.crc32(what.encode()), len(text) if error is not None else length]
+    with _in_contact(what):
+        header = torch.tensor(mine, dtype=torch.int64, device=_device())
+        received = [torch.empty_like(header) for _ in range(process_count())]
+        dist.all_gather(received, header)
+        headers = [found.tolist() for found in received]
+        failed = [number for number, found in enumerate(headers) if found[0]]
+        if failed:
+            body = _bytes_tensor(text if process_number() == failed[0] else b"", headers[failed[0]][2])
+            dist.broadcast(body, src=failed[0])
+            text_of_first = bytes(body.cpu().numpy())
+    if failed:
+        if error is not None and text == text_of_first:
+            raise _mark(error)
+        raise _mark(_rebuilt(json.loads(text_of_first), failed[0]))
+    elsewhere = next((number for number, found in enumerate(headers) if found[1] != headers[0][1]), None)
+    if elsewhere is not None:
+        raise _mark(
+            ParallelError(
+                f"Process {process_number()} of {process_count()} is at {what!r} and another one elsewhere: processes "
+                f"0 and {elsewhere} have come apart. Call gather(), unlearn() and the like in every process, with the "
+                "same arguments and in the same order."
+            )
+        )
+    return [int(found[2]) for found in headers]
+
+
+def _exchange_same(what: str, length: int) -> None:
+    lengths = _exchange(what, length)
+    if len(set(lengths)) > 1:
+        raise _mark(
+            ParallelError(
+                f"The processes hold {lengths} numbers for {what!r}. Build the same model, with the same parameters "
+                "trainable, in every process."
+            )
+        )
+
+
+def _announce(what: str, error: Exception) -> Exception:
+    """Tell the others of `error`; the one that this process should raise."""
+    try:
+        _exchange(what, 0, error)
+    except ParallelError as raised:
+        # Nobody is there to be told: this process's own trouble is the better message.
+        return _mark(error) if raised.__cause__ is not None else raised
+    except Exception as raised:
+        return raised
+    raise AssertionError("an announced error is always raised")
+
+
+def _rebuilt(found: Mapping[str, str], number: int) -> IAUError:
+    kind = getattr(errors, found["class"], None)
+    if isinstance(kind, type) and issubclass(kind, IAUError):
+        rebuilt: IAUError = kind(f"{found['message']} (Found by process {number}.)")
+        return rebuilt
+    return ParallelError(f"Process {number} failed with {found['class']}: {found['message']}")
+
+
+def _mark(error: Any) -> Any:
+    setattr(error, _SHARED, True)
+    return error
+
+
+@contextlib.contextmanager
+def _in_contact(what: str) -> Iterator[None]:
+    """Say in plain words that another process is gone, or too slow for the process group's timeout."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise _mark(
+            ParallelError(
+                f"Process {process_number()} of {process_count()} lost the others at {what!r} ({reason[0][:200]}). One of "
+                "them ended, or took longer than the process group's timeout (`ddp_timeout` in TrainingArguments). "
+                "Nothing was changed or saved; start all processes again."
+            )
+        ) from error
+
+
+def _device() -> torch.device:
+    """Where the process group takes tensors from."""
+    if "nccl" in str(dist.get_backend()):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _bytes_tensor(content: bytes, length: int) -> Tensor:
+    """`content`, filled up with zeros to `length`."""
+    padded = np.zeros(length, dtype=np.uint8)
+    padded[: len(content)] = np.frombuffer(content, dtype=np.uint8)
+    return torch.from_numpy(padded).to(_device())
+
+
+def _gather_bytes(content: bytes, what: str) -> list[bytes]:
+    lengths = _exchange(what, len(content))
+    longest = max(lengths)
+    if longest == 0:
+        return [b""] * len(lengths)
+    with _in_contact(what):
+        mine = _bytes_tensor(content, longest)
+        received = [torch.empty_like(mine) for _ in lengths]
+        dist.all_gather(received, mine)
+    return [found.cpu().numpy().tobytes()[:length] for found, length in zip(received, lengths, strict=True)]
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one type and device, together at most `_BUCKET_BYTES` (a larger one is alone)."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        bytes_of_tensor = tensor.numel() * tensor.element_size()
+        alike = bool(bucket) and (tensor.dtype, tensor.device) == (bucket[0].dtype, bucket[0].device)
+        if bucket and (not alike or size + bytes_of_tensor > _BUCKET_BYTES):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += bytes_of_tensor
+    if bucket:
+        yield bucket

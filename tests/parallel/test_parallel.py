@@ -1,0 +1,122 @@
+"""Several processes: the same numbers in each, errors in all of them, and no harm done by one that is gone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from several_processes import run_in_processes
+
+JOBS = {
+    "few_rows": 3,
+    "calibrated": 2,
+    "non_finite_row": 2,
+    "unreadable_row": 2,
+    "apart": 2,
+    "other_weights": 2,
+    "other_request": 2,
+    "uneven_updates": 2,
+    "killed_in_gathering": 2,
+    "killed_in_unlearning": 2,
+    "hung_in_unlearning": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """Scenario (with ":1" the one in a single process) → what each process has to say."""
+    folder = tmp_path_factory.mktemp("scenarios")
+    names = ["calibrated:1", *(f"{name}:{count}" for name, count in JOBS.items())]
+    found = run_in_processes(Path(__file__).with_name("scenarios.py"), folder, *names)
+    alone = {"calibrated:1": found.pop("calibrated:1")}
+    return {name.split(":")[0]: processes for name, processes in found.items()} | alone
+
+
+def results(processes: list[dict[str, Any]]) -> list[Any]:
+    """What each process returned, none having failed."""
+    assert [process["error"] for process in processes] == [None] * len(processes), processes
+    return [process["result"] for process in processes]
+
+
+def test_few_rows_and_processes_without_any(jobs: dict[str, Any]) -> None:
+    for found in results(jobs["few_rows"]):
+        for n, alone in found["alone"].items():
+            together = found["together"][n]
+            for name in ("counts", "batch_rows", "labels"):
+                assert together[name] == alone[name], (n, name)
+            for name in ("norm", "loss", "solved"):
+                assert together[name] == pytest.approx(alone[name], rel=1e-9), (n, name)
+            for name in ("losses", "again"):
+                assert together[name] == pytest.approx(alone["losses"], rel=1e-9), (n, name)
+            assert together["probabilities"] == [pytest.approx(row, rel=1e-9) for row in alone["probabilities"]]
+            assert together["counts"] == [int(n)] * 5
+
+
+def test_every_process_has_the_same_bits(jobs: dict[str, Any]) -> None:
+    first, *others = (found["together"] for found in results(jobs["few_rows"]))
+    assert all(other == first for other in others)
+
+
+def test_calibration_is_that_of_one_process(jobs: dict[str, Any]) -> None:
+    (alone,) = results(jobs["calibrated:1"])
+    first, second = results(jobs["calibrated"])
+    assert first == second
+    assert first["calibration"].pop("source") == alone["calibration"].pop("source") == "proxies"
+    assert first["calibration"] == pytest.approx(alone["calibration"], rel=1e-4)
+    assert first["after"] == pytest.approx(alone["after"], rel=1e-4)
+    assert first["weights"] == pytest.approx(alone["weights"], rel=1e-6)
+
+
+def test_a_bad_row_of_one_process_is_named_by_all(jobs: dict[str, Any]) -> None:
+    for found in results(jobs["non_finite_row"]):
+        for name in ("sum", "curvature"):
+            kind, message = found[name]
+            assert kind == "NonFiniteGradientError"
+            assert "ow 7" in message
+
+
+def test_an_error_of_one_process_is_raised_in_all(jobs: dict[str, Any]) -> None:
+    first, second = jobs["unreadable_row"]
+    assert (first["error"], second["error"]) == ("ParallelError", "OSError")
+    assert first["message"] == "Process 1 failed with OSError: row 5 is on a broken disk"
+    assert second["message"] == "row 5 is on a broken disk"
+
+
+@pytest.mark.parametrize(("name", "words"), [("apart", "come apart"), ("other_weights", "Seed every process alike")])
+def test_processes_that_do_not_do_the_same(name: str, words: str, jobs: dict[str, Any]) -> None:
+    for process in jobs[name]:
+        assert process["error"] == "ParallelError"
+        assert words in process["message"]
+
+
+def test_another_request_in_each_process_is_refused(jobs: dict[str, Any]) -> None:
+    for found in results(jobs["other_request"]):
+        assert "Pass all forget rows" in found["error"]
+        assert found["unchanged"]
+
+
+def test_updates_are_the_same_or_rolled_back(jobs: dict[str, Any]) -> None:
+    first, second = results(jobs["uneven_updates"])
+    for found in (first, second):
+        assert found["rounding"]["error"] is None
+        assert not found["rounding"]["unchanged"]
+        assert "0.1 of its length away" in found["other"]["error"]
+        assert found["other"]["unchanged"]
+        assert "no space left" in found["fails"]["error"]
+        assert found["fails"]["unchanged"]
+    assert first["rounding"]["weights"] == second["rounding"]["weights"]
+    assert second["fails"]["error"].startswith("OSError")
+
+
+@pytest.mark.parametrize("name", ["killed_in_gathering", "killed_in_unlearning", "hung_in_unlearning"])
+def test_a_lost_process_leaves_the_others_unharmed(name: str, jobs: dict[str, Any]) -> None:
+    left, lost = jobs[name]
+    assert lost["exit_code"] == (0 if name.startswith("hung") else -9)
+    (found,) = results([left])
+    assert "Process 0 of 2 lost the others at 'the gradient sum" in found["error"]
+    assert found["seconds"] < 30
+    # The memory that was saved before is there, whole, and nothing else is.
+    assert found["rows"] == 12
+    assert [file.split("-")[0].split(".")[0] for file in found["files"]] == ["memory", "memory"]
+    assert found.get("unchanged", True)

@@ -1,0 +1,90 @@
+"""Starts the same function in several CPU processes, joined by gloo.
+
+    python tests/several_processes.py <program.py> <folder> <function>:<processes> ...
+
+imports the program once and forks from there, so that no process has to import PyTorch again. Each process calls
+`function(folder / "<function>-<processes>")` and leaves what it returned or raised in `process-<number>.json` there.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parent
+
+
+def run_in_processes(program: Path, folder: Path, *jobs: str, timeout: float = 280) -> dict[str, list[dict[str, Any]]]:
+    """Run `jobs` ("function:processes") one after the other.
+
+    Returns:
+        Job → for each process its `exit_code` and, where it came to its end, `result` (JSON), `error` (class name),
+        `message` and `seconds`.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(Path(__file__)), str(program), str(folder), *jobs]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    found: dict[str, list[dict[str, Any]]] = json.loads((folder / "jobs.json").read_text())
+    return found
+
+
+def _process(function: Callable[[Path], Any], folder: Path, environment: dict[str, str], out: Path) -> None:
+    os.environ.update(environment)
+    started = time.perf_counter()
+    result: dict[str, Any] = {"error": None, "message": None}
+    try:
+        result["result"] = function(folder)
+    except Exception as error:
+        result = {"error": type(error).__name__, "message": str(error)}
+        traceback.print_exc()
+    out.write_text(json.dumps(result | {"seconds": time.perf_counter() - started}))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # process groups are not to be waited for
+
+
+def main(program: str, folder: str, *jobs: str) -> None:
+    """Import `program`, then fork for each job."""
+    sys.path[:0] = [str(TESTS), str(Path(program).parent)]
+    module = importlib.import_module(Path(program).stem)
+    gc.collect()
+    gc.freeze()  # Trainers collect garbage often: spare them all that was imported
+    context = multiprocessing.get_context("fork")
+    found: dict[str, list[dict[str, Any]]] = {}
+    for job in jobs:
+        name, count = job.rsplit(":", 1)
+        own = Path(folder) / job.replace(":", "-")
+        own.mkdir(parents=True, exist_ok=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "ACCELERATE_USE_CPU": "true"}
+        processes = []
+        for number in range(int(count)):
+            environment = shared | {"RANK": str(number), "LOCAL_RANK": str(number)}
+            out = own / f"process-{number}.json"
+            process = context.Process(target=_process, args=(getattr(module, name), own, environment, out))
+            process.start()
+            processes.append((process, out))
+        found[job] = []
+        for process, out in processes:
+            process.join()
+            ended = json.loads(out.read_text()) if out.exists() else {}
+            found[job].append({"exit_code": process.exitcode, **ended})
+    (Path(folder) / "jobs.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
