@@ -22,7 +22,7 @@ The walk ends where the distribution of the forget rows' q has come within a ten
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,8 +36,8 @@ from hf_iau.calibrate.calibration import MAX_DRIFT
 from hf_iau.curvature import Curvature
 from hf_iau.forget.step import Step, step_norm, weights_norm
 from hf_iau.objective import RowPredictions, RowSource, evaluation_mode, predict_rows, read_targets
-from hf_iau.objective.rows import Batch
 from hf_iau.objective.targets import Targets, TaskKind
+from hf_iau.parallel import of_main_process, sum_over_processes, together
 
 DAMPING = 0.1
 """λ of a walk, relative to each layer's mean eigenvalue."""
@@ -226,7 +226,9 @@ def walk(
 
 
 class _Anchors:
-    """Retained rows with what the model made of them at the start.
+    """Retained rows with what the model made of them at the start, in groups that take turns.
+
+    Of several processes, each holds its share of every group.
 
     Args:
         model: at the weights to be drawn back to.
@@ -234,34 +236,33 @@ class _Anchors:
     """
 
     def __init__(self, model: nn.Module, retained: RowSource) -> None:
-        self.batches: list[Batch] = []
-        self.outputs: list[Tensor] = []
+        rows = retained.sample(_ANCHOR_ROWS, 1, "anchor rows")
+        self.groups: list[RowSource] = []
+        self.outputs: list[list[Tensor]] = []
         held = 0
-        with evaluation_mode(model), torch.no_grad():
-            for _, inputs in retained.sample(_ANCHOR_ROWS, 1):
-                outputs = read_targets(model, model(**inputs), inputs.get("labels")).logits
-                held += sum(t.numel() * t.element_size() for t in (*inputs.values(), outputs) if isinstance(t, Tensor))
-                if self.batches and held > _ANCHOR_BYTES:
-                    break
-                self.batches.append(inputs)
-                self.outputs.append(outputs)
-        self.batches_a_step = max(1, _ANCHOR_ROWS_A_STEP // retained.batch_size)
+        for start in range(0, len(rows), _ANCHOR_ROWS_A_STEP):
+            group = rows.select(np.arange(start, min(start + _ANCHOR_ROWS_A_STEP, len(rows)))).keep_batches()
+            outputs = []
+            with evaluation_mode(model), torch.no_grad():
+                for _, inputs in group.share()[0]:
+                    outputs.append(read_targets(model, model(**inputs), inputs.get("labels")).logits)
+                    tensors = (*inputs.values(), outputs[-1])
+                    held += sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+            self.groups.append(group)
+            self.outputs.append(outputs)
+            if of_main_process(held > _ANCHOR_BYTES, "bytes of the anchor rows"):
+                break
 
     def drift_gradient(self, model: nn.Module, number: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """∇ of the mean drift of the anchors whose turn it is at step `number`."""
-        first = number * self.batches_a_step
-        turns = sorted({(first + i) % len(self.batches) for i in range(self.batches_a_step)})
-        targets = 0
+        """∇ of the mean drift of the group whose turn it is at step `number`."""
+        turn = number % len(self.groups)
 
-        def losses() -> Iterable[Tensor]:
-            nonlocal targets
-            for turn in turns:
-                inputs = self.batches[turn]
+        def losses() -> Iterator[tuple[Tensor, int]]:
+            for (_, inputs), before in zip(self.groups[turn].share()[0], self.outputs[turn], strict=True):
                 now = read_targets(model, model(**inputs), inputs.get("labels"))
-                targets += len(now)
-                yield drift(now, self.outputs[turn])
+                yield drift(now, before), len(now)
 
-        total = _gradient(model, losses(), names)
+        total, targets = _gradient(model, losses(), names, "the drift of the anchor rows")
         return {name: gradient / max(targets, 1) for name, gradient in total.items()}
 
 
@@ -289,6 +290,8 @@ def weighted_gradient(
     """Σ_rows w·∇ℓ with ℓ each row's plain loss, a mean over its targets.
 
     Args:
+        model: the bare model.
+        source: the rows; of several processes, each takes its share.
         weights: `(rows,)`, w of each row of `source`.
         names: parameters to take gradients for.
 
@@ -296,28 +299,36 @@ def weighted_gradient(
         float64 tensors by parameter name.
     """
 
-    def losses() -> Iterable[Tensor]:
-        for positions, inputs in source:
+    own, start = source.share()
+
+    def losses() -> Iterator[tuple[Tensor, int]]:
+        for positions, inputs in own:
             targets = read_targets(model, model(**inputs), inputs.get("labels"))
             counts = torch.bincount(targets.rows, minlength=targets.n_rows).clamp(min=1)
-            weight = torch.from_numpy(weights[positions]).to(targets.logits) / counts
-            yield (targets.losses() * weight[targets.rows]).sum()
+            weight = torch.from_numpy(weights[start + positions]).to(targets.logits) / counts
+            yield (targets.losses() * weight[targets.rows]).sum(), len(targets)
 
-    return _gradient(model, losses(), names)
+    return _gradient(model, losses(), names, f"the weighted gradient of the {source.name}")[0]
 
 
-def _gradient(model: nn.Module, losses: Iterable[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-    """Σ ∇loss, float64, in evaluation mode."""
+def _gradient(
+    model: nn.Module, losses: Iterable[tuple[Tensor, int]], names: Sequence[str], what: str
+) -> tuple[dict[str, Tensor], int]:
+    """Σ ∇loss, float64, and the number of targets, in evaluation mode and over all processes."""
     parameters = [model.get_parameter(name) for name in names]
     sums = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in parameters]
-    with evaluation_mode(model), torch.enable_grad():
-        for loss in losses:
-            loss.backward()
-            for total, parameter in zip(sums, parameters, strict=True):
-                if parameter.grad is not None:
-                    total += parameter.grad
-                    parameter.grad = None
-    return dict(zip(names, sums, strict=True))
+    counted = torch.zeros(1, dtype=torch.float64, device=sums[0].device)
+    with together(what):
+        with evaluation_mode(model), torch.enable_grad():
+            for loss, targets in losses:
+                loss.backward()
+                counted += targets
+                for total, parameter in zip(sums, parameters, strict=True):
+                    if parameter.grad is not None:
+                        total += parameter.grad
+                        parameter.grad = None
+        sum_over_processes([*sums, counted], what)
+    return dict(zip(names, sums, strict=True)), round(float(counted))
 
 
 def _place(model: nn.Module, weights: Mapping[str, Tensor], moved: Step | None) -> None:

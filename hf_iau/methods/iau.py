@@ -46,7 +46,7 @@ _OVERLAP_ROWS = 4000
 _PROXY_SHARE = 10
 _FEWEST_WALKED_ROWS = 20
 # A step after which more of the way to the held-out rows is left than this is followed by a look at a walk.
-_LEFT = 0.4
+_LEFT = 0.15
 _CLASS_TOLERANCE = 0.01
 # Memories may be moved this far, relative to the weights, before an earlier calibration is not trusted any more.
 _CALIBRATION_RANGE = 0.05
