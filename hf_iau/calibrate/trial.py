@@ -14,6 +14,7 @@ from hf_iau.curvature import Curvature
 from hf_iau.forget.step import Step, apply_step, finish_forgetting_step, step_norm, weights_norm
 from hf_iau.measure import attack_auc
 from hf_iau.objective import RowPredictions, RowSource, predict_rows
+from hf_iau.objective.working import kept_copy
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class TrialRunner:
         self._names = list(directions.forget_sum)
         self._weights_norm = weights_norm(model, self._names)
         parameters = dict(model.named_parameters())
-        self._weights = {name: parameters[name].detach().clone() for name in self._names}
+        self._weights = {name: kept_copy(parameters[name]) for name in self._names}
 
     @property
     def n_target(self) -> int:

@@ -37,6 +37,7 @@ from hf_iau.curvature import Curvature
 from hf_iau.forget.step import Step, step_norm, weights_norm
 from hf_iau.objective import RowPredictions, RowSource, evaluation_mode, predict_rows, read_targets
 from hf_iau.objective.targets import Targets, TaskKind
+from hf_iau.objective.working import kept_copy
 from hf_iau.parallel import of_main_process, sum_over_processes, together
 
 DAMPING = 0.1
@@ -158,7 +159,7 @@ def walk(
         max_relative_step: farthest ‖Δ‖/‖θ‖ allowed.
         progress: show a progress bar.
     """
-    weights = {name: model.get_parameter(name).detach().clone() for name in names}
+    weights = {name: kept_copy(model.get_parameter(name)) for name in names}
     norm = max(weights_norm(model, list(names)), 1e-300)
     moved: Step = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in weights.items()}
     watched = held_out.sample(_WATCHED_ROWS, 0).keep_batches()

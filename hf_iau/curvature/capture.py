@@ -87,6 +87,8 @@ class Capture:
             if not torch.is_grad_enabled():
                 self.needs_backward = True
                 return None
+            if not self.needs_backward and torch._C._current_graph_task_id() != -1:
+                return None  # recomputed in the backward pass: this call was seen in the forward pass
             source = args[0] if args else next(iter(kwargs.values()), None)
             if not isinstance(source, Tensor) or not isinstance(output, Tensor):
                 self.unreadable[layer.name] = "its input or output is not a tensor"

@@ -27,6 +27,7 @@ from hf_iau.curvature.layers import (
 )
 from hf_iau.errors import ConfigError, MissingMemoryError, NonFiniteGradientError, RequestError
 from hf_iau.objective import RowLoss, RowSource, evaluation_mode, read_targets
+from hf_iau.objective.working import is_narrow
 from hf_iau.parallel import (
     from_one_process,
     is_main_process,
@@ -375,7 +376,7 @@ class _Fit:
                     total = sums[layer.name][name]
                     total -= gradient.to(total.dtype).square()
         # Of the whole model: adapters are often wider than the base weights that their gradients pass through.
-        half = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.model.parameters())
+        half = is_narrow(self.model)
         for layer in layers:
             rounding = (100 * torch.finfo(layer.dtype).eps) ** 2 * largest
             size = sum(total.numel() for total in sums[layer.name].values())

@@ -44,9 +44,10 @@ class WeightTransaction:
         return self._copies[name]
 
     def moved(self, names: list[str]) -> dict[str, Tensor]:
-        """Present minus former value of each named parameter, float64."""
+        """Present minus former value of each named parameter, float64, where the copies are kept."""
         now = dict(self.model.named_parameters())
-        return {name: now[name].detach().double() - self._copies[name].to(now[name].device).double() for name in names}
+        copies = {name: self._copies[name] for name in names}
+        return {name: now[name].detach().to(copy.device).double() - copy.double() for name, copy in copies.items()}
 
     def rollback(self) -> None:
         """Put every parameter and buffer back, bit for bit."""

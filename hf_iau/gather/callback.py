@@ -8,7 +8,6 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
@@ -25,6 +24,7 @@ from hf_iau.gather.gather import (
 )
 from hf_iau.objective import RowLoss, RowSource, probe_additivity
 from hf_iau.objective.row_loss import UserLossFunction
+from hf_iau.objective.wrappers import unwrapped
 from hf_iau.parallel import together
 from hf_iau.remember import MEMORY_FOLDER, GradientMemory, find_key
 from hf_iau.remember.private import TRAINER_IGNORES, refuse_private_files
@@ -187,14 +187,3 @@ def refuse_unsupported_engines(args: TrainingArguments) -> None:
                 f"{variable}={os.environ[variable]} is set, by `accelerate launch` or by hand, but sharded parameters "
                 "are not supported. Launch with DDP (`accelerate launch --multi_gpu`)."
             )
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model without torch.compile's, DDP's or DataParallel's wrapper (the last is refused by its caller)."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if not isinstance(inner, torch.nn.Module):
-            return model
-        model = inner

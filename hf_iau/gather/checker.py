@@ -16,6 +16,7 @@ from hf_iau.objective import RowLoss, RowSource, evaluation_mode, probe_additivi
 from hf_iau.objective.adapters import check_adapters
 from hf_iau.objective.row_loss import UserLossFunction
 from hf_iau.objective.rows import Collator
+from hf_iau.objective.wrappers import unwrapped
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def check_row_gradients(
         CoupledRowsError: the loss couples the rows of a batch.
         IAUError: the loss cannot be read at all.
     """
+    model = unwrapped(model)
     check_adapters(model)
     loss = choose_row_loss(
         row_loss=row_loss, compute_loss_func=compute_loss_func, label_smoothing_factor=label_smoothing_factor

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import torch
+
 from hf_iau.errors import ConfigError
+from hf_iau.objective.working import Precision
 
 GradientSumKind = Literal["exact", "sampled", "none"]
 CurvatureName = Literal["ekfac", "diagonal", "adam", "identity", "none"]
@@ -20,7 +23,7 @@ class GatherConfig:
     Parameters that control the curvature:
         curvature, curvature_rows, fisher, max_factor_size, factor_device.
     Parameters that control the passes:
-        batch_size, seed, progress.
+        precision, memory_device, batch_size, seed, progress.
 
     Raises:
         ConfigError: a value is out of range.
@@ -49,7 +52,22 @@ class GatherConfig:
         default=4096, metadata={"help": "Widest Kronecker factor; a wider layer falls back to a diagonal (reported)."}
     )
     factor_device: str | None = field(
-        default=None, metadata={"help": "Device that factors are kept on, e.g. 'cpu'; default: the parameters' own."}
+        default=None, metadata={"help": "Device that factors are kept on, e.g. 'cpu'; default: memory_device."}
+    )
+    precision: Precision = field(
+        default="float32",
+        metadata={
+            "help": "Of passes over rows, gathering and at requests: 'float32' (without autocast, in the weights' own "
+            "type), or 'bfloat16' (bf16 autocast; what is added up stays float32 and float64). Faster on GPUs, with "
+            "gradients good to about a percent."
+        },
+    )
+    memory_device: str | None = field(
+        default=None,
+        metadata={
+            "help": "Device of all that is as large as the trained weights: gradient sums, factors, directions and the "
+            "copy of the weights that a request keeps. 'cpu' keeps it off the accelerator; default: the parameters' own."
+        },
     )
     batch_size: int | None = field(
         default=None, metadata={"help": "Rows a batch; default: the Trainer's per-device training batch size."}
@@ -62,6 +80,7 @@ class GatherConfig:
             "gradient_sum": ("exact", "sampled", "none"),
             "curvature": ("ekfac", "diagonal", "adam", "identity", "none"),
             "fisher": ("true", "empirical"),
+            "precision": ("float32", "bfloat16"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -73,6 +92,13 @@ class GatherConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
                 raise ConfigError(f"GatherConfig({name}={value!r}): give a whole number >= {lowest}.")
+
+        for name in ("factor_device", "memory_device"):
+            value = getattr(self, name)
+            try:
+                torch.device(value or "cpu")
+            except (RuntimeError, TypeError) as error:
+                raise ConfigError(f"GatherConfig({name}={value!r}): give a device, e.g. 'cpu' or 'cuda:0'.") from error
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON."""

@@ -30,6 +30,8 @@ from hf_iau.objective import (
 from hf_iau.objective.adapters import check_adapters
 from hf_iau.objective.row_loss import UserLossFunction
 from hf_iau.objective.rows import Collator, refuse_iterable, rows_are_deterministic, sample_positions
+from hf_iau.objective.working import working
+from hf_iau.objective.wrappers import unwrapped
 from hf_iau.parallel import SAME_START, agree, together
 from hf_iau.remember import GradientMemory, RowIdentity, data_fingerprint, find_key, model_fingerprint
 from hf_iau.remember.fingerprints import input_columns
@@ -75,7 +77,7 @@ def gather(
         CoupledRowsError: the loss couples rows of a batch.
         NonFiniteGradientError: a row's gradient is NaN or infinite.
     """
-    config = config or GatherConfig()
+    config, model = config or GatherConfig(), unwrapped(model)
     loss = choose_row_loss(
         row_loss=row_loss, compute_loss_func=compute_loss_func, label_smoothing_factor=label_smoothing_factor
     )
@@ -115,7 +117,7 @@ def build_memory(
     optimizer: torch.optim.Optimizer | None = None,
 ) -> GradientMemory:
     """Gather from prepared rows; what `gather` and `IAUCallback` share."""
-    with together("gathering"):
+    with together("gathering"), working(config.precision, config.memory_device):
         return _build_memory(model, source, row_loss, config, optimizer)
 
 
@@ -151,7 +153,7 @@ def _build_memory(
             fisher=config.fisher,
             row_loss=row_loss,
             max_factor_size=config.max_factor_size,
-            factor_device=config.factor_device,
+            factor_device=config.factor_device or config.memory_device,
             optimizer=optimizer,
             weight_decay=max(decay.values(), default=0.0),
             progress=config.progress,

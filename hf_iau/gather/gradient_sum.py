@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from hf_iau.errors import NonFiniteGradientError, UnsupportedModelError
 from hf_iau.objective import RowLoss, RowSource, evaluation_mode
+from hf_iau.objective.working import memory_device
 from hf_iau.parallel import gather_arrays, is_main_process, sum_over_processes, together
 
 # Batches whose float32 gradients are added up by autograd itself before they are moved to the float64 sum. Eight
@@ -131,7 +132,9 @@ def _sum_own_rows(
     progress: bool,
     track_batches: bool,
 ) -> GradientSum:
-    sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
+    sums = {
+        name: torch.zeros_like(p, dtype=torch.float64, device=memory_device(p.device)) for name, p in parameters.items()
+    }
     result = GradientSum(sums, 0, 0)
     pending = 0
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in parameters.values())
@@ -143,7 +146,7 @@ def _sum_own_rows(
         for name, parameter in parameters.items():
             if parameter.grad is None:
                 continue
-            sums[name] += parameter.grad
+            sums[name] += parameter.grad.to(sums[name].device)
             if track_batches:
                 squared += parameter.grad.double().square().sum().cpu()
             parameter.grad = None

@@ -6,9 +6,9 @@ from hf_iau.calibrate import Calibration
 
 SAFE, CHECK, RETRAIN = "safe", "check", "retrain"
 
-_LONG_STEP, _TOO_LONG_STEP = 0.35, 0.6
-_DRIFT, _TOO_MUCH_DRIFT = 0.10, 0.30
-_SHARE, _TOO_LARGE_SHARE = 0.15, 0.40
+LONG_STEP, TOO_LONG_STEP = 0.35, 0.6
+DRIFT, TOO_MUCH_DRIFT = 0.10, 0.30
+LARGE_SHARE, TOO_LARGE_SHARE = 0.15, 0.40
 _LOST, _TOO_MUCH_LOST = 0.05, 0.15
 _LEAD = 0.05
 _LITTLE_CURVATURE = 0.5
@@ -44,16 +44,16 @@ def judge(
     mild: list[str] = []
     if whole_class is not None:
         grave.append(f"all rows of class {whole_class} were removed, which one step cannot do as retraining would")
-    if relative_step >= _TOO_LONG_STEP:
+    if relative_step >= TOO_LONG_STEP:
         grave.append(f"the step is {relative_step:.0%} of the weights' norm, beyond a first-order picture")
-    elif relative_step >= _LONG_STEP:
+    elif relative_step >= LONG_STEP:
         mild.append(f"the step is {relative_step:.0%} of the weights' norm")
     before, after = calibration.held_out_loss_before, calibration.held_out_loss
     if before is not None and after is not None:
         drift = (after - before) / max(abs(before), 1e-12)
-        if not drift < _TOO_MUCH_DRIFT:
+        if not drift < TOO_MUCH_DRIFT:
             grave.append(f"the held-out loss rose by {drift:.0%}")
-        elif drift >= _DRIFT:
+        elif drift >= DRIFT:
             mild.append(f"the held-out loss rose by {drift:.0%}")
     if retained_accuracy_lost >= _TOO_MUCH_LOST:
         grave.append(f"accuracy on retained rows fell by {100 * retained_accuracy_lost:.1f} points")
@@ -65,9 +65,9 @@ def judge(
             f"the forget rows are predicted {100 * abs(accuracy_lead):.1f} points {better} than held-out rows, which a "
             "retrained model would not do"
         )
-    if share_forgotten >= _TOO_LARGE_SHARE:
+    if share_forgotten >= TOO_LARGE_SHARE:
         grave.append(f"{share_forgotten:.0%} of the training rows are forgotten by now")
-    elif share_forgotten >= _SHARE:
+    elif share_forgotten >= LARGE_SHARE:
         mild.append(f"{share_forgotten:.0%} of the training rows are forgotten by now")
     if calibration.source == "uncalibrated":
         mild.append("the step was not calibrated, for want of held-out rows")

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hf_iau.objective.working import autocast_dtype
 
 
 @contextlib.contextmanager
@@ -21,7 +26,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
     * every module is in `eval()`: dropout is off and BatchNorm uses its running statistics, so rows are separable;
     * `use_cache` is off in the model's configuration;
     * the autocast wrapper that Accelerate puts around `forward` under bf16/fp16 is set aside, so that the training
-      process and a fresh process compute the same numbers.
+      process and a fresh process compute the same numbers; `working(precision=…)` alone decides;
+    * layers with gradient checkpointing still recompute their activations, which Transformers does in training only;
+    * code compiled in place (`model.compile()`) is not used.
 
     On the way out, also after an exception, each module's train/eval flag, the configuration, the wrapper, the
     parameters' `.grad` and the random states of Python, NumPy, the CPU and the model's CUDA devices are what they were.
@@ -46,7 +53,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
         for parameter in gradients:
             parameter.grad = None
         device = next((p.device.type for p in gradients), "cpu")
-        with torch.autocast(device, enabled=False):
+        dtype = autocast_dtype()
+        # Casts of weights are not kept, for the context outlasts changes of the weights.
+        autocast = torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
+        # Compiled code would be compiled anew for these few passes, and does not call hooks that come later.
+        with autocast, torch.compiler.set_stance("force_eager"), _recomputing(model):
             yield model
     finally:
         for module, flag in training_flags.items():
@@ -58,6 +69,37 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
         random_state.restore()
+
+
+@contextlib.contextmanager
+def _recomputing(model: nn.Module) -> Iterator[None]:
+    """Let layers with gradient checkpointing recompute though they are in evaluation mode.
+
+    A layer's `training` flag would do it too, but some layers have dropout of their own that looks at it.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    own = [layer.__dict__.get("forward") for layer in layers]
+    for layer in layers:
+        layer.__dict__["forward"] = _recomputed(layer.forward)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            if forward is None:
+                del layer.__dict__["forward"]
+            else:
+                layer.__dict__["forward"] = forward
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        # Nothing is drawn at random in evaluation mode, so there is no random state to keep.
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return run
 
 
 def _configurations(model: nn.Module) -> list[Any]:

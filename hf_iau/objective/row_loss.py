@@ -25,6 +25,7 @@ from hf_iau.errors import CoupledRowsError, UnsupportedModelError
 from hf_iau.objective.evaluation_mode import evaluation_mode
 from hf_iau.objective.rows import Batch, RowSource
 from hf_iau.objective.targets import TaskKind, bare_model, count_targets, read_targets
+from hf_iau.objective.working import is_narrow
 
 LABEL_COLUMNS = ("labels", "label", "label_ids")
 
@@ -271,8 +272,7 @@ def probe_additivity(row_loss: RowLoss, model: nn.Module, source: RowSource, *, 
     with evaluation_mode(model), torch.no_grad():
         singles = [float(row_loss(model, inputs)[0]) for _, inputs in probe.resized(1)]
         together = float(row_loss(model, probe.resized(len(probe)).first_batch())[0])
-    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
-    tolerance = 3e-2 if half else 1e-3
+    tolerance = 3e-2 if is_narrow(model) else 1e-3
     scale = sum(abs(loss) for loss in singles)
     if np.isfinite(scale) and abs(together - sum(singles)) > tolerance * scale + 1e-6:
         raise CoupledRowsError(

@@ -34,6 +34,15 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     sync_folder(path.parent)
 
 
+def write_text_atomically(path: Path, text: str) -> None:
+    """`write_atomically` for text, in UTF-8."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
+
+
 def sync_folder(folder: Path) -> None:
     """Flush a folder's entries to disk, where the platform can."""
     with contextlib.suppress(OSError):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_iau.errors import LedgerError
-from hf_iau.remember.files import PRIVATE_FOLDER, write_atomically
+from hf_iau.remember.files import PRIVATE_FOLDER, write_text_atomically
 from hf_iau.remember.keys import Key, require_key
 from hf_iau.remember.memory import MEMORY_FOLDER
 
@@ -161,36 +161,27 @@ class Ledger:
             entries.append(entry)
         return entries
 
-    def next_entry(self, **values: Any) -> LedgerEntry:
-        """The sealed entry that would follow, for the attributes of `LedgerEntry` that are not given by the chain."""
-        head = self.verify()
+    def extended(self, **values: Any) -> tuple[LedgerEntry, str]:
+        """The sealed entry that would follow, and the whole ledger's text with it as the last line.
+
+        Args:
+            **values: the attributes of `LedgerEntry` that do not follow from the chain.
+        """
+        entries = self.entries()
         values.setdefault("time", datetime.now(UTC).isoformat(timespec="seconds"))
         try:
             values = json.loads(_canonical(values))  # as a reader will see it
         except (TypeError, ValueError) as error:
             raise LedgerError(f"The entry is no plain JSON ({error}).") from error
-        return LedgerEntry(**{**values, "number": head.count + 1, "previous": head.head}).sealed(self.key)
-
-    def text_with(self, entry: LedgerEntry) -> str:
-        """The whole ledger's text with `entry` as its last line.
-
-        Raises:
-            LedgerError: `entry` does not follow the last one.
-        """
-        head = self.verify()
-        if entry.number != head.count + 1 or entry.previous != head.head:
-            raise LedgerError(
-                f"Entry {entry.number} does not follow the {head.count} entries of {self.path}: another request was "
-                "served meanwhile."
-            )
-        return "".join(f"{line}\n" for line in [*self._lines(), entry.to_line()])
+        previous = entries[-1].mac if entries else BEGINNING
+        entry = LedgerEntry(**{**values, "number": len(entries) + 1, "previous": previous}).sealed(self.key)
+        return entry, "".join(f"{line}\n" for line in [*self._lines(), entry.to_line()])
 
     def append(self, **values: Any) -> LedgerEntry:
         """Add an entry and flush it to disk; a crash leaves the ledger with it or without it, never with half of it."""
-        entry = self.next_entry(**values)
-        text = self.text_with(entry)
+        entry, text = self.extended(**values)
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
-        write_atomically(self.path, lambda path: _write(path, text))
+        write_text_atomically(self.path, text)
         return entry
 
     def find(self, request: str, training_run: str) -> LedgerEntry | None:
@@ -211,10 +202,6 @@ class Ledger:
         if text and not text.endswith("\n"):
             raise LedgerError(f"The last line of {self.path} is incomplete: it was cut off.")
         return text.split("\n")[:-1]
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _canonical(values: Mapping[str, Any]) -> str:

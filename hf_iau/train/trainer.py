@@ -21,6 +21,7 @@ from transformers import Trainer
 from hf_iau.errors import (
     AlreadyForgottenError,
     ConfigError,
+    IAUError,
     MemoryFileError,
     MissingMemoryError,
     RequestError,
@@ -49,15 +50,19 @@ from hf_iau.objective.adapters import check_adapters
 from hf_iau.objective.evaluation_mode import RandomState
 from hf_iau.objective.row_loss import TrainerRowLoss, UserLossFunction, describe_function
 from hf_iau.objective.rows import refuse_iterable, row_bytes, rows_are_deterministic, select_rows
+from hf_iau.objective.working import memory_device, working
 from hf_iau.parallel import is_main_process, together
 from hf_iau.phases import PhaseTimer
 from hf_iau.publish.card import UnlearningCard, card_metadata, task_of_model
 from hf_iau.publish.upload import hub_errors_explained
 from hf_iau.remember import MEMORY_FOLDER, GradientMemory, RowIdentity, find_key, keyed_fingerprints
-from hf_iau.remember.fingerprints import data_fingerprint, package_versions
+from hf_iau.remember.fingerprints import data_fingerprint, package_versions, weights_fingerprint
 from hf_iau.remember.private import TRAINER_IGNORES, refuse_private_files
 from hf_iau.report import UnlearningReport
+from hf_iau.requests.budget import FEWEST_ROWS, record_budget
 from hf_iau.requests.id_column import rows_of_ids
+from hf_iau.requests.ledger import LedgerEntry
+from hf_iau.requests.service import RequestService, finish_interrupted_request, report_of
 from hf_iau.train.restriction import GradientRestriction, RestrictionConfig
 
 logger = logging.getLogger(__name__)
@@ -73,23 +78,27 @@ class UnlearnOutput:
 
     Attributes:
         report: before, after and how; see `UnlearningReport`.
-        applied: whether the weights were changed (False for an empty request and for a dry run).
+        applied: whether the weights were changed (False for an empty request, a dry run, and a request that was served
+            before).
         memory: the memory of the changed model, or None where there was none.
+        entry: the ledger's entry of a request with `save=True`.
     """
 
     report: UnlearningReport
     applied: bool
     memory: GradientMemory | None
+    entry: LedgerEntry | None = None
     _undo: Callable[[], None] | None = None
 
     def revert(self) -> None:
         """Put the weights (bit for bit) and the memory back to what they were before the request.
 
         Raises:
-            RequestError: nothing was applied, it was reverted already, or the weights have moved since.
+            RequestError: nothing was applied, it was saved or reverted already, or the weights have moved since.
         """
         if self._undo is None:
-            raise RequestError("revert(): this request changed nothing, or was reverted already.")
+            saved = " or was saved, which is final," if self.entry is not None else ""
+            raise RequestError(f"revert(): this request changed nothing,{saved} or was reverted already.")
         self._undo()
         self._undo, self.applied = None, False
 
@@ -246,10 +255,18 @@ class UnlearningTrainer(Trainer):
         if callback is not None and (callback.has_memory or callback._failure is not None):
             return callback.memory
         folder = Path(self.args.output_dir or ".") / MEMORY_FOLDER
-        if (folder / "memory.json").is_file():
+        finish_interrupted_request(self)
+        if self._given_memory is None and (folder / "memory.json").is_file():
             self._given_memory = GradientMemory.load(folder)
-            return self._given_memory
-        return None
+        return self._given_memory
+
+    def _adopt_memory_on_disk(self) -> None:
+        """Take what lies below `output_dir` for the memory of the present weights, whatever was in force before."""
+        folder = Path(self.args.output_dir or ".") / MEMORY_FOLDER
+        found = (folder / "memory.json").is_file()
+        self._given_memory = GradientMemory.load(folder) if found else None
+        self._memory_of_request, self._memory_ended = None, not found
+        self._forgotten, self._unlearning_card = Counter(), None
 
     def gather(self, config: GatherConfig | None = None, *, dataset: Any = None) -> GradientMemory:
         """Gather a memory now, at the model's present weights, from the training rows that were not forgotten.
@@ -279,18 +296,44 @@ class UnlearningTrainer(Trainer):
         if len(kept) < len(source):
             # Row numbers still name rows of the whole training set.
             memory.data = data_fingerprint(model, source.dataset)
-            memory.loss["probe"] = memory.probe_loss(model, self.row_loss, source)
+            with working(config.precision):
+                memory.loss["probe"] = memory.probe_loss(model, self.row_loss, source)
             memory.forgotten_rows = len(source) - len(kept)
         self._memory_of_request, self._memory_ended = memory, False
         return memory
 
+    def rebase(self, config: GatherConfig | None = None) -> GradientMemory:
+        """Gather anew at the present weights, from the rows that were not forgotten, as the present memory was gathered.
+
+        One bounded pass, after which the steps taken so far count no more; do it when a report advises it.
+
+        Args:
+            config: what to gather; default: the present memory's settings.
+
+        Raises:
+            MissingMemoryError: there is no memory, and no `config`.
+        """
+        memory = self.memory
+        if config is None:
+            if memory is None:
+                raise MissingMemoryError("rebase(): there is no memory to gather anew: use gather().")
+            config = GatherConfig(**memory.settings)
+        return self.gather(config)
+
     def _identity_of(self, model: nn.Module, source: RowSource) -> RowIdentity | None:
-        """The rows' identity in the present memory, where that is of these rows; else a new one, if there is a key."""
+        """The rows' identity in the memory of these weights, where that is of these rows; else a new one with a key."""
         with contextlib.suppress(MissingMemoryError, MemoryFileError):
             memory = self.memory
             known = None if memory is None else memory.row_identity
             if memory is not None and known is not None and memory.data == data_fingerprint(model, source.dataset):
-                return known
+                if memory.model["weights"] == weights_fingerprint(model):
+                    return known
+                if known.forgotten.any():
+                    logger.warning(
+                        "The memory that is there belongs to other weights; its %d forgotten rows are taken to have been "
+                        "trained on again.",
+                        int(known.forgotten.sum()),
+                    )
         return identify_rows(model, source.dataset, self.args.output_dir)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -334,6 +377,8 @@ class UnlearningTrainer(Trainer):
         test_dataset: Any = None,
         retrained_model: nn.Module | Sequence[nn.Module] | None = None,
         dry_run: bool = False,
+        save: bool = False,
+        request_id: str | None = None,
     ) -> UnlearnOutput:
         """Make the model forget training rows, and report how well it did.
 
@@ -350,6 +395,10 @@ class UnlearningTrainer(Trainer):
             retrained_model: a model trained without the forget rows, for comparison only; of several, the first is
                 the reference and the next gives the noise floor between two retrained models.
             dry_run: do everything, report, and put the weights back.
+            save: write weights, memory and ledger into `output_dir` as one transaction: a crash leaves either the old
+                ones or the new ones, and the same request run again is finished, or answered, but never served twice.
+                Needs a key (`HF_IAU_KEY`). A saved request cannot be reverted.
+            request_id: with `save=True`, your name for the request (kept only as a keyed hash); default: its rows.
 
         Returns:
             The report, `revert()`, and the memory that belongs to the new weights.
@@ -360,20 +409,39 @@ class UnlearningTrainer(Trainer):
             MemoryMismatchError: the memory belongs to another model, data or loss.
             MissingMemoryError: the method needs something that was not gathered.
             NonFiniteGradientError: a forget row's gradient is NaN or infinite.
+            StorageError: with `save=True`, it could not be written; everything is as before.
         """
         chosen, config = find_method(method, config)
-        with together("the request"), _random_state_kept(self._bare_model()):
-            return self._serve(
-                forget_dataset,
-                row_indices,
-                chosen,
-                config,
-                held_out_dataset,
-                retain_dataset,
-                test_dataset,
-                _models(retrained_model),
-                dry_run,
-            )
+        models = _models(retrained_model)
+
+        def run(served: UnlearningMethod, keep: Callable[..., None] | None = None) -> UnlearnOutput:
+            with together("the request"), _random_state_kept(self._bare_model()), self._working_as_gathered():
+                return self._serve(
+                    forget_dataset,
+                    row_indices,
+                    served,
+                    config,
+                    held_out_dataset,
+                    retain_dataset,
+                    test_dataset,
+                    models,
+                    dry_run,
+                    keep,
+                )
+
+        if not save:
+            if request_id is not None:
+                raise RequestError("request_id= names a request in the ledger: give save=True with it.")
+            return run(chosen)
+        if dry_run:
+            raise RequestError("save=True and dry_run=True contradict each other: leave one out.")
+        service = RequestService(self)
+        entry, output = service.serve(run, forget_dataset, row_indices, chosen, _plain(config), request_id)
+        if output is None:
+            assert entry is not None
+            return UnlearnOutput(report_of(entry), applied=False, memory=self.memory, entry=entry)
+        output.entry, output._undo = entry, None
+        return output
 
     def unlearn_by_id(self, ids: Sequence[Any], **settings: Any) -> UnlearnOutput:
         """`unlearn` all rows of `train_dataset` whose `id_column` holds one of `ids`, as far as they are still in.
@@ -401,6 +469,34 @@ class UnlearningTrainer(Trainer):
             positions = positions[still]
         return self.unlearn(row_indices=positions, **settings)
 
+    def queue(
+        self, forget_dataset: Any = None, *, row_indices: Sequence[int] | None = None, ids: Any = None, **settings: Any
+    ) -> UnlearnOutput | None:
+        """Have rows forgotten together with others: they wait on disk until there are 16, and are then served at once.
+
+        Small requests are better batched, for two versions of the weights differ by an image of the rows. Needs a key
+        and a memory that was gathered with it. What waits is kept as keyed fingerprints alone.
+
+        Args:
+            forget_dataset, row_indices: as for `unlearn`.
+            ids: instead, values of `id_column`.
+            **settings: as for `unlearn`, for the case that the rows are served now.
+
+        Returns:
+            What `unlearn(save=True)` returned, or None where the rows wait.
+        """
+        if ids is not None:
+            if forget_dataset is not None or row_indices is not None:
+                raise RequestError("queue() was given ids= and other rows: pass one of them.")
+            row_indices = rows_of_ids(self.train_dataset, self.id_column, ids)  # type: ignore[assignment]
+        waiting = RequestService(self).enqueue(forget_dataset, row_indices)
+        return self.serve_queue(**settings) if waiting >= FEWEST_ROWS else None
+
+    def serve_queue(self, **settings: Any) -> UnlearnOutput | None:
+        """Serve the rows that wait, however few, with `unlearn(save=True)`; None where none wait."""
+        positions = RequestService(self).queued_positions()
+        return self.unlearn(row_indices=positions, save=True, **settings) if len(positions) else None
+
     def _serve(
         self,
         forget_dataset: Any,
@@ -412,6 +508,7 @@ class UnlearningTrainer(Trainer):
         test_dataset: Any,
         retrained_models: list[nn.Module],
         dry_run: bool,
+        keep: Callable[..., None] | None = None,
     ) -> UnlearnOutput:
         timer = PhaseTimer(self.args.device)
         with timer.phase("check"):
@@ -437,7 +534,7 @@ class UnlearningTrainer(Trainer):
                 held_out = held_out.sample(_MEASURED_HELD_OUT_ROWS, self.args.seed)
             splits = (measured, retained, held_out, test)
             before = measure_model(model, *splits)
-        transaction = WeightTransaction(model)
+        transaction = WeightTransaction(model, memory_device(None))
         undo: Callable[[], None] | None = None
         with transaction:
             with together("the update"):  # what fails in one process is rolled back in all
@@ -449,16 +546,29 @@ class UnlearningTrainer(Trainer):
                 report = self._report(
                     method, config, context, outcome, diagnostics, before, after, splits, retrained_models
                 )
+                record_budget(report, context, memory)
             if dry_run:
                 transaction.rollback()
             else:
-                undo = self._commit(transaction, context, memory, card.with_report(report))
+                card = card.with_report(report)
+                if keep is not None:
+                    keep(context, memory, report, card)
+                undo = self._commit(transaction, context, memory, card)
         if dry_run:
             return UnlearnOutput(report, applied=False, memory=self.memory)
         if is_main_process():
             for sentence in report.warnings:
                 logger.warning(sentence)
         return UnlearnOutput(report, applied=True, memory=memory, _undo=undo)
+
+    def _working_as_gathered(self) -> contextlib.AbstractContextManager[None]:
+        """The precision and memory device of the memory in force."""
+        try:
+            memory = self.memory
+        except IAUError:  # raised again where the request is checked
+            memory = None
+        settings = {} if memory is None else memory.settings
+        return working(settings.get("precision"), settings.get("memory_device"))
 
     def _bare_model(self) -> nn.Module:
         return unwrapped(self.accelerator.unwrap_model(self.model))

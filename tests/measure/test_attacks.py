@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy.stats import norm
+from scipy.stats import mannwhitneyu, norm
 
 from hf_iau.errors import ConfigError, NonFiniteGradientError, RequestError
 from hf_iau.measure import ATTACK_SCORES, all_attacks, attack, attack_auc, attack_scores, svc_confidence_attack
@@ -68,6 +68,7 @@ def test_auc_equals_counting_pairs_with_ties(rows):
     a, b = random.integers(0, 6, 37).astype(float), random.integers(1, 7, 53).astype(float)
     pairs = (a[:, None] < b[None]).mean() + 0.5 * (a[:, None] == b[None]).mean()
     assert attack_auc(rows(a), rows(b)) == pytest.approx(pairs, abs=1e-12)
+    assert mannwhitneyu(b, a).statistic / (37 * 53) == pytest.approx(pairs, abs=1e-12)
 
 
 @pytest.mark.parametrize("n_others", [40, 100, 2500])

@@ -1,0 +1,1 @@
+"""KL divergence of margins; the metric is in `klom.py`."""

@@ -1,0 +1,1 @@
+"""Membership inference; the metric is in `membership_inference.py`."""

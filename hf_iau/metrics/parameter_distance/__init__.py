@@ -1,0 +1,1 @@
+"""Distance of weights; the metric is in `parameter_distance.py`."""

@@ -1,0 +1,1 @@
+"""Agreement of predictions; the metric is in `prediction_agreement.py`."""

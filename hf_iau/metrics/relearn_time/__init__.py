@@ -1,0 +1,1 @@
+"""Relearn time; the metric is in `relearn_time.py`."""

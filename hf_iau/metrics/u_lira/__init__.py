@@ -1,0 +1,1 @@
+"""Likelihood-ratio attack on unlearning; the metric is in `u_lira.py`."""

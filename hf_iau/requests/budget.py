@@ -1,0 +1,114 @@
+"""How far the first-order picture still holds after many requests, and when to stop trusting it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from hf_iau.forget import ForgetContext
+from hf_iau.methods.verdict import (
+    DRIFT,
+    LONG_STEP,
+    RETRAIN,
+    TOO_LARGE_SHARE,
+    TOO_LONG_STEP,
+    TOO_MUCH_DRIFT,
+)
+from hf_iau.remember import GradientMemory, data_fingerprint
+from hf_iau.report import UnlearningReport
+
+FEWEST_ROWS = 16
+"""Requests of fewer rows are better served together: see `RequestQueue`."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What has been used up since the memory was gathered.
+
+    Attributes:
+        relative_path: summed length of all steps since gathering, relative to the weights' norm.
+        held_out_drift: rise of the held-out loss since gathering, as a share of it; None where it is not known.
+        share_forgotten: of all training rows.
+        advice: "go on", "rebase" (gather anew at the present weights) or "retrain".
+        reasons: for anything but "go on".
+    """
+
+    relative_path: float
+    held_out_drift: float | None
+    share_forgotten: float
+    advice: str = "go on"
+    reasons: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, memory: GradientMemory, held_out_loss: float | None = None) -> Budget:
+        """The budget after the requests that `memory` has seen.
+
+        Args:
+            memory: after the request.
+            held_out_loss: at the present weights, on the rows of `memory.held_out`.
+        """
+        share = memory.forgotten_rows / max(memory.forgotten_rows + memory.n_rows, 1)
+        drift = None
+        if held_out_loss is not None and memory.held_out is not None:
+            then = float(memory.held_out["loss"])
+            drift = (held_out_loss - then) / max(abs(then), 1e-12)
+        grave, mild = [], []
+        path = f"the steps since gathering add up to {memory.relative_path:.0%} of the weights' norm"
+        if memory.relative_path >= TOO_LONG_STEP:
+            grave.append(f"{path}, beyond a first-order picture")
+        elif memory.relative_path >= LONG_STEP:
+            mild.append(path)
+        if drift is not None and not drift < TOO_MUCH_DRIFT:
+            grave.append(f"the held-out loss has risen by {drift:.0%} since gathering")
+        elif drift is not None and drift >= DRIFT:
+            mild.append(f"the held-out loss has risen by {drift:.0%} since gathering")
+        if share >= TOO_LARGE_SHARE:
+            grave.append(f"{share:.0%} of the training rows are forgotten")
+        advice = "retrain" if grave else "rebase" if mild else "go on"
+        return cls(memory.relative_path, drift, share, advice, grave + mild)
+
+    def sentence(self) -> str | None:
+        """The advice in words; None for "go on"."""
+        reasons = "; ".join(self.reasons)
+        if self.advice == "retrain":
+            return f"Retrain now: {reasons}."
+        if self.advice == "rebase":
+            return f"Gather anew at the present weights (trainer.rebase()): {reasons}."
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The budget as plain JSON."""
+        return asdict(self)
+
+
+def record_budget(report: UnlearningReport, context: ForgetContext, memory: GradientMemory | None) -> None:
+    """Put the budget after a request, and warnings that follow from it, into its report.
+
+    Args:
+        report: of the request; changed in place.
+        context: of the request, with the memory before it.
+        memory: after it; learns the held-out loss at gathering, if this is the first request since.
+    """
+    if len(context.forget) < FEWEST_ROWS:
+        report.warnings.append(
+            f"The request has {len(context.forget)} rows, fewer than {FEWEST_ROWS}: who has the weights or the memory "
+            "before and after it can work out the rows from the difference. Collect small requests with "
+            "trainer.queue(...), and keep neither version of the other."
+        )
+    if memory is None or context.memory is None:
+        return
+    known: float | None = None
+    if context.held_out is not None and report.before.get("held_out_loss") is not None:
+        content = data_fingerprint(context.model, context.held_out.dataset)["content"]
+        if context.memory.held_out is None and context.memory.relative_path == 0.0:
+            memory.held_out = {"loss": float(report.before["held_out_loss"]), "content": content}
+        if memory.held_out is not None and memory.held_out["content"] == content:
+            known = report.after.get("held_out_loss")
+    budget = Budget.of(memory, known)
+    report.diagnostics["budget"] = budget.to_dict()
+    sentence = budget.sentence()
+    if sentence is not None:
+        report.warnings.append(sentence)
+    if budget.advice == "retrain" and report.verdict is not None and report.verdict != RETRAIN:
+        report.verdict = RETRAIN
+        report.diagnostics["reasons"] = [*budget.reasons, *report.diagnostics.get("reasons", [])]

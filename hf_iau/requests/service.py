@@ -1,0 +1,605 @@
+"""Serving a request so that weights, memory and ledger have it wholly and once, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import filecmp
+import hmac
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import safetensors
+from filelock import FileLock, Timeout
+from transformers import Trainer
+
+from hf_iau.errors import IAUError, MissingMemoryError, RequestError, StorageError
+from hf_iau.forget import ForgetContext, MethodOutcome
+from hf_iau.parallel import is_main_process, of_main_process, together
+from hf_iau.remember import (
+    MEMORY_FOLDER,
+    GradientMemory,
+    RowIdentity,
+    data_fingerprint,
+    keyed_fingerprints,
+    weights_fingerprint,
+)
+from hf_iau.remember.files import PRIVATE_FOLDER, write_text_atomically
+from hf_iau.remember.fingerprints import package_versions
+from hf_iau.remember.keys import Key, require_key
+from hf_iau.remember.memory import MEMORY_HEADER, is_memory_file
+from hf_iau.remember.row_identity import FINGERPRINT_BYTES
+from hf_iau.report import UnlearningReport
+from hf_iau.report.jsonable import jsonable
+from hf_iau.requests.certificate import certificate
+from hf_iau.requests.journal import JOURNAL_NAME, Journal, JournalFile
+from hf_iau.requests.ledger import LEDGER_NAME, Ledger, LedgerEntry
+from hf_iau.requests.milestones import passed
+from hf_iau.requests.queue import QUEUE_NAME, RequestQueue
+from hf_iau.requests.termination import Termination
+
+if TYPE_CHECKING:
+    from hf_iau.train.trainer import UnlearningTrainer
+
+logger = logging.getLogger(__name__)
+
+LOCK_NAME = "lock"
+CERTIFICATE_FOLDER = "certificates"
+_STEP = ("length", "damping", "finish_weight")
+_INDEX = "model.safetensors.index.json"
+
+
+class RequestService:
+    """Serves the requests of one trainer into its `output_dir`.
+
+    A request is written beside what is there, flushed, sealed in a journal and only then moved into place. Until the
+    journal is sealed a crash leaves the old state; from then on the new one, which the next request (or the next look at
+    the memory) finishes moving. Only the main process writes.
+
+    Args:
+        trainer: whose model, memory and `output_dir` it is.
+
+    Raises:
+        ConfigError: there is no key.
+    """
+
+    def __init__(self, trainer: UnlearningTrainer) -> None:
+        self.trainer = trainer
+        self.folder = Path(trainer.args.output_dir or ".")
+        self.key = require_key("unlearn(save=True)", self.folder)
+        self.ledger = Ledger(self.folder / MEMORY_FOLDER / LEDGER_NAME, self.key)
+        self.journal = JournalFile(self.folder, self.key)
+        self.queue = RequestQueue(self.folder, self.key)
+
+    def serve(
+        self,
+        run: Callable[..., Any],
+        forget_dataset: Any,
+        row_indices: Any,
+        method: Any,
+        config: Mapping[str, Any],
+        request_id: str | None,
+    ) -> tuple[LedgerEntry | None, Any]:
+        """Serve a request once.
+
+        Args:
+            run: `run(method, keep)`: the trainer's own serving, with the method to use and what keeps the result.
+            forget_dataset, row_indices: the rows, as given.
+            method: as found.
+            config: its settings as a mapping, for the records.
+            request_id: the caller's name for the request, or None.
+
+        Returns:
+            The ledger's entry, and what `run` returned, or None if the request was served before.
+
+        Raises:
+            RequestError: another request is being served.
+            StorageError: it could not be written; everything is as before.
+        """
+        trainer = self.trainer
+        rows, _ = trainer._resolve_request(forget_dataset, row_indices)
+        if len(rows) == 0:
+            return None, run(method, None)
+        with Termination() as termination, self.alone():
+            passed("locked")
+            interrupted = self.recover()
+            model = trainer._bare_model()
+            memory = trainer.memory
+            self._identify(memory)
+            identity = None if memory is None else memory.row_identity
+            fingerprints = keyed_fingerprints(self.key, model, rows)
+            name = request_name(self.key, fingerprints, request_id)
+            run_name = "" if identity is None else identity.training_run
+            before = weights_fingerprint(model)
+            found = on_main_process(lambda: self._served_before(name, run_name, before), "the ledger")
+            if found is not None:
+                return LedgerEntry(**found), None
+            self._check_room(memory)
+            journal = Journal(
+                request=name,
+                time=datetime.now(UTC).isoformat(timespec="seconds"),
+                rows=len(rows),
+                method=method.name,
+                config=jsonable(config),
+                weights_before=before,
+            )
+            journaled = _JournaledMethod(method, journal, self._found_before(interrupted, journal), self._note)
+            kept: list[LedgerEntry] = []
+
+            def keep(context: ForgetContext, newer: GradientMemory | None, report: UnlearningReport, card: Any) -> None:
+                started = time.perf_counter()
+                stored = on_main_process(
+                    lambda: asdict(
+                        self._store(
+                            journaled.journal, run_name, fingerprints, context, newer, report, card, termination
+                        )
+                    ),
+                    "writing the request",
+                )
+                kept.append(LedgerEntry(**stored))
+                report.seconds["save"] = time.perf_counter() - started
+
+            output = run(journaled, keep)
+        return kept[0], output
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the lock of the output directory.
+
+        Raises:
+            RequestError: another request holds it.
+            StorageError: the directory cannot be written to.
+        """
+        private = self.folder / MEMORY_FOLDER
+        lock = FileLock(private / LOCK_NAME, timeout=0, mode=0o600)
+
+        def acquire() -> None:
+            try:
+                private.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
+                lock.acquire()
+                if not os.access(self.folder, os.W_OK) or not os.access(private, os.W_OK):
+                    raise PermissionError("no permission to write")
+                if os.stat(self.folder).st_dev != os.stat(private).st_dev:
+                    raise OSError(f"{private} lies on another file system, so files cannot be moved into place at once")
+            except Timeout as error:
+                raise RequestError(
+                    f"Another request is being served in {self.folder} (it holds {private / LOCK_NAME}): wait until it "
+                    "has ended, then run this one again."
+                ) from error
+            except OSError as error:
+                raise StorageError(
+                    f"output_dir={self.folder} cannot be written to ({error}): nothing was changed. Give a directory that "
+                    "can."
+                ) from error
+
+        try:
+            on_main_process(acquire, "the lock of the output directory")
+            yield
+        finally:
+            lock.release()
+
+    def recover(self) -> Journal | None:
+        """Finish a request that was committed but not moved into place; tidy up after one that was not committed.
+
+        To be called with the lock held. A model that still has the old weights gets the new ones.
+
+        Returns:
+            The journal of a request that was not committed, if there is one.
+        """
+
+        def tidy() -> dict[str, Any] | None:
+            journal = self.journal.read()
+            with _storage_errors("An interrupted request was committed, but could not be moved into place", True):
+                if journal is None or not journal.ready:
+                    self.journal.clear_staged()
+                else:
+                    self.journal.finish(journal)
+            return None if journal is None else asdict(journal)
+
+        found = on_main_process(tidy, "finishing an interrupted request")
+        journal = None if found is None else Journal(**found)
+        if journal is None or not journal.ready:
+            return journal
+        logger.warning(
+            "A request of %d rows, begun at %s, had been interrupted after it was committed; it is finished now.",
+            journal.rows,
+            journal.time,
+        )
+        trainer = self.trainer
+        model = trainer._bare_model()
+        if weights_fingerprint(model) == journal.weights_before:
+            logger.warning(
+                "The model still has the weights from before that request: loading those in %s.", self.folder
+            )
+            trainer._load_from_checkpoint(str(self.folder))
+            if weights_fingerprint(model) != journal.weights_after:
+                raise StorageError(
+                    f"The weights in {self.folder} could not be loaded into the model: load the model from there again, "
+                    "and give it to a new trainer."
+                )
+        if weights_fingerprint(model) == journal.weights_after:
+            trainer._adopt_memory_on_disk()
+        return None
+
+    # --- queue ------------------------------------------------------------------------------------------------------
+
+    def enqueue(self, forget_dataset: Any, row_indices: Any) -> int:
+        """Add rows to the queue; rows that wait there already are not added again.
+
+        Returns:
+            How many rows wait now.
+
+        Raises:
+            UnknownRowsError: rows that were never trained on.
+            AlreadyForgottenError: rows that are out already.
+        """
+        rows, _ = self.trainer._resolve_request(forget_dataset, row_indices)
+        with self.alone():
+            self.recover()
+            identity = self._known_rows()
+            asked = keyed_fingerprints(self.key, self.trainer._bare_model(), rows)
+            identity.check_request(asked)
+
+            def add() -> int:
+                waiting = np.concatenate([self.queue.read(), asked])
+                waiting = waiting[identity.still_in(waiting)]
+                with _storage_errors("The rows could not be queued"):
+                    self.queue.write(waiting)
+                return len(waiting)
+
+            return int(on_main_process(add, "the queue"))
+
+    def queued_positions(self) -> np.ndarray:
+        """Numbers in `train_dataset` of the rows that wait, int64."""
+        with self.alone():
+            self.recover()
+            identity = self._known_rows()
+            waiting = on_main_process(lambda: self.queue.left(identity).tolist(), "the queue")
+            return identity.positions(np.asarray(waiting, dtype=np.uint8).reshape(-1, FINGERPRINT_BYTES))
+
+    def _known_rows(self) -> RowIdentity:
+        memory = self.trainer.memory
+        self._identify(memory)
+        if memory is None or memory.row_identity is None:
+            raise MissingMemoryError(
+                "The queue names rows by their fingerprints, and the memory holds none: gather with HF_IAU_KEY set."
+            )
+        memory.row_identity.check_key(self.key)
+        return memory.row_identity
+
+    # --- before -----------------------------------------------------------------------------------------------------
+
+    def _identify(self, memory: GradientMemory | None) -> None:
+        """Give a memory that was gathered without a key the rows' identity, while it can still be known."""
+        trainer = self.trainer
+        if memory is None or memory.row_identity is not None or memory.forgotten_rows or trainer.train_dataset is None:
+            return
+        model = trainer._bare_model()
+        source = trainer._rows(trainer.train_dataset, "training rows", 1)
+        if memory.data == data_fingerprint(model, source.dataset):
+            memory.row_identity = RowIdentity.of(self.key, model, source.dataset)
+
+    def _served_before(self, name: str, run_name: str, weights: str) -> dict[str, Any] | None:
+        entry = self.ledger.find(name, run_name)
+        # Without a memory there is no telling one training run from the next, except by the weights.
+        if entry is None or (not run_name and entry.weights_after != weights):
+            return None
+        return asdict(entry)
+
+    def _found_before(self, interrupted: Journal | None, journal: Journal) -> dict[str, Any] | None:
+        """k, λ and c that the same request had found before it was interrupted."""
+        if interrupted is None:
+            return None
+        if interrupted.request != journal.request:
+            logger.warning(
+                "A request of %d rows, begun at %s, was interrupted before it was committed, and is not served: run it "
+                "again.",
+                interrupted.rows,
+                interrupted.time,
+            )
+            return None
+        same = (interrupted.method, interrupted.config, interrupted.weights_before) == (
+            journal.method,
+            journal.config,
+            journal.weights_before,
+        )
+        return interrupted.step if same else None
+
+    def _check_room(self, memory: GradientMemory | None) -> None:
+        model = self.trainer._bare_model()
+        needed = sum(p.numel() * p.element_size() for p in model.parameters()) + 2**20
+        needed += memory.nbytes() if memory is not None else 0
+
+        def look() -> None:
+            free = shutil.disk_usage(self.folder).free
+            if free < needed:
+                raise StorageError(
+                    f"output_dir={self.folder} has {free / 2**20:.0f} MiB free, and the request needs "
+                    f"{needed / 2**20:.0f} MiB for weights and memory beside the old ones: nothing was changed. Free some."
+                )
+
+        on_main_process(look, "room on the disk")
+
+    def _note(self, journal: Journal) -> None:
+        def write() -> None:
+            with _storage_errors("The request could not be noted in the journal"):
+                self.journal.write(journal)
+
+        on_main_process(write, "the journal")
+
+    # --- after ------------------------------------------------------------------------------------------------------
+
+    def _store(
+        self,
+        journal: Journal,
+        run_name: str,
+        fingerprints: np.ndarray,
+        context: ForgetContext,
+        memory: GradientMemory | None,
+        report: UnlearningReport,
+        card: Any,
+        termination: Termination,
+    ) -> LedgerEntry:
+        """Write everything beside what is there, then move it into place. Runs on the main process."""
+        staged = self.journal.staged
+        private = staged / MEMORY_FOLDER
+        try:
+            with _storage_errors("The request could not be written"):
+                self.journal.clear_staged()
+                private.mkdir(parents=True, mode=PRIVATE_FOLDER)
+                self._stage_weights(staged)
+                passed("weights staged")
+                if memory is not None:
+                    memory.save(private)
+                card.save(private, context.model)
+                if memory is not None and memory.row_identity is not None and self.queue.path.exists():
+                    self.queue.write(self.queue.left(memory.row_identity), private / QUEUE_NAME)
+                passed("memory staged")
+                after = weights_fingerprint(context.model)
+                entry = self._stage_entry(journal, run_name, fingerprints, after, report, private)
+                passed("ledger staged")
+                weights, removed = self._weight_files(journal.request)
+                files = [*weights, *self._private_files()]
+                for name in files:
+                    _flush(staged / name)
+                removed += self._outlived(files)
+                # From here to the end SIGTERM waits: the old state is no more, and the new one not yet in place.
+                termination.deferred = True
+                journal = dataclasses.replace(journal, weights_after=after, files=files, removed=removed)
+                self.journal.seal(journal)
+            with _storage_errors("The request was committed, but could not be moved into place", committed=True):
+                self.journal.finish(journal)
+            return entry
+        except BaseException:
+            with contextlib.suppress(IAUError):
+                committed = self.journal.read()
+                if committed is None or not committed.ready:
+                    termination.deferred = False
+                    self.journal.clear_staged()
+            raise
+
+    def _stage_weights(self, staged: Path) -> None:
+        try:
+            Trainer.save_model(self.trainer, str(staged), _internal_call=True)
+        except RuntimeError as error:  # torch's own writer, on a full disk
+            raise OSError(str(error)) from error
+
+    def _stage_entry(
+        self,
+        journal: Journal,
+        run_name: str,
+        fingerprints: np.ndarray,
+        after: str,
+        report: UnlearningReport,
+        private: Path,
+    ) -> LedgerEntry:
+        figures = {
+            moment: {
+                name: value
+                for name, value in getattr(report, moment).items()
+                if isinstance(value, (int, float)) and not isinstance(value, bool)
+            }
+            for moment in ("before", "after")
+        }
+        found = report.diagnostics.get("calibration") or {}
+        entry, text = self.ledger.extended(
+            request=journal.request,
+            training_run=run_name,
+            rows=len(fingerprints),
+            row_ids=[row.tobytes().hex() for row in fingerprints],
+            method=journal.method,
+            config=journal.config,
+            calibration={name: found[name] for name in _STEP} if all(name in found for name in _STEP) else None,
+            weights_before=journal.weights_before,
+            weights_after=after,
+            outcome=jsonable(
+                figures
+                | {
+                    "seed": report.seed,
+                    "verdict": report.verdict,
+                    "calibrated": report.calibrated,
+                    "walked": "walk" in report.diagnostics,
+                }
+                | {name: report.diagnostics.get(name) for name in ("step_norm", "relative_step_norm", "budget")}
+            ),
+            versions=report.versions or package_versions(),
+        )
+        write_text_atomically(private / LEDGER_NAME, text)
+        (private / CERTIFICATE_FOLDER).mkdir(mode=PRIVATE_FOLDER)
+        write_text_atomically(private / CERTIFICATE_FOLDER / f"{entry.number:05d}.md", certificate(entry))
+        return entry
+
+    def _weight_files(self, request: str) -> tuple[list[str], list[str]]:
+        """Staged files of the model in the order in which they are moved, and older ones that are to go.
+
+        A single file of weights is replaced at once. Several get names of their own, and the index that names them is
+        replaced at once, so that no reader ever finds old and new weights together.
+        """
+        staged = self.journal.staged
+        removed: list[str] = []
+        index = staged / _INDEX
+        if index.is_file():
+            values = json.loads(index.read_text(encoding="utf-8"))
+            shards = sorted(set(values["weight_map"].values()))
+            renamed = {name: name.replace("model-", f"model-{request[:8]}-", 1) for name in shards}
+            for name, new in renamed.items():
+                (staged / name).rename(staged / new)
+            values["weight_map"] = {key: renamed[name] for key, name in values["weight_map"].items()}
+            index.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            first = [*renamed.values(), _INDEX]
+            removed = [path.name for path in self.folder.glob("model*.safetensors") if path.name not in first]
+        else:
+            first = sorted(path.name for path in staged.glob("*.safetensors"))
+        others = sorted(path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file())
+        others = [name for name in others if not name.startswith(f"{MEMORY_FOLDER}/") and name not in first]
+        changed = []
+        for name in others:
+            target = self.folder / name
+            # PEFT writes a model card of its own, which would replace the one that is there.
+            if target.is_file() and (name == "README.md" or filecmp.cmp(staged / name, target, shallow=False)):
+                continue
+            changed.append(name)
+        return first + changed, removed
+
+    def _private_files(self) -> list[str]:
+        """Staged files below `_iau/`: tensors before the header that names them."""
+        staged = self.journal.staged
+        names = [path.relative_to(staged).as_posix() for path in (staged / MEMORY_FOLDER).rglob("*") if path.is_file()]
+        return sorted(names, key=lambda name: (not is_memory_file(Path(name).name), name))
+
+    def _outlived(self, files: list[str]) -> list[str]:
+        """Files of an older memory, of which no copy is to be left."""
+        private = self.folder / MEMORY_FOLDER
+        older = [path for path in private.iterdir() if is_memory_file(path.name)]
+        if f"{MEMORY_FOLDER}/{MEMORY_HEADER}" not in files:  # no memory describes the new weights
+            older.append(private / MEMORY_HEADER)
+        names = [path.relative_to(self.folder).as_posix() for path in older]
+        return [name for name in names if name not in files]
+
+
+class _JournaledMethod:
+    """A method that notes its step in the journal, and takes the step that is noted there already."""
+
+    def __init__(
+        self, method: Any, journal: Journal, found: dict[str, Any] | None, note: Callable[[Journal], None]
+    ) -> None:
+        self.method, self.journal, self.found, self.note = method, journal, found, note
+        self.name, self.config_class, self.citation = method.name, method.config_class, method.citation
+
+    def check(self, context: ForgetContext, config: Any) -> None:
+        self.method.check(context, self._settled(config))
+
+    def run(self, context: ForgetContext, config: Any) -> MethodOutcome:
+        outcome: MethodOutcome = self.method.run(context, self._settled(config))
+        if self.found is not None:
+            logger.warning("The request was interrupted before: the step that it had found then is taken.")
+            outcome.calibration, outcome.calibrated = self.found["calibration"], self.found["calibrated"]
+            outcome.verdict = self.found["verdict"]
+            outcome.diagnostics |= {"calibration": self.found["found"], "reasons": self.found["reasons"]}
+        passed("step computed")
+        self.journal = dataclasses.replace(self.journal, step=self._step(outcome, config))
+        self.note(self.journal)
+        passed("journal written")
+        return outcome
+
+    def _settled(self, config: Any) -> Any:
+        if self.found is None:
+            return config
+        return dataclasses.replace(config, **{name: self.found[name] for name in _STEP})
+
+    def _step(self, outcome: MethodOutcome, config: Any) -> dict[str, Any] | None:
+        found = outcome.diagnostics.get("calibration")
+        # A walk is many steps, which k, λ and c do not describe: it is walked again.
+        if not isinstance(found, Mapping) or "walk" in outcome.diagnostics:
+            return None
+        if not all(name in found and hasattr(config, name) for name in _STEP):
+            return None
+        return {name: found[name] for name in _STEP} | jsonable(
+            {
+                "found": found,
+                "calibration": outcome.calibration,
+                "calibrated": outcome.calibrated,
+                "verdict": outcome.verdict,
+                "reasons": outcome.diagnostics.get("reasons", []),
+            }
+        )
+
+
+def request_name(key: Key, fingerprints: np.ndarray, request_id: str | None = None) -> str:
+    """Keyed name of a request, 32 hexadecimal digits: of the caller's own name for it, else of its rows in any order."""
+    if request_id is not None:
+        content = b"named " + request_id.encode()
+    else:
+        content = b"rows " + b"".join(sorted(row.tobytes() for row in fingerprints))
+    return hmac.digest(key.requests, content, "sha256").hex()[:32]
+
+
+def report_of(entry: LedgerEntry) -> UnlearningReport:
+    """What the ledger still knows of a request that was served before."""
+    return UnlearningReport(
+        method=entry.method,
+        config=entry.config,
+        seed=entry.outcome.get("seed", 0),
+        counts={"forget_rows": entry.rows},
+        before=entry.outcome.get("before", {}),
+        after=entry.outcome.get("after", {}),
+        diagnostics={"calibration": entry.calibration} if entry.calibration else {},
+        warnings=[
+            f"This request was served at {entry.time} already (entry {entry.number} of the ledger): nothing was changed. "
+            "To have another copy of the same rows forgotten, give it a request_id of its own."
+        ],
+        versions=entry.versions,
+        verdict=entry.outcome.get("verdict"),
+        calibrated=entry.outcome.get("calibrated"),
+    )
+
+
+def finish_interrupted_request(trainer: UnlearningTrainer) -> None:
+    """Finish a request that a crash kept from being moved into place, before the memory on disk is read."""
+    if not (Path(trainer.args.output_dir or ".") / MEMORY_FOLDER / JOURNAL_NAME).is_file():
+        return
+    service = RequestService(trainer)
+    journal = service.journal.read()
+    if journal is None or not journal.ready:
+        return
+    with service.alone():
+        service.recover()
+
+
+def on_main_process(work: Callable[[], Any], what: str) -> Any:
+    """Do `work` on the main process alone; every process gets its result (JSON), or raises its error."""
+    result = None
+    with together(what):
+        if is_main_process():
+            result = work()
+    return of_main_process(result, what)
+
+
+@contextlib.contextmanager
+def _storage_errors(what: str, committed: bool = False) -> Iterator[None]:
+    """Errors of the file system as a `StorageError` that says what is left."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except (OSError, safetensors.SafetensorError) as error:
+        left = (
+            "mend the cause and run any request again, which finishes it"
+            if committed
+            else "weights, memory and ledger are as they were before; mend the cause and run the request again"
+        )
+        raise StorageError(f"{what} ({type(error).__name__}: {error}): {left}.") from error
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
