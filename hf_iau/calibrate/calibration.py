@@ -240,7 +240,7 @@ def finish(
     Returns:
         The calibration with c, the held-out losses and `halvings` filled in.
     """
-    first = runner.trials.index(before) if before in runner.trials else len(runner.trials)
+    first = len(runner.trials)
     length = min(calibration.length, runner.longest(calibration.damping, max_relative_step))
     given = finish_weight or 0.0
     best = runner.run(length, calibration.damping, given)
@@ -269,7 +269,7 @@ def finish(
         relative_step=best.relative_step,
         halvings=halvings,
         reached=calibration.reached and length >= calibration.length * (1 - 1e-6) and halvings == 0,
-        finish_curve=[t.to_dict() for t in runner.trials[first:]],
+        finish_curve=[t.to_dict() for t in (before, *runner.trials[first:])],
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -149,12 +149,13 @@ class TrialRunner:
         self.trials.append(start)
         return start
 
-    def look(self, length: float, damping: float, finish_weight: float = 0.0) -> RowPredictions:
-        """Apply the step, look at the target rows, and undo it."""
-        assert self.target is not None
+    def look(
+        self, sources: Sequence[RowSource], length: float, damping: float, finish_weight: float = 0.0
+    ) -> list[RowPredictions]:
+        """Apply the step, look at some rows, and undo it."""
         try:
             apply_step(self.model, self.directions.step(length, damping, finish_weight))
-            return predict_rows(self.model, self.target)
+            return [predict_rows(self.model, source) for source in sources]
         finally:
             self._restore()
 

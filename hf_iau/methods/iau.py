@@ -47,6 +47,8 @@ _PROXY_SHARE = 10
 _FEWEST_WALKED_ROWS = 20
 # A step after which more of the way to the held-out rows is left than this is followed by a look at a walk.
 _LEFT = 0.15
+# So is one that costs retained rows this much accuracy.
+_SPARED = 0.03
 _CLASS_TOLERANCE = 0.01
 # Memories may be moved this far, relative to the weights, before an earlier calibration is not trusted any more.
 _CALIBRATION_RANGE = 0.05
@@ -468,12 +470,20 @@ class IAU:
             or after is None
         ):
             return None
-        shortfall = Shortfall.of(outset.forget, outset.known, outset.held_out)
-        left = shortfall.remaining(self._after_one_step(context, directions, calibration, outset).loss)
-        notes["left_after_one_step"] = left
-        if calibration.reached and after <= (1.0 + DEAR) * before and left <= _LEFT:
-            return None
         assert outset.known_rows is not None and outset.held_out_rows is not None
+        shortfall = Shortfall.of(outset.forget, outset.known, outset.held_out)
+        runner = TrialRunner(context.model, directions, outset.forget_rows, outset.held_out_rows)
+        forget, known = runner.look(
+            (outset.forget_rows, outset.known_rows),
+            calibration.length,
+            calibration.damping,
+            calibration.finish_weight,
+        )
+        left = shortfall.remaining(forget.loss)
+        spared = _accuracy(outset.known) - _accuracy(known) < _SPARED and after <= (1.0 + DEAR) * before
+        notes["left_after_one_step"] = left
+        if calibration.reached and spared and left <= _LEFT:
+            return None
         everything = outset.every_forget_row()
         path = walk(
             context.model,
@@ -487,17 +497,10 @@ class IAU:
             max_relative_step=config.max_relative_step,
             progress=context.progress,
         )
-        # Nearer to the target, and no dearer than one step or than what may be paid.
-        better = path.remaining < left and path.held_out_loss <= max(after, (1.0 + DEAR) * before)
+        # Arrived or nearer to the target, and no dearer than one step or than what may be paid.
+        nearer = path.reached or path.remaining < left
+        better = nearer and path.held_out_loss <= max(after, (1.0 + DEAR) * before)
         return path if path.steps and better else None
-
-    def _after_one_step(
-        self, context: ForgetContext, directions: Directions, calibration: Calibration, outset: _Outset
-    ) -> RowPredictions:
-        """What the forget rows are predicted as after the calibrated step, which is not taken."""
-        assert outset.held_out_rows is not None
-        runner = TrialRunner(context.model, directions, outset.forget_rows, outset.held_out_rows)
-        return runner.look(calibration.length, calibration.damping, calibration.finish_weight)
 
     def _bounded_step(
         self, context: ForgetContext, config: IAUConfig, directions: Directions, calibration: Calibration
@@ -698,9 +701,10 @@ def _refuse_overlap(context: ForgetContext) -> None:
     digests = {row_bytes(probe.dataset[i]) for i in range(len(probe))}
     shared, looked_at = len(digests & context.excluded), 1.0
     if not shared and context.train is not None:
-        trained = context.train.sample(_OVERLAP_ROWS, context.seed)
-        shared = sum(row_bytes(trained.dataset[i]) in digests for i in range(len(trained)))
-        looked_at = len(trained) / max(len(context.train), 1)
+        # The order in which retained rows are drawn: most of these are hashed for other reasons too.
+        looked_for = np.random.default_rng(context.seed).permutation(len(context.train))[:_OVERLAP_ROWS]
+        shared = sum(context.train.digest(int(i)) in digests for i in looked_for)
+        looked_at = len(looked_for) / max(len(context.train), 1)
     # Real data sets hold a few exact duplicates; an overlap of sets is another matter.
     if shared > max(2, 0.02 * len(probe) * looked_at):
         raise RequestError(
