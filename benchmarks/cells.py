@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from benchmarks.hardware import hardware, peak_process_memory_bytes
 from benchmarks.requests import gather_config, serve
 from benchmarks.suites import Suite
 from benchmarks.training import Case, ModelStore, TrainedModel, restore_moments
-from benchmarks.variants import Variant, options
-from hf_iau import GradientMemory, IAUError
+from benchmarks.tuning import tune
+from benchmarks.variants import RETRAIN, Variant, options
+from hf_iau import GradientMemory, IAUError, UnlearningTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,17 @@ class CellStore:
     def path(self, case: Case, variant: Variant) -> Path:
         """Where the cell's JSON lies."""
         return self.folder / (file_name(case.work.name, case.scenario.name, f"seed{case.seed}", variant.name) + ".json")
+
+    def tuning(self, case: Case, variant: Variant) -> dict[str, Any] | None:
+        """What was tuned on the same work and scenario for the first seed, if it chose among the same settings."""
+        path = self.path(replace(case, seed=0), variant)
+        if case.seed == 0 or not path.is_file():
+            return None
+        cell = json.loads(path.read_text())
+        if cell["settings_to_choose_among"] != [options(config) for config in variant.settings(case.work)]:
+            return None
+        kept = ("rule", "chosen", "within_tolerance")
+        return {**{name: cell["tuning"][name] for name in kept}, "of_seed": 0, "seconds": 0.0, "cpu_seconds": 0.0}
 
     def references(self, case: Case) -> Path:
         """Where the row losses of the model before and of the retrained one lie."""
@@ -121,7 +134,7 @@ def run_cells(
             train,
             seed=case.seed,
             held_out=held_out,
-            for_request=True,
+            for_request=variant.method != RETRAIN,
             memory=memories.get(settings),
         )
         if comparison is None:
@@ -134,13 +147,14 @@ def run_cells(
         memory = None if variant.gather is None else memories[settings]
         name = f"{case.work.name} {case.scenario.name} seed {case.seed} {variant.name}"
         try:
-            measured, after = serve(trainer, variant, variant.settings(case.work), case.requests, comparison)
+            config, tuning = _configuration(models, cells, trainer, case, variant)
+            measured, after = serve(trainer, variant, config, case.requests, comparison)
         except IAUError as error:
             failures.append(f"{name}: {error}")
             logger.exception("%s failed", name)
             continue
         cell = _describe(suite, case, variant, command, original, references)
-        cell |= measured
+        cell |= {"tuning": tuning, **measured}
         cell["timing"] |= _beside_training(cell["timing"], memory, references[0].record)
         cell["memory"] = {
             "peak_bytes_by_phase": cell.pop("peak_bytes_by_phase"),
@@ -163,6 +177,22 @@ def run_cells(
         del trainer
         gc.collect()
     return failures
+
+
+def _configuration(
+    models: ModelStore, cells: CellStore, trainer: UnlearningTrainer, case: Case, variant: Variant
+) -> tuple[Any, dict[str, Any] | None]:
+    """The method's configuration: as given, as chosen for an earlier seed, or tuned on this case's first request."""
+    if variant.method == RETRAIN:
+        return models.retrain_config(case), None
+    settings = variant.settings(case.work)
+    if not settings:
+        return variant.config, None
+    known = cells.tuning(case, variant)
+    if known is not None:
+        chosen = next(i for i, config in enumerate(settings) if options(config) == known["chosen"])
+        return settings[chosen], known
+    return tune(trainer, case.requests[0], variant.method, settings)
 
 
 def _describe(

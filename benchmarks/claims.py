@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.results import RETRAIN, Panel, Result, average_ranks
+from benchmarks.results import Panel, Result, average_ranks
+from benchmarks.variants import RETRAIN
 
 YES, PARTLY, NO = "yes", "partly", "no"
 

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from benchmarks.comparison import Comparison, MeasuredModel
-from benchmarks.tuning import tune
 from benchmarks.variants import Variant
 from hf_iau import GatherConfig, UnlearningTrainer
 from hf_iau.methods import find_method
@@ -24,18 +23,16 @@ _CALIBRATED = ("source", "length", "damping", "finish_weight", "reached")
 def serve(
     trainer: UnlearningTrainer,
     variant: Variant,
-    settings: Sequence[Any],
+    config: Any,
     requests: Sequence[np.ndarray],
     comparison: Comparison,
 ) -> tuple[dict[str, Any], MeasuredModel]:
     """Serve the requests one after the other, measure, and put the weights back.
 
-    Settings are tuned on the first request, by held-out rows alone, before its seconds are counted.
-
     Args:
         trainer: of the model as it was trained, with the memory that the method needs.
         variant: the method.
-        settings: what tuning may choose among; none to take the variant's own configuration.
+        config: its configuration; None for the defaults.
         requests: row numbers of each; together the case's forget rows.
         comparison: of the case.
 
@@ -47,9 +44,6 @@ def serve(
     """
     model: Any = trainer.model
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    config, tuning = variant.config, None
-    if settings:
-        config, tuning = tune(trainer, requests[0], variant.method, settings)
     method, config = find_method(variant.method, config)
     forget_rows = np.sort(np.concatenate(requests))
     served: list[dict[str, Any]] = []
@@ -84,7 +78,6 @@ def serve(
             "kind": "wall" if torch.cuda.is_available() else "cpu",
         },
         "peak_bytes_by_phase": report["peak_memory_bytes"],
-        "tuning": tuning,
         **comparison.against_retrained(after),
         "verdict": report["verdict"],
         "reasons": report["diagnostics"].get("reasons"),

@@ -10,10 +10,11 @@ import numpy as np
 from scipy.stats import rankdata
 
 from benchmarks.suites import Suite
+from benchmarks.variants import RETRAIN
 
 Cell = dict[str, Any]
 
-RETRAIN = "retrain"
+DEFAULT_METHOD = "iau"
 UNOPTIMISED_ATTACK = "entropy"
 """No method looks at it, and it ignores the label, so it is no function of the loss."""
 
@@ -66,10 +67,9 @@ class Result:
 
     @property
     def tuning_seconds(self) -> float:
-        """Mean over seeds of what finding the setting cost; 0 where nothing is tuned."""
-        return float(
-            np.mean([0.0 if cell["tuning"] is None else _seconds(cell, cell["tuning"]) for cell in self.cells])
-        )
+        """What finding the setting cost, mean over the seeds that were tuned on; 0 where nothing is tuned."""
+        tuned = [cell for cell in self.cells if cell["tuning"] and "of_seed" not in cell["tuning"]]
+        return float(np.mean([_seconds(cell, cell["tuning"]) for cell in tuned])) if tuned else 0.0
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ RANDOM_5_PERCENT = Scenario("random-5-percent", share=0.05)
 RANDOM_10_PERCENT = Scenario("random-10-percent", share=0.10)
 RANDOM_20_PERCENT = Scenario("random-20-percent", share=0.20)
 WHOLE_CLASS = Scenario("whole-class", label=3)
+FLIPPED_10_PERCENT = Scenario("flipped-10-percent", share=0.10, flipped=True)
 # The rows of random-10-percent, so that the models retrained for it serve here too.
 TWENTY_REQUESTS = Scenario("20-requests-of-0.5-percent", share=0.10, requests=20)
 SIZES = (

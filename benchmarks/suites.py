@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from benchmarks.scenarios import (
+    FLIPPED_10_PERCENT,
     RANDOM_5_PERCENT,
     RANDOM_10_PERCENT,
     RANDOM_20_PERCENT,
@@ -23,6 +24,7 @@ from benchmarks.variants import (
     PAPER,
     RELEASED,
     RELEASED_TUNED,
+    RETRAINED,
     Variant,
 )
 
@@ -126,6 +128,7 @@ LENET = Work(
     train_rows=40_000,
     held_out_rows=10_000,
     test_rows=10_000,
+    baseline_epochs=2,
     keep_optimizer=True,
 )
 FASHION_RESNET = Work(
@@ -218,7 +221,7 @@ def _restricted(mode: str, alpha: float) -> Work:
 SUITES = {
     suite.name: suite
     for suite in (
-        Suite("cifar10_lenet", (LENET,), (RANDOM_5_PERCENT,), STANDARD, seeds=5, ablation=CURVATURES),
+        Suite("cifar10_lenet", (LENET,), (RANDOM_5_PERCENT,), (*STANDARD, RETRAINED), seeds=5, ablation=CURVATURES),
         Suite("fashion_mnist_resnet", (FASHION_RESNET,), (RANDOM_5_PERCENT,), STANDARD, seeds=3),
         Suite("fashion_mnist_vit", (FASHION_VIT,), (RANDOM_5_PERCENT,), STANDARD, seeds=3),
         Suite(
@@ -231,7 +234,7 @@ SUITES = {
         Suite("sizes", (LENET,), SIZES, SHORT, seeds=1),
         Suite(
             "consecutive",
-            (LENET,),
+            (replace(LENET, baseline_epochs=1),),  # a pass over all rows for each 200 that go
             (RANDOM_10_PERCENT, TWENTY_REQUESTS),
             SHORT,
             seeds=1,
@@ -262,12 +265,14 @@ SUITES = {
                 RANDOM_5_PERCENT,
                 RANDOM_20_PERCENT,
                 WHOLE_CLASS,
-                Scenario("flipped-10-percent", share=0.10, flipped=True),
+                FLIPPED_10_PERCENT,
             ),
-            SHORT,
+            (*SHORT, RETRAINED),
             seeds=3,
         ),
-        Suite("tabular_mlp", (BREAST_CANCER_MLP,), (RANDOM_10_PERCENT, RANDOM_20_PERCENT), SHORT, seeds=3),
+        Suite(
+            "tabular_mlp", (BREAST_CANCER_MLP,), (RANDOM_20_PERCENT, FLIPPED_10_PERCENT), (*SHORT, RETRAINED), seeds=3
+        ),
         Suite(
             "synthetic",
             (SYNTHETIC,),

@@ -22,6 +22,7 @@ from benchmarks.models import make_model, make_tokenizer
 from benchmarks.scenarios import Scenario
 from benchmarks.suites import Work
 from hf_iau import GradientMemory, RestrictionConfig, UnlearningTrainer
+from hf_iau.methods import RetrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,10 @@ class ModelStore:
     def retrained_again(self, case: Case) -> TrainedModel:
         """The same from another seed."""
         return self._model(case, "retrained", case.seed + _SECOND_SEED, _kept(case))
+
+    def retrain_config(self, case: Case) -> RetrainConfig:
+        """For `method="retrain"`: training starts from a new model."""
+        return RetrainConfig(model_init=lambda: make_model(case.work.model, case.splits.n_classes, self.weights))
 
     def tokenizer(self, work: Work) -> Any:
         """The model's tokenizer, or None."""

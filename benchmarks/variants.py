@@ -6,7 +6,23 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from hf_iau import IAUConfig, IAUPaperConfig, IAUReleasedConfig
+from hf_iau.methods import (
+    BadTeacherConfig,
+    FineTuneConfig,
+    FisherForgettingConfig,
+    GradientAscentConfig,
+    IAUConfig,
+    IAUPaperConfig,
+    IAUReleasedConfig,
+    InfluenceCGConfig,
+    L1SparseConfig,
+    NegGradPlusConfig,
+    RandomLabelsConfig,
+    SalUnConfig,
+    SCRUBConfig,
+    SSDConfig,
+)
+from hf_iau.report.jsonable import jsonable
 
 if TYPE_CHECKING:
     from benchmarks.suites import Work
@@ -14,6 +30,7 @@ if TYPE_CHECKING:
 SETTINGS_A_METHOD = 5
 """Every method that is tuned chooses among as many settings, so that none has more attempts than another."""
 
+RETRAIN = "retrain"
 OURS, PUBLISHED, BASELINES, ABLATION = "ours", "published", "baselines", "ablation"
 GROUPS = (OURS, PUBLISHED, BASELINES, ABLATION)
 
@@ -65,10 +82,87 @@ class Variant:
 
 def options(config: Any) -> dict[str, Any]:
     """A configuration as it stands in a cell's JSON; empty for the method's defaults."""
-    return {} if config is None else asdict(config)
+    values: dict[str, Any] = {} if config is None else jsonable(asdict(config))
+    return values
 
 
-BASELINE_VARIANTS: tuple[Variant, ...] = ()
+def _trained(config: type, **options: Any) -> Callable[[Work], tuple[Any, ...]]:
+    """A grid of passes over the retained rows with the optimizer, batch size and epochs that suit the work.
+
+    Args:
+        config: the method's configuration class.
+        **options: name → one value, or five to choose among; `rates` are in units of the rate of training.
+    """
+
+    def grid(work: Work) -> tuple[Any, ...]:
+        training = work.training
+        common = {"optimizer": "adamw", "momentum": 0.9, "weight_decay": training.weight_decay}
+        common |= {"batch_size": training.batch_size, "epochs": work.baseline_epochs}
+        found = []
+        for i in range(SETTINGS_A_METHOD):
+            chosen = {name: value[i] if isinstance(value, tuple) else value for name, value in options.items()}
+            rate = chosen.pop("rates") * training.learning_rate
+            found.append(config(**{**common, **chosen, "lr": rate}))
+        return tuple(found)
+
+    return grid
+
+
+FINE_TUNE = Variant("fine-tune", "fine-tune", grid=_trained(FineTuneConfig, rates=(0.1, 0.3, 1.0, 3.0, 10.0)))
+GRADIENT_ASCENT = Variant(
+    "gradient-ascent",
+    "gradient-ascent",
+    grid=_trained(GradientAscentConfig, rates=(0.0003, 0.001, 0.003, 0.006, 0.01), epochs=5),
+)
+NEGGRAD_PLUS = Variant(
+    "neggrad-plus", "neggrad-plus", grid=_trained(NegGradPlusConfig, rates=1.0, alpha=(0.99, 0.97, 0.95, 0.9, 0.8))
+)
+RANDOM_LABELS = Variant(
+    "random-labels", "random-labels", grid=_trained(RandomLabelsConfig, rates=(0.03, 0.1, 0.3, 1.0, 3.0))
+)
+SALUN = Variant("salun", "salun", grid=_trained(SalUnConfig, rates=(0.03, 0.1, 0.3, 1.0, 3.0)))
+SSD = Variant(
+    "ssd",
+    "ssd",
+    grid=lambda work: tuple(
+        SSDConfig(selection=selection, dampening=dampening)
+        for selection, dampening in ((10.0, 1.0), (2.0, 1.0), (1.0, 1.0), (1.0, 0.9), (1.0, 0.7))
+    ),
+)
+SCRUB = Variant("scrub", "scrub", grid=_trained(SCRUBConfig, rates=(0.03, 0.1, 0.3, 1.0, 3.0), max_epochs=1))
+INFLUENCE = Variant(
+    "influence-cg",
+    "influence-cg",
+    grid=lambda work: tuple(
+        InfluenceCGConfig(damping=damping, scale=scale, iterations=40)
+        for damping, scale in ((0.1, 1.0), (0.01, 1.0), (0.001, 1.0), (0.01, 3.0), (0.001, 3.0))
+    ),
+)
+BAD_TEACHER = Variant("bad-teacher", "bad-teacher", grid=_trained(BadTeacherConfig, rates=(0.03, 0.1, 0.3, 1.0, 3.0)))
+L1_SPARSE = Variant(
+    "l1-sparse", "l1-sparse", grid=_trained(L1SparseConfig, rates=1.0, gamma=(1e-6, 3e-6, 1e-5, 3e-5, 1e-4))
+)
+FISHER_FORGETTING = Variant(
+    "fisher-forgetting",
+    "fisher-forgetting",
+    grid=lambda work: tuple(FisherForgettingConfig(alpha=alpha) for alpha in (1e-9, 1e-8, 1e-7, 1e-6, 1e-5)),
+)
+# Unrolling SGD is not among the methods: its formula has no meaning for the models here, which Adam trained.
+# The configuration of `retrain` names where training starts, and is made for each work.
+RETRAINED = Variant("retrain", RETRAIN)
+BASELINE_VARIANTS = (
+    FINE_TUNE,
+    GRADIENT_ASCENT,
+    NEGGRAD_PLUS,
+    RANDOM_LABELS,
+    SALUN,
+    SCRUB,
+    SSD,
+    INFLUENCE,
+    BAD_TEACHER,
+    L1_SPARSE,
+    FISHER_FORGETTING,
+)
 
 _SUM = {"gradient_sum": "exact", "curvature": "none"}
 RELEASED = Variant("iau-released", "iau-released", PUBLISHED, gather=_SUM, gather_again=True)

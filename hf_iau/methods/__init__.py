@@ -1,7 +1,7 @@
 """Unlearning methods, one file each, chosen by name."""
 
 from hf_iau.methods.bad_teacher import BadTeacher, BadTeacherConfig
-from hf_iau.methods.base import UnlearningMethod, available_methods, find_method, register_method
+from hf_iau.methods.base import UnlearningMethod, available_methods, find_method, method_config, register_method
 from hf_iau.methods.fine_tune import FineTune, FineTuneConfig
 from hf_iau.methods.fisher_forgetting import FisherForgetting, FisherForgettingConfig
 from hf_iau.methods.gradient_ascent import GradientAscent, GradientAscentConfig
@@ -54,5 +54,6 @@ __all__ = [
     "UnrollingSGDConfig",
     "available_methods",
     "find_method",
+    "method_config",
     "register_method",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -68,6 +69,20 @@ def find_method(name: str, config: Any) -> tuple[UnlearningMethod, Any]:
             f"config is a {type(config).__name__} but method={name!r} takes a {method.config_class.__name__}."
         )
     return method, config
+
+
+def method_config(name: str, values: Mapping[str, Any]) -> Any:
+    """The configuration of the method of that name, from plain values (JSON).
+
+    Raises:
+        ConfigError: unknown name, unknown or missing settings, or one that is out of range.
+    """
+    if name not in _METHODS:
+        find_method(name, None)  # raises, and tells which there are
+    try:
+        return _METHODS[name].config_class(**values)
+    except TypeError as error:
+        raise ConfigError(f"The settings {dict(values)!r} do not fit method={name!r} ({error}).") from error
 
 
 def check_gradient_difference(context: ForgetContext, name: str) -> None:

@@ -23,6 +23,7 @@ from hf_iau.remember import MEMORY_FOLDER
 from hf_iau.remember.fingerprints import tensors_fingerprint, weights_fingerprint
 from hf_iau.remember.memory import MEMORY_HEADER, is_memory_file, read_header
 from hf_iau.report import tables
+from hf_iau.requests.ledger import LEDGER_NAME
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+|last-checkpoint|tmp-checkpoint-\d+")
 _SHARDED_STATE = re.compile(r"global_step\d+|(pytorch_model|optimizer)(_fsdp)?_\d+")
@@ -44,7 +45,7 @@ class Finding:
 
     Attributes:
         path: the file or folder.
-        kind: "checkpoint", "training state", "weights", "memory", "log", "rows" or "history".
+        kind: "checkpoint", "training state", "weights", "memory", "ledger", "log", "rows" or "history".
         bytes: its size on disk.
         why: what it holds.
         removable: whether `AuditReport.purge` removes it.
@@ -263,6 +264,10 @@ def _live_memory(root: Path) -> Iterator[Finding]:
                 size = _size(path) + _size(folder / Path(current).name)
                 why = f"The memory in force. Its curvature was fitted before {forgotten:,} rows were forgotten."
                 yield Finding(path, "memory", size, why, False, "Gather anew from the retained rows to be rid of it.")
+    ledger = folder / LEDGER_NAME
+    if ledger.is_file():
+        why = "The ledger of requests, with keyed fingerprints of the forgotten rows: pseudonymous personal data."
+        yield Finding(ledger, "ledger", _size(ledger), why, False, "Keep it as long as you must be able to prove them.")
     for path in sorted(folder.iterdir()):
         if is_memory_file(path.name) and path.name != current:
             why = "Left over from an earlier memory: gradients and curvature of the rows."

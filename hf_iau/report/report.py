@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 
 from hf_iau.errors import RequestError
 from hf_iau.measure.agreement import agreement
@@ -31,6 +31,7 @@ HISTOGRAM_NAME = "loss_histograms.png"
 
 _PACKAGES = ("hf-iau", "torch", "transformers", "accelerate", "peft", "datasets", "numpy", "scipy", "scikit-learn")
 _PER_ROW_PREFIX = "per_row"
+_MAX_BYTES = 256 * 2**20
 
 
 @dataclass
@@ -205,10 +206,25 @@ class UnlearningReport:
 
     @classmethod
     def load(cls, path: str | Path) -> UnlearningReport:
-        """The report saved as the file `path`, or as `report.json` in the folder `path`."""
+        """The report saved as the file `path`, or as `report.json` in the folder `path`.
+
+        Raises:
+            RequestError: there is none, or it is damaged: it cannot be read, or what it holds cannot be shown.
+        """
         path = Path(path)
         file = path / JSON_NAME if path.is_dir() else path
-        return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        try:
+            if file.stat().st_size > _MAX_BYTES:
+                raise RequestError(f"{file} is {file.stat().st_size} bytes, too large for a report.")
+            report = cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
+            str(report), report.to_markdown()
+        except RequestError:
+            raise
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            raise RequestError(f"{file} is no report, or damaged ({type(error).__name__}: {error}).") from error
+        except (RecursionError, TemplateError) as error:
+            raise RequestError(f"{file} is damaged: what it holds cannot be shown ({error}).") from error
+        return report
 
     def save(self, directory: str | Path) -> list[Path]:
         """Write `report.json`, `report.md` and, when there are row losses to draw, `loss_histograms.png`.

@@ -51,7 +51,7 @@ from hf_iau.objective.evaluation_mode import RandomState
 from hf_iau.objective.row_loss import TrainerRowLoss, UserLossFunction, describe_function
 from hf_iau.objective.rows import refuse_iterable, row_bytes, rows_are_deterministic, select_rows
 from hf_iau.objective.working import memory_device, working
-from hf_iau.parallel import is_main_process, together
+from hf_iau.parallel import is_main_process, is_sharded, refuse_wrapped, together, whole_parameters
 from hf_iau.phases import PhaseTimer
 from hf_iau.publish.card import UnlearningCard, card_metadata, task_of_model
 from hf_iau.publish.upload import hub_errors_explained
@@ -132,6 +132,7 @@ class UnlearningTrainer(Trainer):
         self._memory_of_request: GradientMemory | None = None
         self._memory_ended = False
         self._forgotten: Counter[bytes] = Counter()
+        self._forgotten_positions: tuple[int, ...] = ()
         self._unlearning_card: UnlearningCard | None = None
         self._given_restriction = restriction
         self._restriction_config: RestrictionConfig | None = None
@@ -155,6 +156,11 @@ class UnlearningTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`. The memory of an earlier run no longer fits afterwards and is dropped here."""
+        if self.model is not None and is_sharded(self.model):
+            raise UnsupportedModelError(
+                "The model's parameters are sharded by fully_shard (FSDP2), which the Trainer cannot train here. Train "
+                "with a loop of your own, gather with hf_iau.gather(model, rows), and use this trainer to unlearn()."
+            )
         self._memory_of_request = None
         self._given_memory = None
         self._memory_ended = False
@@ -288,7 +294,7 @@ class UnlearningTrainer(Trainer):
         if identity is not None and bool(identity.forgotten.any()):
             kept = source.select(np.flatnonzero(~identity.forgotten))
         elif self._forgotten:
-            kept = source.select(positions := remaining_positions(source, self._forgotten))
+            kept = source.select(positions := self._remaining(source))
             if identity is not None:
                 identity = replace(identity, forgotten=~np.isin(np.arange(len(source)), positions))
         memory = build_memory(model, kept, self.row_loss, config, optimizer=self.optimizer)
@@ -319,6 +325,9 @@ class UnlearningTrainer(Trainer):
                 raise MissingMemoryError("rebase(): there is no memory to gather anew: use gather().")
             config = GatherConfig(**memory.settings)
         return self.gather(config)
+
+    def _remaining(self, source: RowSource) -> list[int]:
+        return remaining_positions(source, self._forgotten, likely=self._forgotten_positions)
 
     def _identity_of(self, model: nn.Module, source: RowSource) -> RowIdentity | None:
         """The rows' identity in the memory of these weights, where that is of these rows; else a new one with a key."""
@@ -412,10 +421,11 @@ class UnlearningTrainer(Trainer):
             StorageError: with `save=True`, it could not be written; everything is as before.
         """
         chosen, config = find_method(method, config)
-        models = _models(retrained_model)
+        models, model = _models(retrained_model), self._bare_model()
 
         def run(served: UnlearningMethod, keep: Callable[..., None] | None = None) -> UnlearnOutput:
-            with together("the request"), _random_state_kept(self._bare_model()), self._working_as_gathered():
+            state = _random_state_kept(model)
+            with together("the request"), whole_parameters(model), state, self._working_as_gathered():
                 return self._serve(
                     forget_dataset,
                     row_indices,
@@ -634,11 +644,8 @@ class UnlearningTrainer(Trainer):
         timer: PhaseTimer,
     ) -> ForgetContext:
         args = self.args
-        if any(isinstance(m, nn.DataParallel) for m in (self.model, self.model_wrapped)):
-            raise UnsupportedModelError(
-                "The model is wrapped in nn.DataParallel, which splits batches behind the Trainer's back. Use one "
-                "device, or launch one process a GPU with `accelerate launch`."
-            )
+        for wrapped in filter(None, (self.model, self.model_wrapped)):
+            refuse_wrapped(wrapped)
         model = self._bare_model()
         check_adapters(model)
         train = None
@@ -706,6 +713,7 @@ class UnlearningTrainer(Trainer):
             digests=digests,
             fingerprints=fingerprints,
             forgotten=self._forgotten,
+            forgotten_positions=self._forgotten_positions,
             trainer=self,
             label_counts=count_labels(forget.dataset),
             seed=args.seed,
@@ -738,6 +746,7 @@ class UnlearningTrainer(Trainer):
         if memory.data == data_fingerprint(model, train.dataset):
             gone = np.flatnonzero(identity.forgotten).tolist()
             self._forgotten = Counter(row_bytes(train.dataset[i]) for i in gone)
+            self._forgotten_positions = tuple(gone)
 
     def _check_columns(self, forget: RowSource) -> None:
         """Refuse forget rows that lack labels or columns of the training rows, or that are collated at random."""
@@ -858,10 +867,13 @@ class UnlearningTrainer(Trainer):
         if memory is None:  # whatever lies below output_dir, or the callback holds, is of other weights
             self._memory_ended = True
         self._forgotten = self._forgotten + context.digests
+        if context.forget_positions is not None:
+            self._forgotten_positions += tuple(context.forget_positions.tolist())
         self._unlearning_card = card
 
         def undo() -> None:
-            revert_weights()
+            with whole_parameters(context.model):
+                revert_weights()
             self._memory_of_request, self._memory_ended, self._forgotten, self._unlearning_card = earlier
 
         return undo
@@ -875,6 +887,10 @@ class UnlearningTrainer(Trainer):
             folder = Path(self.args.output_dir or ".") / MEMORY_FOLDER
             self._unlearning_card = UnlearningCard.of_weights(folder, self._bare_model())
         return self._unlearning_card
+
+    @unlearning_card.setter
+    def unlearning_card(self, card: UnlearningCard) -> None:
+        self._unlearning_card = card
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As in `Trainer`; once a request was served the card has a section on unlearning, its figures and tags."""

@@ -124,6 +124,7 @@ PLANTED = {
     "_iau/.memory.json.tmp12": ("memory", True),
     "old/memory-" + "b" * 32 + ".safetensors": ("memory", True),
     "old/_iau/memory.json": ("memory", True),
+    "_iau/ledger.jsonl": ("ledger", False),
 }
 WHOLE = {"global_step12", "pytorch_model_fsdp_0", "sub/checkpoint-7", "last-checkpoint", "wandb", "old/_iau"}
 

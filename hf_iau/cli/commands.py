@@ -1,0 +1,529 @@
+"""The commands. Each one loads what is named, calls one public function, and prints what it returns."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import datasets
+import numpy as np
+import typer
+from rich.table import Table
+from torch import nn
+from transformers import TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from hf_iau.cli.output import ExitCode, Output, reported
+from hf_iau.errors import ConfigError, RequestError
+from hf_iau.gather import GatherConfig, gather
+from hf_iau.gather.gather import default_collator, describe_memory, keep_input_columns
+from hf_iau.measure import gap, measure_model
+from hf_iau.methods import method_config
+from hf_iau.methods.verdict import RETRAIN
+from hf_iau.objective import RowSource
+from hf_iau.publish import UnlearningCard, audit
+from hf_iau.remember import MEMORY_FOLDER, GradientMemory
+from hf_iau.remember.memory import MEMORY_HEADER
+from hf_iau.report import UnlearningReport, tables
+from hf_iau.requests import Ledger
+from hf_iau.requests.id_column import rows_of_ids
+from hf_iau.tasks import Task, load_rows, load_task, read_ids, rows_where
+from hf_iau.tasks.task import local_folder
+from hf_iau.train import UnlearningTrainer
+
+app = typer.Typer(
+    name="hf-iau",
+    help="Make a fine-tuned model forget training rows, without training it again.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# --- options that several commands share ------------------------------------------------------------------------------
+
+ModelArgument = Annotated[str, typer.Argument(help="The fine-tuned model: a folder, or a name on the Hub.")]
+TrainOption = Annotated[
+    str, typer.Option("--train", help="The rows it was trained on, in their order: a file, folder or Hub name[:split].")
+]
+HeldOutOption = Annotated[
+    str | None, typer.Option("--held-out", help="Rows like them that it never saw; the step is calibrated on them.")
+]
+TestOption = Annotated[str | None, typer.Option("--test", help="Test rows, for the report alone.")]
+InputOption = Annotated[
+    list[str] | None, typer.Option("--input-column", help="Column of texts or images; give it twice for text pairs.")
+]
+LabelOption = Annotated[str, typer.Option("--label-column", help="Column of the labels, numbers or names.")]
+LengthOption = Annotated[int | None, typer.Option("--max-length", help="Longest text in tokens.", min=1)]
+TaskOption = Annotated[str | None, typer.Option("--task", help="text or image; default: what the model says.")]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+BatchOption = Annotated[int, typer.Option("--batch-size", help="Rows a batch.", min=1)]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of samples.", min=0)]
+CpuOption = Annotated[bool, typer.Option("--cpu", help="Use the processor even where there is an accelerator.")]
+MemoryOption = Annotated[
+    Path | None, typer.Option("--memory", help="Folder of the memory; default: _iau in the model's folder.")
+]
+IdsOption = Annotated[
+    Path | None, typer.Option("--ids-file", help="What to forget: row numbers, one a line or a JSON list.")
+]
+IdColumnOption = Annotated[
+    str | None, typer.Option("--id-column", help="With --ids-file: the column whose values the ids are.")
+]
+WhereOption = Annotated[str | None, typer.Option("--where", help='Instead: a condition, e.g. "label == 3".')]
+RetrainedOption = Annotated[
+    list[str] | None,
+    typer.Option("--retrained", help="A model trained without the rows, to compare with; twice: noise floor."),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show where an unexpected error came from.")]
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A task with its rows, raw and prepared."""
+
+    task: Task
+    raw: datasets.Dataset
+    train: datasets.Dataset
+    held_out: datasets.Dataset | None
+    test: datasets.Dataset | None
+
+
+def _load(
+    model: str,
+    train: str,
+    held_out: str | None,
+    test: str | None,
+    input_column: list[str] | None,
+    label_column: str,
+    max_length: int | None,
+    kind: str | None,
+    trust_remote_code: bool,
+) -> _Loaded:
+    transformers_logging.set_verbosity_error()
+    if kind not in (None, "text", "image"):
+        raise ConfigError(f"--task {kind}: choose text or image.")
+    raw = load_rows(train)
+    others = [None if source is None else load_rows(source) for source in (held_out, test)]
+    task = load_task(
+        model,
+        kind=kind,  # type: ignore[arg-type]
+        input_columns=tuple(input_column or ()),
+        label_column=label_column,
+        max_length=max_length,
+        trust_remote_code=trust_remote_code,
+    )
+    prepared = [None if rows is None else task.prepare(rows) for rows in others]
+    return _Loaded(task, raw, task.prepare(raw), prepared[0], prepared[1])
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is to be forgotten: row numbers, or ids of a column."""
+
+    rows: np.ndarray
+    id_column: str | None = None
+    ids: tuple[Any, ...] = ()
+
+
+def _request(rows: datasets.Dataset, ids_file: Path | None, id_column: str | None, where: str | None) -> _Request:
+    if (ids_file is None) == (where is None):
+        raise RequestError("Say what to forget: either --ids-file or --where.")
+    if where is not None:
+        if id_column is not None:
+            raise RequestError("--id-column goes with --ids-file; --where names its columns itself.")
+        chosen = rows_where(rows, where)
+        if len(chosen) == 0:
+            raise RequestError(f"No training row meets the condition {where!r}.")
+        return _Request(chosen)
+    assert ids_file is not None
+    if id_column is None:
+        return _Request(np.asarray(read_ids(ids_file), dtype=np.int64))
+    feature = rows.features.get(id_column)
+    numbers = isinstance(feature, datasets.Value) and "int" in feature.dtype
+    ids = read_ids(ids_file, int if numbers else str)
+    return _Request(rows_of_ids(rows, id_column, ids), id_column, tuple(ids))
+
+
+def _training_arguments(folder: str, batch_size: int, seed: int, cpu: bool, quiet: bool) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        seed=seed,
+        use_cpu=cpu,
+        disable_tqdm=quiet,
+        report_to="none",
+        remove_unused_columns=True,
+        dataloader_pin_memory=not cpu,
+    )
+
+
+def _settings(text: str | None, option: str) -> dict[str, Any]:
+    """An option's JSON object."""
+    try:
+        values = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{option} {text!r} is no JSON ({error}).") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{option} {text!r}: give a JSON object, e.g. '{{\"eta\": 1e-6}}'.")
+    return values
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+@app.command("gather")
+def gather_command(
+    model: ModelArgument,
+    train: TrainOption,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Where the memory is written; default: _iau in the model's folder.")
+    ] = None,
+    gradient_sum: Annotated[str, typer.Option(help="exact, sampled or none.")] = GatherConfig.gradient_sum,
+    curvature: Annotated[str, typer.Option(help="ekfac, diagonal, identity or none.")] = GatherConfig.curvature,
+    curvature_rows: Annotated[
+        int, typer.Option(help="Rows that the curvature is fitted on.")
+    ] = GatherConfig.curvature_rows,
+    input_column: InputOption = None,
+    label_column: LabelOption = "label",
+    max_length: LengthOption = None,
+    task: TaskOption = None,
+    trust_remote_code: TrustOption = False,
+    batch_size: BatchOption = 32,
+    seed: SeedOption = 0,
+    cpu: CpuOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Gather the memory of a trained model: what a later request will need."""
+    out = Output(as_json, debug)
+    with reported(out):
+        folder = output or (local_folder(model) and Path(model) / MEMORY_FOLDER)
+        if folder is None:
+            raise RequestError(f"{model!r} is no folder here: say by --output where the memory is to be written.")
+        loaded = _load(model, train, None, None, input_column, label_column, max_length, task, trust_remote_code)
+        device = _training_arguments(str(folder), batch_size, seed, cpu, as_json).device
+        memory = gather(
+            loaded.task.model.to(device),
+            loaded.train,
+            processing_class=loaded.task.processor,
+            config=GatherConfig(
+                gradient_sum=gradient_sum,  # type: ignore[arg-type]
+                curvature=curvature,  # type: ignore[arg-type]
+                curvature_rows=curvature_rows,
+                batch_size=batch_size,
+                seed=seed,
+                progress=not as_json,
+            ),
+        )
+        memory.save(folder)
+        values = {"memory": str(folder), **describe_memory(memory)}
+        table = Table("memory", "")
+        for name, value in values.items():
+            table.add_row(name.replace("_", " "), str(value))
+        out.result(values, table)
+
+
+@app.command("unlearn")
+def unlearn_command(
+    model: ModelArgument,
+    train: TrainOption,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="A new folder for the model that has forgotten.")
+    ] = None,
+    held_out: HeldOutOption = None,
+    test: TestOption = None,
+    ids_file: IdsOption = None,
+    id_column: IdColumnOption = None,
+    where: WhereOption = None,
+    method: Annotated[str, typer.Option(help="Name of the method.")] = "iau",
+    config: Annotated[str | None, typer.Option(help="Its settings, a JSON object.")] = None,
+    retrained: RetrainedOption = None,
+    memory: MemoryOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Report, and write nothing but the report.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Write no model when the verdict is `retrain`.")] = False,
+    push_to_hub: Annotated[str | None, typer.Option(help="Repository on the Hub to push the new model to.")] = None,
+    input_column: InputOption = None,
+    label_column: LabelOption = "label",
+    max_length: LengthOption = None,
+    task: TaskOption = None,
+    trust_remote_code: TrustOption = False,
+    batch_size: BatchOption = 32,
+    seed: SeedOption = 0,
+    cpu: CpuOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Make a model forget rows, and write the new model, its memory, its card and a report into a new folder."""
+    out = Output(as_json, debug)
+    with reported(out):
+        if output is None and not dry_run:
+            raise RequestError("Say where the new model goes: --output FOLDER, or --dry-run for the report alone.")
+        if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise RequestError(f"--output {output} exists and is not empty: name a new folder. The old model is kept.")
+        settings = None if config is None else method_config(method, _settings(config, "--config"))
+        loaded = _load(model, train, held_out, test, input_column, label_column, max_length, task, trust_remote_code)
+        request = _request(loaded.raw, ids_file, id_column, where)
+        home = local_folder(model)
+        with tempfile.TemporaryDirectory() as scratch:
+            trainer = UnlearningTrainer(
+                model=loaded.task.model,
+                args=_training_arguments(scratch, batch_size, seed, cpu, as_json),
+                train_dataset=loaded.train,
+                eval_dataset=loaded.held_out,
+                processing_class=loaded.task.processor,
+                memory=_memory_of(home, memory),
+                id_column=id_column,
+            )
+            if home is not None:
+                trainer.unlearning_card = UnlearningCard.of_weights(home / MEMORY_FOLDER, loaded.task.model)
+            others = [_other(name, loaded.task, trust_remote_code) for name in retrained or []]
+            asked: dict[str, Any] = {
+                "method": method,
+                "config": settings,
+                "test_dataset": loaded.test,
+                "retrained_model": others or None,
+                "dry_run": dry_run,
+            }
+            if request.id_column is not None:
+                result = trainer.unlearn_by_id(request.ids, **asked)
+            else:
+                result = trainer.unlearn(row_indices=request.rows, **asked)
+            withheld = strict and result.report.verdict == RETRAIN
+            if output is not None and trainer.is_world_process_zero():
+                _write(trainer, result.report, output, home, with_model=not dry_run and not withheld)
+            trainer.accelerator.wait_for_everyone()
+            if push_to_hub is not None and not dry_run and not withheld:
+                trainer.args.hub_model_id, trainer.args.output_dir = push_to_hub, str(output)
+                trainer.push_to_hub(commit_message=f"Forget {result.report.counts['forget_rows']} rows on request")
+        values = {
+            "applied": result.applied and not withheld,
+            "output": None if output is None else str(output),
+            "pushed_to": None if dry_run or withheld else push_to_hub,
+            "report": result.report.to_dict(),
+        }
+        text = str(result.report) + (f"\n\nWritten to {output}" if output is not None else "")
+        out.result(values, text)
+        if withheld:
+            out.note("--strict: the verdict is `retrain`, so no model was written.")
+            raise typer.Exit(ExitCode.RETRAIN)
+        if home is not None and not dry_run:
+            out.note(f"The model in {home} still knows the rows, and so may more: see `hf-iau audit {home}`.")
+
+
+@app.command("evaluate")
+def evaluate_command(
+    model: ModelArgument,
+    train: TrainOption,
+    held_out: HeldOutOption = None,
+    test: TestOption = None,
+    ids_file: IdsOption = None,
+    id_column: IdColumnOption = None,
+    where: WhereOption = None,
+    retrained: RetrainedOption = None,
+    retained_rows: Annotated[int, typer.Option(help="Retained rows to measure, drawn at random.", min=1)] = 2000,
+    input_column: InputOption = None,
+    label_column: LabelOption = "label",
+    max_length: LengthOption = None,
+    task: TaskOption = None,
+    trust_remote_code: TrustOption = False,
+    batch_size: BatchOption = 32,
+    seed: SeedOption = 0,
+    cpu: CpuOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure a model, changed or not, on forget, retained, held-out and test rows."""
+    out = Output(as_json, debug)
+    with reported(out):
+        loaded = _load(model, train, held_out, test, input_column, label_column, max_length, task, trust_remote_code)
+        chosen = np.unique(_request(loaded.raw, ids_file, id_column, where).rows)
+        outside = chosen[(chosen < 0) | (chosen >= len(loaded.train))]
+        if outside.size:
+            raise RequestError(f"Row {outside[0]} is no row of --train, which has {len(loaded.train)}.")
+        device = _training_arguments(".", batch_size, seed, cpu, as_json).device
+        bare = loaded.task.model.to(device)
+
+        def source(rows: datasets.Dataset | None, name: str) -> RowSource | None:
+            if rows is None or len(rows) == 0:
+                return None
+            kept = keep_input_columns(bare, rows, name)
+            collator = default_collator(loaded.task.processor)
+            return RowSource(kept, collator, batch_size=batch_size, device=device, name=name)
+
+        forget = source(loaded.train.select(chosen), "forget rows")
+        retained = source(loaded.train.select(np.setdiff1d(np.arange(len(loaded.train)), chosen)), "retained rows")
+        assert forget is not None
+        if retained is not None:
+            retained = retained.sample(retained_rows, seed)
+        splits = (forget, retained, source(loaded.held_out, "held-out rows"), source(loaded.test, "test rows"))
+        figures = {"model": measure_model(bare, *splits).figures(seed=seed).to_dict()}
+        for number, name in enumerate(retrained or [], start=1):
+            other = _other(name, loaded.task, trust_remote_code).to(device)
+            title = "retrained" if number == 1 else f"retrained {number}"
+            figures[title] = measure_model(other, *splits).figures(seed=seed).to_dict()
+        reference = figures.get("retrained")
+        gaps = {
+            title: None if reference is None or values is reference else gap(values, reference).to_dict()
+            for title, values in figures.items()
+        }
+        out.result({"figures": figures, "gaps": gaps}, _rich(tables.comparison(figures, gaps)))
+
+
+@app.command("report")
+def report_command(
+    path: Annotated[Path, typer.Argument(help="A report.json, or the folder that it lies in.")],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print it in Markdown.")] = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Print a saved report."""
+    out = Output(as_json, debug)
+    with reported(out):
+        report = UnlearningReport.load(path)
+        out.result(report.to_dict(), report.to_markdown() if markdown else str(report))
+
+
+@app.command("audit")
+def audit_command(
+    directory: Annotated[Path, typer.Argument(help="The folder that a model was saved in.")],
+    purge: Annotated[bool, typer.Option("--purge", help="Remove what can be removed, after a question.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """List what still holds the influence of forgotten rows, and remove it if asked."""
+    out = Output(as_json, debug)
+    with reported(out):
+        found = audit(directory)
+        freed = None
+        if purge and found.removable:
+            if not yes:
+                if as_json:
+                    raise RequestError("--purge with --json cannot ask: add --yes.")
+                out.result({}, _findings(found.to_dict()))
+                size = tables.size(sum(finding.bytes for finding in found.removable))
+                if not typer.confirm(f"Remove {len(found.removable)} of these, {size}, for good?", err=True):
+                    out.note("Nothing was removed.")
+                    raise typer.Exit(ExitCode.FOUND)
+            freed = found.purge()
+        values = found.to_dict() | {"bytes_freed": freed}
+        text = _findings(found.to_dict()) if found.findings else str(found)
+        out.result(values, text)
+        if freed is not None:
+            out.note(f"{tables.size(freed)} removed.")
+        if found.findings:
+            raise typer.Exit(ExitCode.FOUND)
+
+
+@app.command("ledger")
+def ledger_command(
+    directory: Annotated[Path, typer.Argument(help="The output directory that the ledger lies in.")],
+    head: Annotated[str | None, typer.Option(help="Head on a certificate: that entry must still be there.")] = None,
+    count: Annotated[int | None, typer.Option(help="Count on the same certificate.", min=0)] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Verify the ledger of requests, and list it. The key comes from HF_IAU_KEY or HF_IAU_KEY_FILE."""
+    out = Output(as_json, debug)
+    with reported(out):
+        if not directory.is_dir():
+            raise RequestError(f"{directory} is no folder.")
+        ledger = Ledger.of(directory)
+        verified = ledger.verify(head, count)
+        entries = [
+            {
+                "number": entry.number,
+                "time": entry.time,
+                "method": entry.method,
+                "rows": entry.rows,
+                "verdict": entry.outcome.get("verdict"),
+                "mac": entry.mac,
+            }
+            for entry in ledger.entries()
+        ]
+        table = Table("number", "time", "method", "rows", "verdict", "entry", caption=f"Verified. Head {verified.head}")
+        for entry in entries:
+            table.add_row(*(str(value) for value in [*list(entry.values())[:-1], f"{str(entry['mac'])[:16]}…"]))
+        out.result({"verified": True, "count": verified.count, "head": verified.head, "entries": entries}, table)
+
+
+@app.command("demo")
+def demo_command(
+    output: Annotated[Path, typer.Option("--output", help="Where the report is written.")] = Path("outputs/demo"),
+    seed: SeedOption = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few seconds of training, only to see that it runs.")
+    ] = False,
+    debug: DebugOption = False,
+) -> None:
+    """A small vision transformer learns wrong labels by heart and forgets 80 of them: about a minute, no downloads."""
+    with reported(Output(debug=debug)):
+        from hf_iau.demo import run_demo  # scikit-learn and its data are needed here alone
+
+        run_demo(output, seed=seed, quick=quick)
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _memory_of(home: Path | None, memory: Path | None) -> GradientMemory | None:
+    """The memory in `--memory`, else the one in the model's folder, else None for methods that need none."""
+    if memory is not None:
+        return GradientMemory.load(memory)
+    if home is None or not (home / MEMORY_FOLDER / MEMORY_HEADER).is_file():
+        return None
+    return GradientMemory.load(home / MEMORY_FOLDER)
+
+
+def _other(name: str, task: Task, trust_remote_code: bool) -> nn.Module:
+    return load_task(name, kind=task.kind, trust_remote_code=trust_remote_code).model
+
+
+def _write(
+    trainer: UnlearningTrainer, report: UnlearningReport, output: Path, home: Path | None, *, with_model: bool
+) -> None:
+    """Write everything beside `output` and move it into place at the end, so that a crash leaves nothing half done."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+    try:
+        if with_model:
+            if home is not None and (home / "README.md").is_file():
+                shutil.copy(home / "README.md", staged)  # what the model was made of is known from there
+            trainer.save_model(str(staged))
+            trainer.args.output_dir = str(staged)
+            trainer.create_model_card(model_name=output.name)
+        report.save(staged)
+        mask = os.umask(0)
+        os.umask(mask)
+        staged.chmod(0o777 & ~mask)
+        staged.replace(output)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+
+
+def _rich(table: tables.Table) -> Table:
+    head, *body = table
+    made = Table(head[0])
+    for name in head[1:]:
+        made.add_column(name, justify="right")
+    for row in body:
+        made.add_row(*row)
+    return made
+
+
+def _findings(values: dict[str, Any]) -> Table:
+    table = Table("path", "kind", "size", "purge", "why")
+    table.columns[0].overflow = "fold"
+    for finding in values["findings"]:
+        row = [finding["path"], finding["kind"], tables.size(finding["bytes"]), "yes" if finding["removable"] else "no"]
+        table.add_row(*row, f"{finding['why']} {finding['remedy']}".strip())
+    return table
