@@ -324,20 +324,18 @@ def _bootstrap_interval(inside: np.ndarray, outside: np.ndarray, resamples: int,
         auc = _auc(inside, outside)  # every resample has the same value
         return auc, auc
 
-    # Of resampled scores only the order counts, and that is known: so they are counted, not sorted again.
-    _, places = np.unique(np.concatenate([inside, outside]), return_inverse=True)
-    distinct = int(places.max()) + 1
+    # Scores become their place among all distinct scores, so that a resample is two rows of counts and needs no sorting.
+    distinct, places = np.unique(np.concatenate([inside, outside]), return_inverse=True)
+    width = len(distinct)
 
     def auc_of(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
-        """Share of pairs in which the member is higher, ties by half, of each line of places (Mann-Whitney)."""
-        shape = np.delete(x.shape, axis)
-        x, y = (np.atleast_2d(np.moveaxis(side, axis, -1)).astype(np.int64) for side in (x, y))
-        lines = np.arange(len(y))[:, None] * distinct
-        counts = np.bincount((y + lines).ravel(), minlength=len(y) * distinct).reshape(len(y), distinct)
-        not_above = counts.cumsum(axis=1)
-        twice = (2 * not_above - counts).ravel()  # twice the pairs won by a member at each place
-        won = twice[x + lines].sum(axis=1) / (2.0 * m * n)
-        return np.asarray(won.reshape(shape))
+        # The Mann-Whitney statistic over m·n equals the AUC: non-members below each member, ties counting half.
+        x, y = np.atleast_2d(x), np.atleast_2d(y)
+        offsets = width * np.arange(len(x))[:, None]
+        of_x, of_y = (
+            np.bincount((side + offsets).ravel(), minlength=width * len(x)).reshape(len(x), width) for side in (x, y)
+        )
+        return np.asarray((of_x * (of_y.cumsum(axis=-1) - of_y / 2)).sum(axis=-1) / (m * n))
 
     result = scipy_bootstrap(
         (places[:m], places[m:]),
