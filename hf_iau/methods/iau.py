@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -26,7 +26,7 @@ from hf_iau.calibrate import (
 from hf_iau.calibrate.calibration import find_length
 from hf_iau.calibrate.trial import auc_distance, class_share_distance
 from hf_iau.calibrate.walk import DEAR
-from hf_iau.errors import CalibrationError, ConfigError, MissingMemoryError, RequestError
+from hf_iau.errors import CalibrationError, ConfigError, MemoryFileError, MissingMemoryError, RequestError
 from hf_iau.forget import ForgetContext, MethodOutcome, apply_step, step_norm, weights_norm
 from hf_iau.gather.gradient_sum import GradientSum, sum_row_gradients
 from hf_iau.methods.base import add_weight_decay, register_method
@@ -642,6 +642,7 @@ def _remembered(config: IAUConfig, memory: GradientMemory) -> Calibration | None
         or any(value is not None for value in (config.length, config.damping, config.finish_weight))
     ):
         return None
+    _check_remembered(known)
     low, high = config.damping_range
     if not low * 0.99 <= known.get("damping", low) <= high * 1.01:
         return None
@@ -651,6 +652,17 @@ def _remembered(config: IAUConfig, memory: GradientMemory) -> Calibration | None
         return None
     fields = {name: known[name] for name in Calibration.__dataclass_fields__ if name in known}
     return Calibration(**{**fields, "source": "remembered"})
+
+
+def _check_remembered(known: Mapping[str, Any]) -> None:
+    """Raise `MemoryFileError` unless an earlier answer is one."""
+    numbers = [known.get(name) for name in ("length", "damping", "finish_weight")]
+    numbers += [known.get("relative_path", 0.0), *(known.get("lengths") or [])]
+    plain = [value for value in numbers if type(value) in (int, float)]
+    if len(plain) < len(numbers) or not all(math.isfinite(value) for value in plain):
+        raise MemoryFileError(
+            f"The memory's calibration is malformed ({dict(known)!r}): it is corrupt. Pass IAUConfig(recalibrate=True)."
+        )
 
 
 def _refuse_overlap(context: ForgetContext) -> None:
