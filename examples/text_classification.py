@@ -26,6 +26,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+from accelerate.utils import broadcast_object_list
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
@@ -193,6 +194,8 @@ def load_tokenizer(model: ModelArguments, data: DataArguments, texts: list[str])
     tokenizer.train_from_iterator(
         texts, trainers.WordPieceTrainer(vocab_size=4000, special_tokens=list(special.values()), show_progress=False)
     )
+    # Ties are broken at random in training, so all processes take the first one's.
+    tokenizer = Tokenizer.from_str(broadcast_object_list([tokenizer.to_str()])[0])
     ends = [(token, tokenizer.token_to_id(token)) for token in ("[SEP]", "[CLS]")]
     tokenizer.post_processor = processors.BertProcessing(*ends)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=data.max_length, **special)

@@ -23,6 +23,7 @@ from hf_iau.errors import (
     UnknownRowsError,
     UnsupportedModelError,
 )
+from hf_iau.forecast import Estimate, estimate
 from hf_iau.gather import GatherConfig, IAUCallback, gather
 from hf_iau.gather.checker import GradientCheck, check_row_gradients
 from hf_iau.methods import (
@@ -50,6 +51,7 @@ __all__ = [
     "CalibrationError",
     "ConfigError",
     "CoupledRowsError",
+    "Estimate",
     "GatherConfig",
     "GradientCheck",
     "GradientMemory",
@@ -79,6 +81,7 @@ __all__ = [
     "audit",
     "available_methods",
     "check_row_gradients",
+    "estimate",
     "gather",
     "register_method",
 ]

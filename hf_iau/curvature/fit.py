@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -31,6 +31,7 @@ from hf_iau.objective.working import is_narrow
 from hf_iau.parallel import (
     from_one_process,
     is_main_process,
+    on_whole_parameters,
     process_count,
     process_number,
     sum_over_processes,
@@ -47,6 +48,7 @@ PROBE_ROWS = 3
 CACHE_BYTES = 256 * 2**20
 
 
+@on_whole_parameters
 def fit_curvature(
     model: nn.Module,
     source: RowSource,
@@ -460,10 +462,8 @@ class _Fit:
         if self.cache is None:
             return
         positions, columns, outputs = a.shape[2], a.shape[3], g.shape[3]
-        as_matrices = positions > 1 and outputs * columns <= positions * (outputs + columns)
-        rows = a.shape[0] * a.shape[1]
-        size = rows * (outputs * columns if as_matrices else positions * (outputs + columns)) * a.element_size()
-        self.cached_bytes += size
+        as_matrices = _kept_as_matrices(positions, columns, outputs)
+        self.cached_bytes += cached_size(a.shape[:3], columns, outputs) * a.element_size()
         if self.cached_bytes > self.cache_bytes:
             self.cache = None
         elif as_matrices:
@@ -614,6 +614,17 @@ class _Fit:
 
     def _on_factor_device(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: total.to(self.factor_device or total.device) for name, total in sums.items()}
+
+
+def cached_size(shape: Sequence[int], columns: int, outputs: int) -> int:
+    """Scalars that are kept of some rows' inputs `(groups, rows, positions, columns)` and output gradients."""
+    groups, rows, positions = shape
+    matrices = _kept_as_matrices(positions, columns, outputs)
+    return groups * rows * (outputs * columns if matrices else positions * (outputs + columns))
+
+
+def _kept_as_matrices(positions: int, columns: int, outputs: int) -> bool:
+    return positions > 1 and outputs * columns <= positions * (outputs + columns)
 
 
 def _eigenvectors(covariance: Tensor, name: str) -> Tensor:

@@ -32,7 +32,7 @@ from hf_iau.objective.row_loss import UserLossFunction
 from hf_iau.objective.rows import Collator, refuse_iterable, rows_are_deterministic, sample_positions
 from hf_iau.objective.working import working
 from hf_iau.objective.wrappers import unwrapped
-from hf_iau.parallel import SAME_START, agree, together
+from hf_iau.parallel import SAME_START, agree, is_sharded, refuse_wrapped, together, whole_parameters
 from hf_iau.remember import GradientMemory, RowIdentity, data_fingerprint, find_key, model_fingerprint
 from hf_iau.remember.fingerprints import input_columns
 from hf_iau.remember.keys import say_that_there_is_no_key
@@ -117,8 +117,14 @@ def build_memory(
     optimizer: torch.optim.Optimizer | None = None,
 ) -> GradientMemory:
     """Gather from prepared rows; what `gather` and `IAUCallback` share."""
-    with together("gathering"), working(config.precision, config.memory_device):
-        return _build_memory(model, source, row_loss, config, optimizer)
+    decay = coupled_weight_decay(model, optimizer)
+    if config.curvature == "adam" and is_sharded(model):
+        raise UnsupportedModelError(
+            "GatherConfig(curvature='adam') reads the optimizer's second moments, which fully_shard has spread over the "
+            "processes. Use curvature='ekfac' or 'diagonal'."
+        )
+    with together("gathering"), working(config.precision, config.memory_device), whole_parameters(model):
+        return _build_memory(model, source, row_loss, config, optimizer, decay)
 
 
 def _build_memory(
@@ -127,13 +133,13 @@ def _build_memory(
     row_loss: RowLoss,
     config: GatherConfig,
     optimizer: torch.optim.Optimizer | None,
+    decay: dict[str, float],
 ) -> GradientMemory:
     check_gatherable(model, source.dataset)
     parameters = trainable_parameters(model)
     probe_additivity(row_loss, model, source)
     of_model, of_data = model_fingerprint(model), data_fingerprint(model, source.dataset)
     agree(str(of_model | of_data), "the model or training rows that they gather from", SAME_START)
-    decay = coupled_weight_decay(model, optimizer)
     seconds: dict[str, float] = {}
 
     started = time.perf_counter()
@@ -213,7 +219,7 @@ def keep_input_columns(model: nn.Module, dataset: Any, name: str) -> Any:
     Raises:
         UnsupportedModelError: no column is left.
     """
-    refuse_data_parallel(model)
+    refuse_wrapped(model)
     refuse_iterable(dataset, name)
     if not isinstance(dataset, datasets.Dataset):
         return dataset
@@ -230,18 +236,9 @@ def keep_input_columns(model: nn.Module, dataset: Any, name: str) -> Any:
     return dataset.remove_columns([column for column in dataset.column_names if column not in used])
 
 
-def refuse_data_parallel(model: nn.Module) -> None:
-    """Raise `UnsupportedModelError` for a model in `nn.DataParallel`."""
-    if isinstance(model, nn.DataParallel):
-        raise UnsupportedModelError(
-            "The model is wrapped in nn.DataParallel, which splits batches behind the Trainer's back. Use one device, "
-            "or launch one process a GPU with `accelerate launch`."
-        )
-
-
 def check_gatherable(model: nn.Module, dataset: Any) -> None:
     """Refuse what has no row gradients, before any compute is spent."""
-    refuse_data_parallel(model)
+    refuse_wrapped(model)
     check_adapters(model)
     refuse_iterable(dataset, "training rows")
     if len(dataset) == 0:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from hf_iau.errors import NonFiniteGradientError, UnsupportedModelError
 from hf_iau.objective import RowLoss, RowSource, evaluation_mode
 from hf_iau.objective.working import memory_device
-from hf_iau.parallel import gather_arrays, is_main_process, sum_over_processes, together
+from hf_iau.parallel import gather_arrays, is_main_process, sum_over_processes, together, whole_parameters
 
 # Batches whose float32 gradients are added up by autograd itself before they are moved to the float64 sum. Eight
 # float32 additions lose less than one part in a million, and the sum costs an eighth.
@@ -110,7 +110,7 @@ def sum_row_gradients(
     Raises:
         NonFiniteGradientError: a row's loss or gradient is NaN or infinite; the message says which row.
     """
-    with together(f"the gradient sum over the {source.name}"):
+    with together(f"the gradient sum over the {source.name}"), whole_parameters(model):
         parameters = trainable_parameters(model, names)
         own, start = source.share()
         result = _sum_own_rows(model, row_loss, own, parameters, progress and is_main_process(), track_batches)

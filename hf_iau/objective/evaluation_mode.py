@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_iau.objective.working import autocast_dtype
+from hf_iau.parallel import whole_parameters
 
 
 @contextlib.contextmanager
@@ -25,6 +26,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
 
     * every module is in `eval()`: dropout is off and BatchNorm uses its running statistics, so rows are separable;
     * `use_cache` is off in the model's configuration;
+    * parameters that `fully_shard` has spread over processes are whole in each (see `whole_parameters`);
     * the autocast wrapper that Accelerate puts around `forward` under bf16/fp16 is set aside, so that the training
       process and a fresh process compute the same numbers; `working(precision=…)` alone decides;
     * layers with gradient checkpointing still recompute their activations, which Transformers does in training only;
@@ -34,11 +36,17 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
     parameters' `.grad` and the random states of Python, NumPy, the CPU and the model's CUDA devices are what they were.
 
     Args:
-        model: the bare model (not wrapped by DDP, FSDP or `DataParallel`).
+        model: the bare model (not wrapped by DDP, FSDP1 or `DataParallel`).
 
     Yields:
         The same model.
     """
+    with whole_parameters(model), _evaluation_mode(model):
+        yield model
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     training_flags = {module: module.training for module in model.modules()}
     caching = [(config, config.use_cache) for config in _configurations(model) if hasattr(config, "use_cache")]
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
@@ -58,7 +66,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
         autocast = torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
         # Compiled code would be compiled anew for these few passes, and does not call hooks that come later.
         with autocast, torch.compiler.set_stance("force_eager"), _recomputing(model):
-            yield model
+            yield
     finally:
         for module, flag in training_flags.items():
             module.training = flag

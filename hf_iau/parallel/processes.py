@@ -251,7 +251,7 @@ def _in_contact(what: str) -> Iterator[None]:
             ParallelError(
                 f"Process {process_number()} of {process_count()} lost the others at {what!r} ({reason[0][:200]}). One of "
                 "them ended, or took longer than the process group's timeout (`ddp_timeout` in TrainingArguments). "
-                "Nothing was changed or saved; start all processes again."
+                "Nothing is left half done: the weights are put back and files are whole. Start all processes again."
             )
         ) from error
 

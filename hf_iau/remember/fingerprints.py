@@ -15,11 +15,13 @@ from torch import nn
 from hf_iau.objective.adapters import active_adapters
 from hf_iau.objective.rows import row_bytes, sample_positions
 from hf_iau.objective.targets import bare_model
+from hf_iau.parallel import class_name, on_whole_parameters
 
 FINGERPRINT_ROWS = 256
 _VERSIONED = ("hf-iau", "torch", "transformers", "datasets", "accelerate", "peft")
 
 
+@on_whole_parameters
 def model_fingerprint(model: nn.Module) -> dict[str, str]:
     """Name, architecture and weights of a model.
 
@@ -31,7 +33,7 @@ def model_fingerprint(model: nn.Module) -> dict[str, str]:
     for name, parameter in sorted(model.named_parameters()):
         shapes.update(f"{name}{tuple(parameter.shape)}".encode())
     fingerprint = {
-        "class": type(bare_model(model)).__name__,
+        "class": class_name(bare_model(model)),
         "architecture": shapes.hexdigest(),
         "weights": weights_fingerprint(model),
     }
@@ -39,6 +41,7 @@ def model_fingerprint(model: nn.Module) -> dict[str, str]:
     return fingerprint | {"adapters": ", ".join(adapters)} if adapters else fingerprint
 
 
+@on_whole_parameters
 def weights_fingerprint(model: nn.Module) -> str:
     """Digest of every parameter and persistent buffer of a model, bit for bit."""
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters())

@@ -51,7 +51,7 @@ from hf_iau.objective.evaluation_mode import RandomState
 from hf_iau.objective.row_loss import TrainerRowLoss, UserLossFunction, describe_function
 from hf_iau.objective.rows import refuse_iterable, row_bytes, rows_are_deterministic, select_rows
 from hf_iau.objective.working import memory_device, working
-from hf_iau.parallel import is_main_process, together
+from hf_iau.parallel import is_main_process, is_sharded, refuse_wrapped, together, whole_parameters
 from hf_iau.phases import PhaseTimer
 from hf_iau.publish.card import UnlearningCard, card_metadata, task_of_model
 from hf_iau.publish.upload import hub_errors_explained
@@ -155,6 +155,11 @@ class UnlearningTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`. The memory of an earlier run no longer fits afterwards and is dropped here."""
+        if self.model is not None and is_sharded(self.model):
+            raise UnsupportedModelError(
+                "The model's parameters are sharded by fully_shard (FSDP2), which the Trainer cannot train here. Train "
+                "with a loop of your own, gather with hf_iau.gather(model, rows), and use this trainer to unlearn()."
+            )
         self._memory_of_request = None
         self._given_memory = None
         self._memory_ended = False
@@ -412,10 +417,11 @@ class UnlearningTrainer(Trainer):
             StorageError: with `save=True`, it could not be written; everything is as before.
         """
         chosen, config = find_method(method, config)
-        models = _models(retrained_model)
+        models, model = _models(retrained_model), self._bare_model()
 
         def run(served: UnlearningMethod, keep: Callable[..., None] | None = None) -> UnlearnOutput:
-            with together("the request"), _random_state_kept(self._bare_model()), self._working_as_gathered():
+            state = _random_state_kept(model)
+            with together("the request"), whole_parameters(model), state, self._working_as_gathered():
                 return self._serve(
                     forget_dataset,
                     row_indices,
@@ -634,11 +640,8 @@ class UnlearningTrainer(Trainer):
         timer: PhaseTimer,
     ) -> ForgetContext:
         args = self.args
-        if any(isinstance(m, nn.DataParallel) for m in (self.model, self.model_wrapped)):
-            raise UnsupportedModelError(
-                "The model is wrapped in nn.DataParallel, which splits batches behind the Trainer's back. Use one "
-                "device, or launch one process a GPU with `accelerate launch`."
-            )
+        for wrapped in filter(None, (self.model, self.model_wrapped)):
+            refuse_wrapped(wrapped)
         model = self._bare_model()
         check_adapters(model)
         train = None
@@ -861,7 +864,8 @@ class UnlearningTrainer(Trainer):
         self._unlearning_card = card
 
         def undo() -> None:
-            revert_weights()
+            with whole_parameters(context.model):
+                revert_weights()
             self._memory_of_request, self._memory_ended, self._forgotten, self._unlearning_card = earlier
 
         return undo

@@ -20,6 +20,10 @@ JOBS = {
     "killed_in_gathering": 2,
     "killed_in_unlearning": 2,
     "hung_in_unlearning": 2,
+    "sharded": 2,
+    "forget_alone": 1,
+    "sharded_kinds": 2,
+    "sharded_refusals": 2,
 }
 
 
@@ -120,3 +124,34 @@ def test_a_lost_process_leaves_the_others_unharmed(name: str, jobs: dict[str, An
     assert found["rows"] == 12
     assert [file.split("-")[0].split(".")[0] for file in found["files"]] == ["memory", "memory"]
     assert found.get("unchanged", True)
+
+
+def test_sharded_parameters_give_the_same_memory_and_weights(jobs: dict[str, Any]) -> None:
+    for found in results(jobs["sharded"]):
+        assert found["training"] < 1e-12
+        for name in ("sums", "solved", "weights"):
+            assert found[name] < 1e-10, name
+        assert found["still_sharded"]
+        assert found["reverted"]
+        assert found["moved_after"]
+        assert found["class"] == "BertForSequenceClassification"
+
+
+def test_kinds_of_sharding(jobs: dict[str, Any]) -> None:
+    for found in results(jobs["sharded_kinds"]):
+        assert found.keys() == {"plain", "bf16", "replicas"}
+        assert max(found.values()) < 1e-6
+
+
+def test_memories_go_from_one_process_to_two_and_back(jobs: dict[str, Any]) -> None:
+    assert [found["from_alone"] < 1e-10 for found in results(jobs["sharded"])] == [True, True]
+    (found,) = results(jobs["forget_alone"])
+    assert found["weights"] < 1e-10
+
+
+def test_what_is_not_fsdp2_alone_is_refused(jobs: dict[str, Any]) -> None:
+    for found in results(jobs["sharded_refusals"]):
+        assert "tensor parallelism is not supported" in found["tensor parallel"]
+        assert "Use curvature='ekfac' or 'diagonal'" in found["adam"]
+        assert found["bad row"].startswith("NonFiniteGradientError: Row 5 of the some rows")
+        assert "sharded by fully_shard" in found["train"]

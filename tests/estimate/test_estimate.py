@@ -1,0 +1,117 @@
+"""Forecast bytes against what is then held."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from allocations import peak_allocated
+from memorising_network import CLASSES, WIDTH, Classifier, draw, fit
+from tiny_models import FAMILIES, as_dataset, build, pad_right, rows_of
+from torch import nn
+from transformers import TrainingArguments
+
+import hf_iau
+from hf_iau import ConfigError, GatherConfig, IAUConfig, UnlearningTrainer, UnsupportedModelError
+from hf_iau.forget.transaction import WeightTransaction
+from hf_iau.gather.gradient_sum import sum_row_gradients
+from hf_iau.objective import ModelRowLoss, RowSource
+
+QUIET: dict[str, Any] = {"progress": False, "batch_size": 6}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_memory_has_the_bytes_that_were_forecast(family: str) -> None:
+    model, rows = build(family), as_dataset(rows_of(family, 12))
+    config = GatherConfig(gradient_sum="exact", **QUIET)
+    forecast = hf_iau.estimate(model, rows, config, data_collator=pad_right(), probe=False)
+    memory = hf_iau.gather(model, rows, data_collator=pad_right(), config=config)
+    assert memory.gradient_sum is not None and memory.curvature is not None
+    assert forecast.bytes["memory"] == pytest.approx(memory.nbytes(), rel=0.2)
+    assert forecast.bytes["factors"] == pytest.approx(memory.curvature.nbytes(), rel=0.2)
+    assert forecast.bytes["gradient_sum"] == sum(t.numel() * 8 for t in memory.gradient_sum.values())
+    assert sum(forecast.coverage.values()) == sum(memory.curvature.coverage().values())
+    source = RowSource(rows, pad_right(), batch_size=4)
+    sum_row_gradients(model, ModelRowLoss(), source)
+    kept = [p for p in model.parameters() if p.requires_grad]
+    assert forecast.bytes["gradients"] == sum(p.numel() * p.element_size() for p in kept)
+    copies = WeightTransaction(model)._copies.values()
+    assert forecast.bytes["weights"] == sum(t.numel() * t.element_size() for t in copies)
+
+
+@pytest.mark.parametrize("setting", ["diagonal", "identity", "none", "ekfac with narrow factors"])
+def test_every_kind_of_curvature(setting: str) -> None:
+    kind, *narrow = setting.split(" with ")
+    config = GatherConfig(curvature=kind, max_factor_size=17 if narrow else 4096, gradient_sum="none", **QUIET)  # type: ignore[arg-type]
+    model, rows = build("bert"), as_dataset(rows_of("bert", 12))
+    forecast = hf_iau.estimate(model, rows, config, data_collator=pad_right(), probe=False)
+    memory = hf_iau.gather(model, rows, data_collator=pad_right(), config=config)
+    assert forecast.bytes["memory"] == pytest.approx(memory.nbytes(), rel=0.2)
+    assert forecast.coverage == ({} if memory.curvature is None else memory.curvature.coverage())
+
+
+class Wide(Classifier):
+    """Weights so large that all else is small beside them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(WIDTH, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh())
+        self.head = nn.Linear(width, CLASSES)
+
+
+@pytest.mark.parametrize(("kind", "width"), [("none", 700), ("exact", 500)])
+def test_peaks_of_gathering_and_of_a_request(kind: Any, width: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    train, held_out = draw(600, 1), draw(300, 2)
+    model = fit(Wide(width), train, 3, seed=0)
+    config = GatherConfig(gradient_sum=kind, progress=False, batch_size=32, curvature_rows=200)
+    wishes = IAUConfig(walk=False)
+    forecast = hf_iau.estimate(model, train, config, method_config=wishes, request_rows=60, held_out_rows=300)
+    found: list[Any] = []
+    peak = peak_allocated(lambda: found.append(hf_iau.gather(model, train, config=config)))
+    assert forecast.bytes["gathering_peak"] - forecast.bytes["weights"] == pytest.approx(peak, rel=0.2)
+    trainer = UnlearningTrainer(
+        model=model,
+        args=TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=32,
+            per_device_eval_batch_size=300,
+            disable_tqdm=True,
+            report_to="none",
+            use_cpu=True,
+        ),
+        train_dataset=train,
+        eval_dataset=held_out,
+        memory=found[0],
+    )
+    peak = peak_allocated(lambda: found.append(trainer.unlearn(row_indices=np.arange(60), config=wishes)))
+    assert forecast.bytes["request"] == pytest.approx(peak, rel=0.2)
+
+
+def test_what_it_says() -> None:
+    model, rows = build("lora"), as_dataset(rows_of("lora", 30))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    forecast = hf_iau.estimate(model, rows, GatherConfig(**QUIET), data_collator=pad_right(), request_rows=3)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert set(forecast.seconds) == {"gradient_sum", "curvature", "gather", "unlearn"}
+    assert all(value > 0 for value in forecast.seconds.values())
+    assert forecast.seconds["gather"] == forecast.seconds["gradient_sum"] + forecast.seconds["curvature"]
+    assert forecast.bytes["activations"] > 0
+    assert json.loads(json.dumps(forecast.to_dict())) == forecast.to_dict()
+    lines = str(forecast).splitlines()
+    assert len(lines) == len(forecast.table()) and len({len(line) for line in lines}) == 1
+    assert "memory" in str(forecast) and "MiB" in lines[0]
+    unprobed = hf_iau.estimate(model, rows, GatherConfig(**QUIET), data_collator=pad_right(), probe=False)
+    assert unprobed.seconds == {} and unprobed.bytes["activations"] == 0
+
+
+def test_bad_input() -> None:
+    model, rows = build("plain"), as_dataset(rows_of("plain", 8))
+    with pytest.raises(ConfigError, match=r"request_rows=8.*below the 8 training rows"):
+        hf_iau.estimate(model, rows, request_rows=8, data_collator=pad_right())
+    with pytest.raises(UnsupportedModelError, match="empty"):
+        hf_iau.estimate(model, rows.select([]), data_collator=pad_right())
