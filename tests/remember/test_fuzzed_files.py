@@ -18,6 +18,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -30,12 +31,14 @@ from unlearning_trainers import assert_bits, state_of
 
 import hf_iau
 from hf_iau import GatherConfig, GradientMemory, IAUError, RequestError, UnlearningReport, UnlearningTrainer, gather
-from hf_iau.errors import ConfigError, LedgerError, MemoryFileError, PublishError
+from hf_iau.errors import ConfigError, LedgerError, MemoryFileError, PublishError, StorageError
 from hf_iau.methods import IAUConfig, available_methods, base, iau, method_config
 from hf_iau.publish import UnlearningCard, audit
 from hf_iau.remember.files import file_digest
 from hf_iau.remember.keys import Key, find_key
 from hf_iau.requests import Ledger
+from hf_iau.requests.journal import Journal, JournalFile
+from hf_iau.requests.queue import RequestQueue
 
 # More by e.g. FUZZ_EXAMPLES=3000; the slower tests, which serve requests, take a third.
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "90"))
@@ -357,6 +360,32 @@ def test_a_forged_ledger(ledger_text: str, tmp_path: Path, data: st.DataObject) 
     except LedgerError:
         return
     assert changed == lines
+
+
+@fuzz
+@given(data=st.data(), damage=damages(), forge=st.booleans(), which=st.sampled_from(["journal", "queue"]))
+def test_a_damaged_or_forged_journal_or_queue(
+    tmp_path: Path, data: st.DataObject, damage: Damage, forge: bool, which: str
+) -> None:
+    """Both move files or have rows forgotten, so both are sealed: what is not as it was written is refused."""
+    (tmp_path / "_iau").mkdir(exist_ok=True)
+    key = Key.from_secret(KEY)
+    file: Any = JournalFile(tmp_path, key) if which == "journal" else RequestQueue(tmp_path, key)
+    journal = Journal(
+        "0" * 32, "now", 3, "iau", {"length": 1.0}, "1" * 32, files=["model.safetensors"], removed=["a/b"]
+    )
+    waiting = np.arange(48, dtype=np.uint8).reshape(3, 16)
+    file.write(journal if which == "journal" else waiting)
+    text = file.path.read_text()
+    try:
+        file.path.write_bytes(json.dumps(forged(data, json.loads(text))).encode() if forge else damage(text.encode()))
+    except ValueError:
+        return
+    try:
+        found = file.read()
+    except StorageError:
+        return
+    assert found == journal if which == "journal" else np.array_equal(found, waiting)
 
 
 @fuzz
