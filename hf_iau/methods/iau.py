@@ -656,7 +656,7 @@ def _remembered(config: IAUConfig, memory: GradientMemory) -> Calibration | None
 
 def _check_remembered(known: Mapping[str, Any]) -> None:
     """Raise `MemoryFileError` unless an earlier answer is one."""
-    numbers = [known.get(name) for name in ("length", "damping", "finish_weight")]
+    numbers: list[Any] = [known.get(name) for name in ("length", "damping", "finish_weight")]
     numbers += [known.get("relative_path", 0.0), *(known.get("lengths") or [])]
     plain = [value for value in numbers if type(value) in (int, float)]
     if len(plain) < len(numbers) or not all(math.isfinite(value) for value in plain):
