@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, NullFormatter
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from benchmarks.files import file_name, read_arrays
-from benchmarks.results import Panel, front
+from benchmarks.results import DEFAULT_METHOD, Panel, front
 from hf_iau.report.histograms import loss_histograms
 
-_MARKERS = "oDv^<>pPX*hHd8"
+_MARKERS = "oDv^<>pPXhHd8s"
 
 
 def plot_gap_against_seconds(panels: Sequence[Panel], path: Path) -> None:
@@ -23,18 +27,22 @@ def plot_gap_against_seconds(panels: Sequence[Panel], path: Path) -> None:
     """
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
-    figure, axes = _figure(rows, columns, width=6.4, height=4.4)
+    figure, axes = _figure(rows, columns, width=7.6, height=4.6)
+    colors = colormaps["tab20"].colors  # type: ignore[attr-defined]
     for axis, panel in zip(axes, panels, strict=False):
         for number, result in enumerate(panel.results):
             if not np.isfinite(result.gap):
                 continue
             gaps = result.gaps()
             spread = float(np.std(gaps, ddof=1)) if len(gaps) > 1 else 0.0
+            ours = result.name == DEFAULT_METHOD
             axis.errorbar(
                 result.seconds,
                 result.gap,
                 yerr=spread,
-                marker=_MARKERS[number % len(_MARKERS)],
+                marker="*" if ours else _MARKERS[number % len(_MARKERS)],
+                markersize=13 if ours else 6,
+                color="black" if ours else colors[number % len(colors)],
                 capsize=2,
                 linestyle="",
                 label=result.name,
@@ -42,7 +50,13 @@ def plot_gap_against_seconds(panels: Sequence[Panel], path: Path) -> None:
         floors = [cell["noise_floor"]["mean_absolute"] for cell in panel.once if cell["noise_floor"]]
         if floors:
             axis.plot(panel.retraining_seconds(), np.mean(floors), marker="s", color="grey", linestyle="")
-            axis.annotate("retrained again", (panel.retraining_seconds(), float(np.mean(floors))), fontsize=7)
+            axis.annotate(
+                "retrained again ",
+                (panel.retraining_seconds(), float(np.mean(floors))),
+                fontsize=7,
+                ha="right",
+                va="bottom",
+            )
             axis.axhline(float(np.mean(floors)), color="grey", linewidth=0.8, linestyle=":")
         best = front([result for result in panel.complete if np.isfinite(result.gap)])
         axis.step(
@@ -57,11 +71,13 @@ def plot_gap_against_seconds(panels: Sequence[Panel], path: Path) -> None:
         before = float(np.mean([cell["gap_before"]["mean_absolute"] for cell in panel.once]))
         axis.axhline(before, color="black", linewidth=0.8, linestyle="--", label="do nothing")
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(LogFormatter())
         axis.set_ylim(0, 2 * before if before else None)  # a method that ruins the model is off the plot
         axis.set_title(f"{panel.work}, {panel.scenario}", fontsize=10)
         axis.set_xlabel("seconds of a request")
         axis.set_ylabel("gap to retrained (points)")
-        axis.legend(fontsize=6, ncols=2, loc="upper right")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     figure.savefig(path, dpi=130)
@@ -104,6 +120,7 @@ def plot_roc(losses: dict[str, tuple[np.ndarray, np.ndarray]], title: str, path:
         path: of the image.
     """
     figure, axes = _figure(1, 2, width=5.2, height=5.0)
+    colors = colormaps["tab20"].colors  # type: ignore[attr-defined]
     for number, (name, (forget, test)) in enumerate(losses.items()):
         scores = -np.concatenate([forget, test]).astype(np.float64)
         if not np.isfinite(scores).all():
@@ -114,7 +131,7 @@ def plot_roc(losses: dict[str, tuple[np.ndarray, np.ndarray]], title: str, path:
         if name in ("before", "retrained"):
             style = {"linewidth": 2.2, "color": "black", "linestyle": "--" if name == "before" else "-"}
         else:
-            style["linestyle"] = ("-", "--", ":", "-.")[number // 10 % 4]
+            style |= {"color": colors[number % len(colors)], "linestyle": ("-", "--")[number % 2]}
         label = f"{name} ({100 * roc_auc_score(members, scores):.1f})"
         for axis in axes:
             axis.plot(false_positives, true_positives, label=label, **style)
@@ -137,9 +154,6 @@ def _is_newer(image: Path, sources: Sequence[Path]) -> bool:
 
 
 def _figure(rows: int, columns: int, *, width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False).ravel()

@@ -14,6 +14,7 @@ from benchmarks.variants import RETRAIN
 
 Cell = dict[str, Any]
 
+DEFAULT_METHOD = "iau"
 UNOPTIMISED_ATTACK = "entropy"
 """No method looks at it, and it ignores the label, so it is no function of the loss."""
 

@@ -12,6 +12,7 @@ import numpy as np
 from benchmarks.claims import claims_table
 from benchmarks.plots import plot_gap_against_seconds, plot_losses
 from benchmarks.results import (
+    DEFAULT_METHOD,
     UNOPTIMISED_ATTACK,
     Cell,
     Panel,
@@ -33,7 +34,6 @@ _DIFFERENCES = {
     "MIA": "mia_auc",
 }
 _BEFORE, _FLOOR = "do nothing", "retrained again (noise floor)"
-_OUR_METHOD = "iau"
 _PLACES = ("gap", "utility", "seconds", "mean")
 
 
@@ -152,15 +152,17 @@ def _front_sentences(panel: Panel) -> list[str]:
     complete = [result for result in panel.complete if np.isfinite(result.gap)]
     best = ", ".join(f"{r.name} ({r.gap:.2f} in {r.seconds:.1f} s)" for r in front(complete))
     lines = [f"Front of gap against seconds: {best}.", ""]
-    ours = panel.of(_OUR_METHOD)
+    ours = panel.of(DEFAULT_METHOD)
     if ours is None or ours not in complete:
         return lines
     better = closer_and_faster(complete, ours)
     if better:
         names = ", ".join(f"{r.name} ({r.gap:.2f} in {r.seconds:.1f} s)" for r in better)
-        sentence = f"Both closer and faster than `{_OUR_METHOD}` ({ours.gap:.2f} in {ours.seconds:.1f} s): {names}."
+        sentence = f"Both closer and faster than `{DEFAULT_METHOD}` ({ours.gap:.2f} in {ours.seconds:.1f} s): {names}."
     else:
-        sentence = f"No method is both closer and faster than `{_OUR_METHOD}` ({ours.gap:.2f} in {ours.seconds:.1f} s)."
+        sentence = (
+            f"No method is both closer and faster than `{DEFAULT_METHOD}` ({ours.gap:.2f} in {ours.seconds:.1f} s)."
+        )
     return [*lines, sentence, ""]
 
 
@@ -181,7 +183,7 @@ def _calibrations(panel: Panel) -> list[str]:
 
 def _claims(panel: Panel) -> list[str]:
     names = [r.name for r in panel.results if r.cells[0]["group"] in (PUBLISHED, OURS)]
-    shown = [name for name in names if name in ("iau-paper", "iau-released", "iau-released, tuned", _OUR_METHOD)]
+    shown = [name for name in names if name in ("iau-paper", "iau-released", "iau-released, tuned", DEFAULT_METHOD)]
     table = claims_table(panel, shown)
     return ["The paper's claims, computed from these cells:", "", *table, ""] if table else []
 

@@ -7,12 +7,15 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_iau.methods import (
+    BadTeacherConfig,
     FineTuneConfig,
+    FisherForgettingConfig,
     GradientAscentConfig,
     IAUConfig,
     IAUPaperConfig,
     IAUReleasedConfig,
     InfluenceCGConfig,
+    L1SparseConfig,
     NegGradPlusConfig,
     RandomLabelsConfig,
     SalUnConfig,
@@ -135,7 +138,17 @@ INFLUENCE = Variant(
         for damping, scale in ((0.1, 1.0), (0.01, 1.0), (0.001, 1.0), (0.01, 3.0), (0.001, 3.0))
     ),
 )
-# Its configuration names where training starts, and is made for each work.
+BAD_TEACHER = Variant("bad-teacher", "bad-teacher", grid=_trained(BadTeacherConfig, rates=(0.03, 0.1, 0.3, 1.0, 3.0)))
+L1_SPARSE = Variant(
+    "l1-sparse", "l1-sparse", grid=_trained(L1SparseConfig, rates=1.0, gamma=(1e-6, 3e-6, 1e-5, 3e-5, 1e-4))
+)
+FISHER_FORGETTING = Variant(
+    "fisher-forgetting",
+    "fisher-forgetting",
+    grid=lambda work: tuple(FisherForgettingConfig(alpha=alpha) for alpha in (1e-9, 1e-8, 1e-7, 1e-6, 1e-5)),
+)
+# Unrolling SGD is not among the methods: its formula has no meaning for the models here, which Adam trained.
+# The configuration of `retrain` names where training starts, and is made for each work.
 RETRAINED = Variant("retrain", RETRAIN)
 BASELINE_VARIANTS = (
     FINE_TUNE,
@@ -146,6 +159,9 @@ BASELINE_VARIANTS = (
     SCRUB,
     SSD,
     INFLUENCE,
+    BAD_TEACHER,
+    L1_SPARSE,
+    FISHER_FORGETTING,
 )
 
 _SUM = {"gradient_sum": "exact", "curvature": "none"}
