@@ -36,6 +36,7 @@ class ForgetContext:
         digests: digests of the forget rows, with how often each occurs.
         fingerprints: keyed fingerprints of the forget rows in their order, uint8 `(m, 16)`; None without a key.
         forgotten: digests of the rows that earlier requests took out, with how often each occurs.
+        forgotten_positions: numbers by which earlier requests named rows; looked at first, and trusted no further.
         trainer: the Trainer that serves the request, for methods that train anew with its settings.
         seed, progress, timer: as their names say.
     """
@@ -52,6 +53,7 @@ class ForgetContext:
     digests: Counter[bytes] = field(default_factory=Counter)
     fingerprints: np.ndarray | None = None
     forgotten: Counter[bytes] = field(default_factory=Counter)
+    forgotten_positions: tuple[int, ...] = ()
     label_counts: Mapping[str, int] | None = None
     trainer: Any = None
     seed: int = 0
@@ -98,7 +100,8 @@ class ForgetContext:
         assert self.train is not None
         positions = self.forget_positions
         gone = self.forgotten if positions is not None else self.forgotten + self.digests
-        kept = remaining_positions(self.train, gone, () if positions is None else positions.tolist())
+        out = [] if positions is None else positions.tolist()
+        kept = remaining_positions(self.train, gone, out, self.forgotten_positions)
         if not kept:
             raise RequestError(f"method={method!r} needs retained rows, and the request leaves none.")
         return self.train.select(kept, name)
@@ -125,18 +128,39 @@ class ForgetContext:
         return self.train.select(np.sort(np.asarray(chosen, dtype=np.int64)), name) if chosen else None
 
 
-def remaining_positions(source: RowSource, gone: Mapping[bytes, int], out: Iterable[int] = ()) -> list[int]:
-    """Positions of `source`'s rows that are neither in `out` nor, as many copies as `gone` counts, of a digest in it."""
-    left, skipped, kept = Counter(gone), set(out), []
+def remaining_positions(
+    source: RowSource, gone: Mapping[bytes, int], out: Iterable[int] = (), likely: Iterable[int] = ()
+) -> list[int]:
+    """Positions of rows that are neither in `out` nor taken out with `gone`.
+
+    Args:
+        source: the rows.
+        gone: digest → how many copies of that row are to be left out.
+        out: positions to be left out.
+        likely: positions where rows of `gone` are looked for first; once all are found, no further row is read.
+    """
+    left, skipped = Counter(gone), set(out)
+    missing = left.total()
+
+    def is_gone(position: int) -> bool:
+        digest = row_bytes(source.dataset[position])
+        if left[digest] <= 0:
+            return False
+        left[digest] -= 1
+        return True
+
+    for position in likely:
+        if missing and position < len(source) and position not in skipped and is_gone(position):
+            skipped.add(position)
+            missing -= 1
+    kept = []
     for position in range(len(source)):
         if position in skipped:
             continue
-        if left:
-            digest = row_bytes(source.dataset[position])
-            if left[digest] > 0:
-                left[digest] -= 1
-                continue
-        kept.append(position)
+        if missing and is_gone(position):
+            missing -= 1
+        else:
+            kept.append(position)
     return kept
 
 

@@ -63,8 +63,17 @@ class SSD:
                 factor = dampening_factor(of_forget[name], of_all, config.selection, config.dampening)
                 parameter.copy_(parameter.double() * factor.double())
                 dampened += int((factor < 1).sum())
+        warnings = []
+        if not dampened:
+            most = (n_forget + n_retained) / n_forget
+            warnings.append(
+                f"No weight was dampened: no importance to the forget rows is above selection={config.selection:g} times "
+                f"that to all rows. {most:.3g}, rows by forget rows, is the most that it can be."
+            )
         return MethodOutcome(
-            forget_targets=n_forget, diagnostics={"retained_rows": len(retained), "dampened_weights": dampened}
+            forget_targets=n_forget,
+            warnings=warnings,
+            diagnostics={"retained_rows": len(retained), "dampened_weights": dampened},
         )
 
 

@@ -132,6 +132,7 @@ class UnlearningTrainer(Trainer):
         self._memory_of_request: GradientMemory | None = None
         self._memory_ended = False
         self._forgotten: Counter[bytes] = Counter()
+        self._forgotten_positions: tuple[int, ...] = ()
         self._unlearning_card: UnlearningCard | None = None
         self._given_restriction = restriction
         self._restriction_config: RestrictionConfig | None = None
@@ -293,7 +294,7 @@ class UnlearningTrainer(Trainer):
         if identity is not None and bool(identity.forgotten.any()):
             kept = source.select(np.flatnonzero(~identity.forgotten))
         elif self._forgotten:
-            kept = source.select(positions := remaining_positions(source, self._forgotten))
+            kept = source.select(positions := self._remaining(source))
             if identity is not None:
                 identity = replace(identity, forgotten=~np.isin(np.arange(len(source)), positions))
         memory = build_memory(model, kept, self.row_loss, config, optimizer=self.optimizer)
@@ -324,6 +325,9 @@ class UnlearningTrainer(Trainer):
                 raise MissingMemoryError("rebase(): there is no memory to gather anew: use gather().")
             config = GatherConfig(**memory.settings)
         return self.gather(config)
+
+    def _remaining(self, source: RowSource) -> list[int]:
+        return remaining_positions(source, self._forgotten, likely=self._forgotten_positions)
 
     def _identity_of(self, model: nn.Module, source: RowSource) -> RowIdentity | None:
         """The rows' identity in the memory of these weights, where that is of these rows; else a new one with a key."""
@@ -709,6 +713,7 @@ class UnlearningTrainer(Trainer):
             digests=digests,
             fingerprints=fingerprints,
             forgotten=self._forgotten,
+            forgotten_positions=self._forgotten_positions,
             trainer=self,
             label_counts=count_labels(forget.dataset),
             seed=args.seed,
@@ -741,6 +746,7 @@ class UnlearningTrainer(Trainer):
         if memory.data == data_fingerprint(model, train.dataset):
             gone = np.flatnonzero(identity.forgotten).tolist()
             self._forgotten = Counter(row_bytes(train.dataset[i]) for i in gone)
+            self._forgotten_positions = tuple(gone)
 
     def _check_columns(self, forget: RowSource) -> None:
         """Refuse forget rows that lack labels or columns of the training rows, or that are collated at random."""
@@ -861,6 +867,8 @@ class UnlearningTrainer(Trainer):
         if memory is None:  # whatever lies below output_dir, or the callback holds, is of other weights
             self._memory_ended = True
         self._forgotten = self._forgotten + context.digests
+        if context.forget_positions is not None:
+            self._forgotten_positions += tuple(context.forget_positions.tolist())
         self._unlearning_card = card
 
         def undo() -> None:

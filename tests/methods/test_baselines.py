@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from baselines import KEPT, exact_trainer
-from tiny_models import build, rows_of
+from tiny_models import RowList, build, pad_right, rows_of
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from unlearning_trainers import FORGET, ROWS, WITH_CURVATURE, assert_bits, make_trainer, state_of
 
 from hf_iau import UnlearningTrainer
 from hf_iau.errors import ConfigError, NonFiniteGradientError, RequestError
+from hf_iau.forget.request import remaining_positions
 from hf_iau.methods import (
     BadTeacherConfig,
     FineTuneConfig,
@@ -32,6 +34,8 @@ from hf_iau.methods import (
     UnrollingSGDConfig,
 )
 from hf_iau.methods.epochs import EpochsConfig
+from hf_iau.objective import RowSource
+from hf_iau.objective.rows import row_bytes
 
 CONFIGS: dict[str, Any] = {
     "fine-tune": FineTuneConfig(epochs=1),
@@ -203,6 +207,30 @@ def test_as_many_copies_of_a_row_stay_as_were_not_forgotten(tmp_path: Path) -> N
     first_rows = trainer.train_dataset.select([9])
     third = trainer.unlearn(first_rows, method="fine-tune", config=CONFIGS["fine-tune"])
     assert third.report.diagnostics["retained_rows"] == ROWS - 3
+
+
+def test_rows_forgotten_earlier_are_found_without_reading_all_others() -> None:
+    class Counting(RowList):
+        reads = 0
+
+        def __getitem__(self, position: int) -> dict[str, Tensor]:
+            self.reads += 1
+            return super().__getitem__(position)
+
+    rows = rows_of("plain", ROWS)
+    rows[9] = dict(rows[1])
+    dataset = Counting(rows)
+    source = RowSource(dataset, pad_right())
+    gone = Counter(row_bytes(dataset[i]) for i in (1, 5))
+    kept = [i for i in range(ROWS) if i not in (1, 4, 5)]
+    for likely, reads in (((5, 1), 2), ((5, 7, 99, 4, 1), 3), ((), 5), ((2, 3), 7)):
+        dataset.reads = 0
+        assert remaining_positions(source, gone, [4], likely) == kept
+        assert dataset.reads == reads, likely
+    assert remaining_positions(source, gone, [4], (9, 5)) == [0, 1, 2, 3, 6, 7, 8, 10, 11]  # a copy is as good
+    dataset.reads = 0
+    assert remaining_positions(source, Counter(), [4]) == [i for i in range(ROWS) if i != 4]
+    assert dataset.reads == 0
 
 
 @pytest.mark.parametrize(

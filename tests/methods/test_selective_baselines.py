@@ -165,6 +165,16 @@ def assert_bits_of_buffers(model: nn.Module, before: dict[str, Tensor]) -> None:
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 
+def test_a_threshold_that_nothing_can_pass_is_reported(tmp_path: Path) -> None:
+    trainer = exact_trainer(tmp_path)
+    before = state_of(trainer.model)
+    report = unlearn(trainer, "ssd", SSDConfig(selection=ROWS / len(FORGET))).report
+    assert any(
+        sentence.startswith("No weight was dampened") and " 4, rows by" in sentence for sentence in report.warnings
+    )
+    assert_bits(trainer.model, before)
+
+
 def test_dampening_never_enlarges_a_weight_and_leaves_dead_ones() -> None:
     factor = dampening_factor(torch.tensor([4.0, 4.0, 1.0, 0.0]), torch.tensor([1.0, 0.0, 1.0, 0.0]), 2.0, 10.0)
     assert factor.tolist() == [1.0, 0.0, 1.0, 1.0]
