@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_iau.cli.output import ExitCode, Output, reported
 from hf_iau.errors import ConfigError, RequestError
+from hf_iau.forecast import estimate
 from hf_iau.gather import GatherConfig, gather
 from hf_iau.gather.gather import default_collator, describe_memory, keep_input_columns
 from hf_iau.measure import gap, measure_model
@@ -229,6 +230,49 @@ def gather_command(
         for name, value in values.items():
             table.add_row(name.replace("_", " "), str(value))
         out.result(values, table)
+
+
+@app.command("estimate")
+def estimate_command(
+    model: ModelArgument,
+    train: TrainOption,
+    gradient_sum: Annotated[str, typer.Option(help="exact, sampled or none.")] = GatherConfig.gradient_sum,
+    curvature: Annotated[str, typer.Option(help="ekfac, diagonal, identity or none.")] = GatherConfig.curvature,
+    curvature_rows: Annotated[
+        int, typer.Option(help="Rows that the curvature is fitted on.")
+    ] = GatherConfig.curvature_rows,
+    request_rows: Annotated[int | None, typer.Option(help="Rows of a request; default: a hundredth.", min=1)] = None,
+    held_out_rows: Annotated[int, typer.Option(help="Rows that calibration may look at.", min=0)] = 2000,
+    input_column: InputOption = None,
+    label_column: LabelOption = "label",
+    max_length: LengthOption = None,
+    task: TaskOption = None,
+    trust_remote_code: TrustOption = False,
+    batch_size: BatchOption = 32,
+    cpu: CpuOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Say what gathering and a request will cost, in bytes and seconds, before either is done."""
+    out = Output(as_json, debug)
+    with reported(out):
+        loaded = _load(model, train, None, None, input_column, label_column, max_length, task, trust_remote_code)
+        device = _training_arguments(".", batch_size, 0, cpu, as_json).device
+        expected = estimate(
+            loaded.task.model.to(device),
+            loaded.train,
+            GatherConfig(
+                gradient_sum=gradient_sum,  # type: ignore[arg-type]
+                curvature=curvature,  # type: ignore[arg-type]
+                curvature_rows=curvature_rows,
+                batch_size=batch_size,
+                progress=False,
+            ),
+            request_rows=request_rows,
+            held_out_rows=held_out_rows,
+            processing_class=loaded.task.processor,
+        )
+        out.result(expected.to_dict(), str(expected))
 
 
 @app.command("unlearn")

@@ -44,6 +44,18 @@ def test_gather_writes_the_memory(text_model: Path, text_rows_files: dict[str, s
     assert (values["rows"], values["curvature"]) == (ROWS, "diagonal")
 
 
+def test_estimate_of_what_gathering_will_cost(
+    text_model: Path, text_rows_files: dict[str, str], tmp_path: Path
+) -> None:
+    train = ("--train", text_rows_files["train"], "--cpu", "--gradient-sum", "exact")
+    expected = run_json("estimate", text_model, *train, "--request-rows", 5)
+    run("gather", text_model, *train, "--output", tmp_path / "memory")
+    assert expected["bytes"]["memory"] == pytest.approx(GradientMemory.load(tmp_path / "memory").nbytes(), rel=0.2)
+    assert expected["rows"]["training"] == ROWS and expected["seconds"]["gather"] > 0
+    assert "MiB" in run("estimate", text_model, *train).stdout
+    run_json("estimate", text_model, *train, "--request-rows", ROWS, code=3)
+
+
 def test_unlearn_writes_a_new_model(gathered: Path, text_rows_files: dict[str, str], tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in gathered.rglob("*") if path.is_file()}
     ids = tmp_path / "ids.txt"
