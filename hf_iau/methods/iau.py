@@ -698,9 +698,9 @@ def _remembered(config: IAUConfig, memory: GradientMemory) -> Calibration | None
 def _check_remembered(known: Mapping[str, Any]) -> None:
     """Raise `MemoryFileError` unless an earlier answer is one."""
     numbers: list[Any] = [known.get(name) for name in ("length", "damping", "finish_weight")]
-    numbers += [known.get("relative_path", 0.0), *(known.get("lengths") or [])]
-    plain = [value for value in numbers if type(value) in (int, float)]
-    if len(plain) < len(numbers) or not all(math.isfinite(value) for value in plain):
+    lengths = known.get("lengths", [])
+    numbers += [known.get("relative_path", 0.0), *(lengths if isinstance(lengths, list) else [None])]
+    if not all(type(value) in (int, float) and abs(value) < math.inf for value in numbers):
         raise MemoryFileError(
             f"The memory's calibration is malformed ({dict(known)!r}): it is corrupt. Pass IAUConfig(recalibrate=True)."
         )
