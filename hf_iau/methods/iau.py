@@ -700,7 +700,7 @@ def _check_remembered(known: Mapping[str, Any]) -> None:
     numbers: list[Any] = [known.get(name) for name in ("length", "damping", "finish_weight")]
     lengths = known.get("lengths", [])
     numbers += [known.get("relative_path", 0.0), *(lengths if isinstance(lengths, list) else [None])]
-    if not all(type(value) in (int, float) and abs(value) < math.inf for value in numbers):
+    if not all(type(value) in (int, float) and abs(value) < 1e300 for value in numbers):
         raise MemoryFileError(
             f"The memory's calibration is malformed ({dict(known)!r}): it is corrupt. Pass IAUConfig(recalibrate=True)."
         )
