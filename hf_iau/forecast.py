@@ -25,6 +25,7 @@ from hf_iau.objective.row_loss import UserLossFunction
 from hf_iau.objective.rows import Collator, sample_positions
 from hf_iau.objective.working import working
 from hf_iau.objective.wrappers import unwrapped
+from hf_iau.phases import peak_allocated_bytes
 
 PROBE_BATCHES = 3
 # Float64 vectors as large as the trained weights that a request of `iau` holds at once: always, for Σ_D, and for a walk.
@@ -80,6 +81,7 @@ def estimate(
     method_config: IAUConfig | None = None,
     request_rows: int | None = None,
     held_out_rows: int = 2000,
+    prediction_batch_size: int | None = None,
     data_collator: Collator | None = None,
     processing_class: Any = None,
     row_loss: UserLossFunction | RowLoss | None = None,
@@ -99,6 +101,7 @@ def estimate(
         method_config: of the request; default `IAUConfig()`.
         request_rows: rows of the request; default: a hundredth of the training rows.
         held_out_rows: rows that calibration may look at.
+        prediction_batch_size: rows of a batch without gradients (`per_device_eval_batch_size`); default: as with them.
         data_collator, processing_class, row_loss, compute_loss_func, label_smoothing_factor, device: as for `gather`.
         probe: pass three batches through the model; without it there are no seconds and no activations.
 
@@ -137,13 +140,20 @@ def estimate(
     coverage, factors = _factors(model, plan, config)
     with working(config.precision, config.memory_device):
         seconds, activations, cached = _probe(model, source, loss, config, wishes, plan, rows) if probe else ({}, 0, 0)
+        predictions = _prediction_bytes(model, source, prediction_batch_size) if probe else 0
     largest = max((layer.layout.groups * layer.largest_factor**2 for layer in plan.kronecker), default=0)
-    sizes = _sizes(model, config, factors, largest, activations, cached)
+    sizes = _sizes(model, config, factors, largest, activations, cached, predictions)
     return Estimate(sizes, seconds, rows, coverage)
 
 
 def _sizes(
-    model: nn.Module, config: GatherConfig, factors: int, largest: int, activations: int, cached: int
+    model: nn.Module,
+    config: GatherConfig,
+    factors: int,
+    largest: int,
+    activations: int,
+    cached: int,
+    predictions: int,
 ) -> dict[str, int]:
     parameters = trainable_parameters(model)
     numel = sum(p.numel() for p in parameters.values())
@@ -155,8 +165,10 @@ def _sizes(
     # made after the eigenvectors, but those of the diagonal layers are there.
     working = max(activations, 8 * _MATRICES * largest)
     gathering = max((gradients + activations) * bool(total), cached + working)
-    # The transaction's copy of all weights, the calibration's of the trained ones, and float64 vectors.
-    request = weights + gradients + (_VECTORS + _VECTORS_OF_SUM * bool(total)) * vector
+    # The transaction's copy of all weights, the calibration's of the trained ones, and float64 vectors: one fewer while
+    # rows are predicted than while directions are made.
+    vectors = (_VECTORS + _VECTORS_OF_SUM * bool(total)) * vector
+    request = weights + gradients + max(vectors, vectors - vector + predictions)
     return {
         "weights": weights,
         "gradients": gradients,
@@ -282,6 +294,14 @@ def _saved_bytes(model: nn.Module, loss: RowLoss, batch: RowSource) -> int:
         del value
     weights = {tensor.untyped_storage().data_ptr() for tensor in model_state(model).values()}
     return sum(size for pointer, size in kept.items() if pointer not in weights)
+
+
+def _prediction_bytes(model: nn.Module, source: RowSource, batch_size: int | None) -> int:
+    """The most bytes that a batch takes without gradients."""
+    rows = min(batch_size or source.batch_size, len(source))
+    batch = source.select(range(rows)).resized(rows)
+    before = torch.cuda.memory_allocated(source.device) if source.device.type == "cuda" else 0
+    return peak_allocated_bytes(lambda: predict_rows(model, batch), source.device) - before
 
 
 def _cached_bytes(model: nn.Module, loss: RowLoss, batch: RowSource, plan: LayerPlan) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]  # comes with accelerate
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from hf_iau.errors import RequestError
 
@@ -65,6 +67,27 @@ class PhaseTimer:
                 self.peak_memory_bytes[name] = max(self.peak_memory_bytes.get(name, 0), memory.stop())
             finally:
                 self._current = None
+
+
+def peak_allocated_bytes(work: Callable[[], Any], device: torch.device | str = "cpu") -> int:
+    """The most bytes that PyTorch's allocator held at once while `work` ran.
+
+    On CUDA everything that is allocated counts; elsewhere what is allocated beyond what there was before.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return int(torch.cuda.max_memory_allocated(device))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = work()
+    assert profiler.profiler is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    del result
+    return peak
 
 
 class _CudaMemory:

@@ -218,6 +218,7 @@ def finish(
     runner: TrialRunner,
     calibration: Calibration,
     *,
+    before: Trial,
     finish_weights: tuple[float, ...],
     max_relative_step: float,
     finish_weight: float | None = None,
@@ -231,6 +232,7 @@ def finish(
     Args:
         runner: tries the *request's* steps; its criterion is not looked at.
         calibration: k and λ.
+        before: the trial of no step at all.
         finish_weights: c to be tried beside 0, ascending; empty without a gradient sum.
         max_relative_step: longest ‖Δ‖/‖θ‖ allowed.
         finish_weight: keep c at this value.
@@ -239,7 +241,6 @@ def finish(
         The calibration with c, the held-out losses and `halvings` filled in.
     """
     first = len(runner.trials)
-    before = runner.run(0.0, calibration.damping)
     length = min(calibration.length, runner.longest(calibration.damping, max_relative_step))
     given = finish_weight or 0.0
     best = runner.run(length, calibration.damping, given)
@@ -268,7 +269,7 @@ def finish(
         relative_step=best.relative_step,
         halvings=halvings,
         reached=calibration.reached and length >= calibration.length * (1 - 1e-6) and halvings == 0,
-        finish_curve=[t.to_dict() for t in runner.trials[first:]],
+        finish_curve=[t.to_dict() for t in (before, *runner.trials[first:])],
     )
 
 

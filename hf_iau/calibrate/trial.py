@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -134,6 +134,31 @@ class TrialRunner:
         forget, _ = self.directions.at(damping)
         return relative_step * self._weights_norm / max(step_norm(forget), 1e-300)
 
+    def outset(self, target: RowPredictions | None, held_out: RowPredictions, advantage: float | None = None) -> Trial:
+        """The trial of no step at all, from predictions already made at the weights as they are.
+
+        Args:
+            target: of the rows that the steps forget.
+            held_out: of the held-out rows.
+            advantage: the criterion that a large sample of training rows has; `offset` is set from it.
+        """
+        start = self._describe(0.0, 1.0, 0.0, 0.0, target, held_out)
+        if advantage is not None:
+            self.offset += start.criterion - advantage
+            start = replace(start, criterion=advantage)
+        self.trials.append(start)
+        return start
+
+    def look(
+        self, sources: Sequence[RowSource], length: float, damping: float, finish_weight: float = 0.0
+    ) -> list[RowPredictions]:
+        """Apply the step, look at some rows, and undo it."""
+        try:
+            apply_step(self.model, self.directions.step(length, damping, finish_weight))
+            return [predict_rows(self.model, source) for source in sources]
+        finally:
+            self._restore()
+
     def run(self, length: float, damping: float, finish_weight: float = 0.0) -> Trial:
         """Apply the step, look, and undo it."""
         step = self.directions.step(length, damping, finish_weight)
@@ -143,18 +168,29 @@ class TrialRunner:
             held_out = predict_rows(self.model, self.held_out)
         finally:
             self._restore()
+        relative = step_norm(step) / max(self._weights_norm, 1e-300)
+        self.trials.append(self._describe(length, damping, finish_weight, relative, target, held_out))
+        return self.trials[-1]
+
+    def _describe(
+        self,
+        length: float,
+        damping: float,
+        finish_weight: float,
+        relative_step: float,
+        target: RowPredictions | None,
+        held_out: RowPredictions,
+    ) -> Trial:
         kept = held_out if self.kept is None else held_out.select(self.kept)
-        trial = Trial(
+        return Trial(
             length=length,
             damping=damping,
             finish_weight=finish_weight,
-            relative_step=step_norm(step) / max(self._weights_norm, 1e-300),
+            relative_step=relative_step,
             criterion=self.criterion(target, held_out) - self.offset,
             held_out_loss=_loss_or_infinity(kept),
             target_loss=float("nan") if target is None else _loss_or_infinity(target),
         )
-        self.trials.append(trial)
-        return trial
 
     def _restore(self) -> None:
         parameters = dict(self.model.named_parameters())

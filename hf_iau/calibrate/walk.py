@@ -1,39 +1,61 @@
-"""Forgetting in many short steps, for models that have memorised their rows.
+"""Forgetting in short steps, for models that have memorised their rows.
 
 Where a model is sure of a row, the row's gradient is next to nothing, and one step along the sum of gradients is a step
-for the few rows that were not quite memorised: their loss explodes while the others' hardly moves. So the walk takes
-short steps, looks at the rows' gradients anew before each, and counts only those rows that are still treated better
-than held-out rows are: sorted by loss, the forget rows are laid beside the held-out rows' loss distribution (as it was
-before), quantile by quantile, and a row takes part while its loss is below its partner's. Were the two distributions equal, half
-of the rows would be below by chance: there the walk ends, or where the loss attack cannot tell them apart. What is remembered of the
-other rows pulls back: their gradient at the moved weights is Σ_D + n·C·Δ to first order, without a look at them.
+for the few rows that were not quite memorised: their loss explodes while the others' hardly moves. So the walk gives
+every forget row a target of its own and takes short steps towards all of them.
+
+* **Target.** A forget row that is known better than a share u of the training rows is to be known as well as a held-out
+  row that is known better than the same share u of the held-out rows: T = Q_held-out(F_training(ℓ)). The rank is
+  looked up among retained rows, so the luck of a small draw of easy or hard rows stays as it is, as it would in
+  retraining.
+* **Push.** What is still missing is s = max(q − q_T, 0), where q = σ(φ/τ) and φ = log(p/(1−p)) are the log-odds of the
+  truth, p = exp(−ℓ). With τ = 1 that is a difference of probabilities, which hardly sees the rows that are known for
+  sure; for large τ one of log-odds, which sees nothing else. A row is pushed along the gradient of its log-odds,
+  ∇ℓ/(1−p), which does not vanish where the row is known for sure, with weight s; curvature C keeps the push away from
+  what the other rows need.
+* **Anchor.** What the push does to retained rows all the same is undone: a sample of them, some at each step, is drawn
+  back to what the model made of them before, along (C+λ)⁻¹ of the mean gradient of KL(before ‖ now). Their labels are
+  not looked at, so nothing is trained further.
+
+The walk ends where the distribution of the forget rows' q has come within a tenth of its way to the targets'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from hf_iau.calibrate.calibration import MAX_DRIFT
-from hf_iau.calibrate.trial import Directions, auc_distance
+from hf_iau.curvature import Curvature
 from hf_iau.forget.step import Step, step_norm, weights_norm
-from hf_iau.gather.gradient_sum import sum_row_gradients
-from hf_iau.objective import RowLoss, RowSource, predict_rows
+from hf_iau.objective import RowPredictions, RowSource, evaluation_mode, predict_rows, read_targets
+from hf_iau.objective.targets import Targets, TaskKind
 from hf_iau.objective.working import kept_copy
+from hf_iau.parallel import of_main_process, sum_over_processes, together
 
-_STRIDE, _SHORTEST_STRIDE = 0.03, 0.002
-_MOST_STEPS = 48
-# A step that raises the held-out loss by more than this share went beyond what its gradients could see: it is taken
-# back and the stride is halved.
-_JUMP = 0.03
+DAMPING = 0.1
+"""λ of a walk, relative to each layer's mean eigenvalue."""
+ARRIVED = 0.1
+"""Share of the way to the targets that may be left."""
 DEAR = 0.10
 """More than this share of the held-out loss is paid only for a walk that arrives."""
-_PULL = 0.03
+
+_SOFTNESS = 4.0  # τ
+_STRIDE, _SHORTEST_STRIDE = 0.03, 0.002
+_MOST_STEPS = 40
+# A step that raises the held-out loss by more than this share of it went beyond what its gradients could see: it is
+# taken back and the stride is halved.
+_JUMP = 0.02
+_ANCHOR_ROWS, _ANCHOR_ROWS_A_STEP = 2048, 256
+_ANCHOR_BYTES = 256 * 2**20
+_WATCHED_ROWS = 1000
 
 
 @dataclass
@@ -44,8 +66,9 @@ class Walk:
         step: Δ from the old weights to that point, float64.
         damping: λ of every step.
         steps: how many steps lead there.
-        reached: whether the criterion was met before the held-out rows suffered.
-        criterion, held_out_loss, relative_step: at that point.
+        reached: whether no more than `ARRIVED` of the way to the targets is left there.
+        remaining: the share that is left; 1 at the start.
+        held_out_loss, relative_step: at that point.
         curve: a line for each step of the whole path.
     """
 
@@ -53,115 +76,260 @@ class Walk:
     damping: float
     steps: int
     reached: bool
-    criterion: float
+    remaining: float
     held_out_loss: float
     relative_step: float
     curve: list[dict[str, Any]] = field(default_factory=list)
 
-    def better_than(self, other: Walk) -> bool:
-        """The target met first, the held-out loss second."""
-        if self.reached != other.reached:
-            return self.reached
-        return self.held_out_loss < other.held_out_loss if self.reached else self.criterion < other.criterion
+
+@dataclass(frozen=True)
+class Shortfall:
+    """How far some rows are from being known only as well as held-out rows are.
+
+    Attributes:
+        targets: `(rows,)` float64, the loss T that each row is to reach.
+        scale: losses are divided by it before p = exp(−ℓ/scale); 1 but for regression.
+        at_start: mean shortfall at the weights that the targets were made at.
+    """
+
+    targets: np.ndarray
+    scale: float
+    at_start: float
+
+    @classmethod
+    def of(cls, rows: RowPredictions, known: RowPredictions, held_out: RowPredictions) -> Shortfall:
+        """Targets of `rows` by their rank among `known` training rows, all at the same weights."""
+        loss, unseen = known.loss[known.targets > 0], held_out.loss[held_out.targets > 0]
+        ordered = np.sort(loss)
+        below = np.searchsorted(ordered, rows.loss, side="left") + np.searchsorted(ordered, rows.loss, side="right")
+        rank = np.clip(below / (2.0 * len(ordered)), 0.5 / len(ordered), 1.0 - 0.5 / len(ordered))
+        scale = max(float(unseen.mean()), 1e-12) if rows.kind is TaskKind.REGRESSION else 1.0
+        new = cls(np.quantile(unseen, rank), scale, 0.0)
+        return cls(new.targets, scale, new.mean(rows.loss))
+
+    def doubt(self, losses: np.ndarray) -> np.ndarray:
+        """1 − p of each row, above 0."""
+        return -np.expm1(-np.maximum(losses / self.scale, 1e-7))
+
+    def known(self, losses: np.ndarray) -> np.ndarray:
+        """q of each row, between 0 and 1."""
+        return 1.0 / (1.0 + np.expm1(np.clip(losses / self.scale, 1e-7, 500.0)) ** (1.0 / _SOFTNESS))
+
+    def each(self, losses: np.ndarray) -> np.ndarray:
+        """s of each row, `(rows,)`; 0 where it has no target."""
+        return np.nan_to_num(np.maximum(self.known(losses) - self.known(self.targets), 0.0))
+
+    def mean(self, losses: np.ndarray) -> float:
+        """The same between the two distributions: sorted against sorted, so that rows may change places."""
+        counted = np.isfinite(losses)
+        now, then = np.sort(self.known(losses[counted])), np.sort(self.known(self.targets[counted]))
+        return float(np.maximum(now - then, 0.0).mean()) if len(now) else 0.0
+
+    def remaining(self, losses: np.ndarray) -> float:
+        """`mean` as a share of what it was at the start; 0 where there was nothing to do."""
+        if not np.isfinite(losses[np.isfinite(self.targets)]).all():
+            return float("inf")
+        return self.mean(losses) / self.at_start if self.at_start > 0 else 0.0
 
 
 def walk(
     model: nn.Module,
-    row_loss: RowLoss,
-    directions: Directions,
+    curvature: Curvature,
     forget: RowSource,
+    retained: RowSource,
     held_out: RowSource,
+    shortfall: Shortfall,
     *,
-    damping: float,
-    offset: float = 0.0,
+    names: Sequence[str],
+    damping: float = DAMPING,
     max_relative_step: float,
-    pull: float = _PULL,
+    progress: bool = False,
 ) -> Walk:
-    """Walk from the model's weights until the forget rows look held-out; the weights are put back, bit for bit.
+    """Walk from the model's weights until the forget rows are known as held-out rows are; the weights are put back.
 
     Args:
         model: the bare model.
-        row_loss: ℓ.
-        directions: of the forget rows at the present weights; its curvature and Σ_D are used.
-        forget: the forget rows, exchangeable with the held-out ones, in batches that fit gradients.
+        curvature: C at these weights.
+        forget: the forget rows, like any other training rows, in batches that fit gradients.
+        retained: retained rows to draw anchors from, in batches that fit gradients.
         held_out: rows never trained on, in batches that fit forward passes.
+        shortfall: the forget rows' targets, made at these weights.
+        names: the parameters that move.
         damping: λ, relative to each layer's mean eigenvalue.
-        offset: see `TrialRunner`.
         max_relative_step: farthest ‖Δ‖/‖θ‖ allowed.
-        pull: c, the weight of the other rows' remembered gradient.
+        progress: show a progress bar.
     """
-    names = list(directions.forget_sum)
     weights = {name: kept_copy(model.get_parameter(name)) for name in names}
-    norm = max(weights_norm(model, names), 1e-300)
+    norm = max(weights_norm(model, list(names)), 1e-300)
     moved: Step = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in weights.items()}
-    before = predict_rows(model, held_out)
-    best = Walk(dict(moved), damping, 0, False, float("inf"), before.mean_loss, 0.0)
-    curve: list[dict[str, Any]] = []
+    watched = held_out.sample(_WATCHED_ROWS, 0).keep_batches()
     looked_at = forget.resized(held_out.batch_size).keep_batches()
-    known = _still_known(predict_rows(model, looked_at).loss, before.loss)
-    stride, last_loss = _STRIDE, before.mean_loss
+    pushed = forget.keep_batches()
+    before = predict_rows(model, watched).mean_loss
+    losses = predict_rows(model, looked_at).loss
+    anchors = _Anchors(model, retained)
+    best = Walk(dict(moved), damping, 0, False, shortfall.remaining(losses), before, 0.0)
+    curve: list[dict[str, Any]] = []
+    stride, last = _STRIDE, before
     try:
-        for _ in range(_MOST_STEPS):
-            if len(known) == 0:
+        for number in tqdm(range(_MOST_STEPS), desc="walking", disable=not progress):
+            missing = shortfall.each(losses)
+            if not missing.any():
                 break
-            gradients = sum_row_gradients(model, row_loss, forget.select(known), names=names).tensors
-            direction = directions.curvature.solve(_with_pull(gradients, directions, moved, pull), damping)
-            length = step_norm(direction)
+            push = curvature.solve(weighted_gradient(model, pushed, missing / shortfall.doubt(losses), names), damping)
+            length = step_norm(push)
             if not length > 0 or not np.isfinite(length):
                 break
-            scale = stride * norm / length
-            further = {name: moved[name] + scale * direction[name].to(moved[name]) for name in names}
+            pull = curvature.solve(anchors.drift_gradient(model, number, names), damping)
+            # The pull is Newton's step back, but no longer than the push.
+            back = min(1.0, stride * norm / max(step_norm(pull), 1e-300))
+            further = {
+                name: moved[name]
+                + (stride * norm / length) * push[name].to(moved[name])
+                - back * pull[name].to(moved[name])
+                for name in names
+            }
             relative = step_norm(further) / norm
             if relative > max_relative_step:
                 break
             _place(model, weights, further)
-            after = predict_rows(model, held_out)
-            if not after.mean_loss <= last_loss + _JUMP * before.mean_loss and stride > _SHORTEST_STRIDE:
+            now = predict_rows(model, watched).mean_loss
+            if not now <= last + _JUMP * abs(before) and stride > _SHORTEST_STRIDE:
                 stride *= 0.5
                 _place(model, weights, moved)
                 continue
-            moved, last_loss = further, after.mean_loss
-            treated = predict_rows(model, looked_at)
-            point = {
-                "damping": damping,
-                "rows_still_known": len(known),
-                "stride": stride,
-                "relative_step": relative,
-                "criterion": auc_distance(treated, after) - offset,
-                "held_out_loss": after.mean_loss,
-            }
-            curve.append(point)
-            if not point["held_out_loss"] <= (1.0 + MAX_DRIFT) * before.mean_loss:
+            moved, last = further, now
+            losses = predict_rows(model, looked_at).loss
+            remaining = shortfall.remaining(losses)
+            curve.append(
+                {
+                    "damping": damping,
+                    "stride": stride,
+                    "relative_step": relative,
+                    "criterion": remaining,
+                    "held_out_loss": now,
+                }
+            )
+            if not now <= before + MAX_DRIFT * abs(before):
                 break
-            if point["criterion"] < best.criterion and point["held_out_loss"] <= (1.0 + DEAR) * before.mean_loss:
-                best = Walk(moved, damping, len(curve), False, point["criterion"], point["held_out_loss"], relative)
-            known = _still_known(treated.loss, before.loss)
-            if point["criterion"] <= 0.0 or 2 * len(known) <= len(forget):
-                best = Walk(moved, damping, len(curve), True, point["criterion"], point["held_out_loss"], relative)
+            arrived = remaining <= ARRIVED
+            if arrived or (remaining < best.remaining and now <= before + DEAR * abs(before)):
+                best = Walk(moved, damping, len(curve), arrived, remaining, now, relative)
+            if arrived:
                 break
+        if best.steps:  # the whole held-out sample, for comparison with one step
+            _place(model, weights, best.step)
+            best.held_out_loss = predict_rows(model, held_out).mean_loss
     finally:
         _place(model, weights, None)
     best.curve = curve
     return best
 
 
-def _still_known(losses: np.ndarray, held_out: np.ndarray) -> np.ndarray:
-    """Positions of the rows whose loss is below the held-out loss of the same rank."""
-    ranks = np.argsort(np.argsort(losses, kind="stable"), kind="stable")
-    partners = np.quantile(held_out, (ranks + 0.5) / len(losses))
-    return np.flatnonzero(losses < partners)
+class _Anchors:
+    """Retained rows with what the model made of them at the start, in groups that take turns.
+
+    Of several processes, each holds its share of every group.
+
+    Args:
+        model: at the weights to be drawn back to.
+        retained: rows to choose from; as many are kept as `_ANCHOR_ROWS` and `_ANCHOR_BYTES` allow.
+    """
+
+    def __init__(self, model: nn.Module, retained: RowSource) -> None:
+        rows = retained.sample(_ANCHOR_ROWS, 1, "anchor rows")
+        self.groups: list[RowSource] = []
+        self.outputs: list[list[Tensor]] = []
+        held = 0
+        for start in range(0, len(rows), _ANCHOR_ROWS_A_STEP):
+            group = rows.select(np.arange(start, min(start + _ANCHOR_ROWS_A_STEP, len(rows)))).keep_batches()
+            outputs = []
+            with evaluation_mode(model), torch.no_grad():
+                for _, inputs in group.share()[0]:
+                    outputs.append(read_targets(model, model(**inputs), inputs.get("labels")).logits)
+                    tensors = (*inputs.values(), outputs[-1])
+                    held += sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+            self.groups.append(group)
+            self.outputs.append(outputs)
+            if of_main_process(held > _ANCHOR_BYTES, "bytes of the anchor rows"):
+                break
+
+    def drift_gradient(self, model: nn.Module, number: int, names: Sequence[str]) -> dict[str, Tensor]:
+        """∇ of the mean drift of the group whose turn it is at step `number`."""
+        turn = number % len(self.groups)
+
+        def losses() -> Iterator[tuple[Tensor, int]]:
+            for (_, inputs), before in zip(self.groups[turn].share()[0], self.outputs[turn], strict=True):
+                now = read_targets(model, model(**inputs), inputs.get("labels"))
+                yield drift(now, before), len(now)
+
+        total, targets = _gradient(model, losses(), names, "the drift of the anchor rows")
+        return {name: gradient / max(targets, 1) for name, gradient in total.items()}
 
 
-def _with_pull(gradients: Mapping[str, Tensor], directions: Directions, moved: Step, pull: float) -> dict[str, Tensor]:
-    """Σ_f − c·(Σ_D + n·C·Δ), float64."""
-    bent = directions.curvature.multiply(moved)
-    pulled = {}
-    for name, gradient in gradients.items():
-        rest = directions.remaining * bent[name].to(gradient)
-        if directions.finish_sum is not None:
-            rest = rest + directions.finish_sum[name].to(gradient)
-        pulled[name] = gradient - pull * rest
-    return pulled
+def drift(now: Targets, before: Tensor) -> Tensor:
+    """Σ over targets of how far the predictions have moved, a scalar whose Hessian at no move is the Fisher matrix.
+
+    KL(before ‖ now) for classes and tokens, its mean over the labels of a multi-label row, and the mean squared
+    difference of a regression's outputs.
+
+    Args:
+        now: of the present weights.
+        before: the logits (or predicted values) of the same targets before, of the same shape.
+    """
+    if now.kind is TaskKind.REGRESSION:
+        return (now.logits - before).square().mean(dim=1).sum()
+    if now.kind is TaskKind.MULTI_LABEL:
+        moved = F.binary_cross_entropy_with_logits(now.logits, before.sigmoid(), reduction="none")
+        return moved.mean(dim=1).sum()
+    return F.kl_div(now.logits.log_softmax(1), before.log_softmax(1), reduction="sum", log_target=True)
+
+
+def weighted_gradient(
+    model: nn.Module, source: RowSource, weights: np.ndarray, names: Sequence[str]
+) -> dict[str, Tensor]:
+    """Σ_rows w·∇ℓ with ℓ each row's plain loss, a mean over its targets.
+
+    Args:
+        model: the bare model.
+        source: the rows; of several processes, each takes its share.
+        weights: `(rows,)`, w of each row of `source`.
+        names: parameters to take gradients for.
+
+    Returns:
+        float64 tensors by parameter name.
+    """
+
+    own, start = source.share()
+
+    def losses() -> Iterator[tuple[Tensor, int]]:
+        for positions, inputs in own:
+            targets = read_targets(model, model(**inputs), inputs.get("labels"))
+            counts = torch.bincount(targets.rows, minlength=targets.n_rows).clamp(min=1)
+            weight = torch.from_numpy(weights[start + positions]).to(targets.logits) / counts
+            yield (targets.losses() * weight[targets.rows]).sum(), len(targets)
+
+    return _gradient(model, losses(), names, f"the weighted gradient of the {source.name}")[0]
+
+
+def _gradient(
+    model: nn.Module, losses: Iterable[tuple[Tensor, int]], names: Sequence[str], what: str
+) -> tuple[dict[str, Tensor], int]:
+    """Σ ∇loss, float64, and the number of targets, in evaluation mode and over all processes."""
+    parameters = [model.get_parameter(name) for name in names]
+    sums = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in parameters]
+    counted = torch.zeros(1, dtype=torch.float64, device=sums[0].device)
+    with together(what):
+        with evaluation_mode(model), torch.enable_grad():
+            for loss, targets in losses:
+                loss.backward()
+                counted += targets
+                for total, parameter in zip(sums, parameters, strict=True):
+                    if parameter.grad is not None:
+                        total += parameter.grad
+                        parameter.grad = None
+        sum_over_processes([*sums, counted], what)
+    return dict(zip(names, sums, strict=True)), round(float(counted))
 
 
 def _place(model: nn.Module, weights: Mapping[str, Tensor], moved: Step | None) -> None:

@@ -15,6 +15,7 @@ from hf_iau.curvature.capture import Capture, parameter_gradients
 from hf_iau.curvature.curvature import KINDS, Curvature, CurvatureKind
 from hf_iau.curvature.layers import (
     Call,
+    ConvolutionLayer,
     Layer,
     LayerPlan,
     MatrixLayer,
@@ -47,6 +48,10 @@ LOOP_ROWS = 128
 PROBE_ROWS = 3
 CACHE_BYTES = 256 * 2**20
 
+BASIS_POSITIONS = 131_072
+"""About so many positions of a convolution make its bases, which are covariances of a few hundred columns and need no
+more; Λ is measured on the positions of all rows."""
+
 
 @on_whole_parameters
 def fit_curvature(
@@ -74,7 +79,8 @@ def fit_curvature(
       are those of A = Σ a aᵀ and S = Σ g gᵀ, summed over rows, positions and calls (the *expand* setting), and the
       eigenvalues Λ = (1 / targets) Σ_rows (Q_Sᵀ G Q_A)² with G = Σ_positions g aᵀ of a row. Each group of a grouped
       convolution has factors of its own. Positions whose output gradient is zero (but for rounding) are left out of A too, so
-      padding and unused positions drop out and the factors do not depend on the padding length.
+      padding and unused positions drop out and the factors do not depend on the padding length. Where a convolution has
+      very many positions, evenly spaced rows make the bases (see `BASIS_POSITIONS`), and all rows Λ.
     * `"diagonal"`: the same without rotation, Λ = (1 / targets) Σ_rows g².
     * `"adam"`: the optimizer's bias-corrected second moment. It belongs to the last step, is clipped, and is at the
       scale of a batch's mean gradient rather than of a row's. The rows are not read.
@@ -139,6 +145,7 @@ def fit_curvature(
         raise RequestError(f"row_ids has {len(ids)} numbers for {len(source)} {source.name}: give one a row.")
     if len(source) == 0 and reduce is None:
         raise RequestError(f"There are no {source.name} to fit the curvature to: give at least one row.")
+    total_rows = len(source)
     looped = np.unique(np.linspace(0, len(source) - 1, num=min(LOOP_ROWS, len(source)), dtype=int))
     start = 0
     if reduce is None:
@@ -149,6 +156,7 @@ def fit_curvature(
         model,
         source,
         start=start,
+        total_rows=total_rows,
         looped=looped,
         owners=process_count() if reduce is None else 1,
         plan=plan_layers(model, kronecker=kind == "ekfac", max_factor_size=max_factor_size),
@@ -229,6 +237,7 @@ class _Fit:
         source: RowSource,
         *,
         start: int,
+        total_rows: int,
         looped: np.ndarray,
         owners: int,
         plan: LayerPlan,
@@ -243,6 +252,7 @@ class _Fit:
         self.model = model
         self.source = source
         self.start = start  # the first row's position among those of all processes
+        self.total_rows = total_rows
         self.looped = looped
         self.owners = owners  # processes that the eigendecompositions are shared out among
         self.plan = plan
@@ -415,8 +425,10 @@ class _Fit:
                             layer.add_squares(pairs, len(positions), self.diagonal_sums[layer.name])
                         else:
                             assert isinstance(layer, MatrixLayer)
+                            first = 0
                             for a, g in layer.expand_in_chunks(pairs, len(positions)):
-                                self._add_covariances(layer, a, g)
+                                self._add_covariances(layer, a, g, positions[first : first + a.shape[1]])
+                                first += a.shape[1]
                     except NotSeparableError as error:
                         self._demote(layer, str(error))
 
@@ -424,7 +436,24 @@ class _Fit:
         self.n_rows += len(positions)
         self.n_targets += n_targets
 
-    def _add_covariances(self, layer: MatrixLayer, a: Tensor, g: Tensor) -> None:
+    def _add_covariances(self, layer: MatrixLayer, a: Tensor, g: Tensor, rows: np.ndarray) -> None:
+        """Add some rows' positions to A and S.
+
+        Args:
+            layer: whose inputs and output gradients they are.
+            a, g: `(groups, rows, positions, columns)` and `(…, outputs)`.
+            rows: `(rows,)` int, their positions in the source.
+        """
+        self._keep(layer, a, g)
+        share = 1.0
+        if isinstance(layer, ConvolutionLayer):  # of a fixed number of positions, whatever the padding of a text
+            share = min(1.0, BASIS_POSITIONS / (a.shape[2] * max(self.total_rows, 1)))
+        if share < 1.0:
+            places = self.start + rows
+            chosen = torch.from_numpy(np.flatnonzero(np.floor((places + 1) * share) > np.floor(places * share)))
+            if not len(chosen):
+                return
+            a, g = a[:, chosen.to(a.device)], g[:, chosen.to(g.device)]
         live = live_positions(g)[..., None]
         groups, positions = a.shape[0], a.shape[2]
         inputs, outputs = a.reshape(groups, -1, a.shape[-1]), g.reshape(groups, -1, g.shape[-1])
@@ -440,10 +469,9 @@ class _Fit:
         input_sum, output_sum, bound = self._covariance(layer)
         if positions > 1:
             norms = torch.linalg.vector_norm(weighted, dim=-1) * torch.linalg.vector_norm(outputs, dim=-1)
-            bound += norms.square().sum(dtype=torch.float64).to(bound.device)
+            bound += norms.square().sum(dtype=torch.float64).to(bound.device) / share
         input_sum += (weighted.mT @ inputs).to(input_sum.device)
         output_sum += (outputs.mT @ outputs).to(output_sum.device)
-        self._keep(layer, a, g)
 
     def _covariance(self, layer: MatrixLayer) -> tuple[Tensor, Tensor, Tensor]:
         """A, S, and Σ ‖a‖²‖g‖² over positions: what ΣΛ would be if positions did not cancel (0 for a single one)."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from hf_iau.errors import MissingMemoryError, RequestError
 from hf_iau.objective import RowLoss, RowSource
 from hf_iau.objective.row_loss import batch_rows
-from hf_iau.objective.rows import row_bytes
 from hf_iau.objective.targets import count_targets
 from hf_iau.phases import PhaseTimer
 from hf_iau.remember import GradientMemory
@@ -122,7 +121,7 @@ class ForgetContext:
         for position in order.tolist():
             if len(chosen) == size:
                 break
-            if position in out or (self.excluded and row_bytes(self.train.dataset[position]) in self.excluded):
+            if position in out or (self.excluded and self.train.digest(position) in self.excluded):
                 continue
             chosen.append(position)
         return self.train.select(np.sort(np.asarray(chosen, dtype=np.int64)), name) if chosen else None
@@ -143,7 +142,7 @@ def remaining_positions(
     missing = left.total()
 
     def is_gone(position: int) -> bool:
-        digest = row_bytes(source.dataset[position])
+        digest = source.digest(position)
         if left[digest] <= 0:
             return False
         left[digest] -= 1

@@ -324,13 +324,21 @@ def _bootstrap_interval(inside: np.ndarray, outside: np.ndarray, resamples: int,
         auc = _auc(inside, outside)  # every resample has the same value
         return auc, auc
 
+    # Scores become their place among all distinct scores, so that a resample is two rows of counts and needs no sorting.
+    distinct, places = np.unique(np.concatenate([inside, outside]), return_inverse=True)
+    width = len(distinct)
+
     def auc_of(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
-        # The Mann-Whitney statistic from mid-ranks equals the AUC, for all resamples at once.
-        ranks = rankdata(np.concatenate([x, y], axis=axis), axis=axis)
-        return np.asarray((np.take(ranks, range(m), axis=axis).sum(axis=axis) - m * (m + 1) / 2) / (m * n))
+        # The Mann-Whitney statistic over m·n equals the AUC: non-members below each member, ties counting half.
+        x, y = np.atleast_2d(x), np.atleast_2d(y)
+        offsets = width * np.arange(len(x))[:, None]
+        of_x, of_y = (
+            np.bincount((side + offsets).ravel(), minlength=width * len(x)).reshape(len(x), width) for side in (x, y)
+        )
+        return np.asarray((of_x * (of_y.cumsum(axis=-1) - of_y / 2)).sum(axis=-1) / (m * n))
 
     result = scipy_bootstrap(
-        (inside, outside),
+        (places[:m], places[m:]),
         auc_of,
         n_resamples=resamples,
         batch=max(1, BOOTSTRAP_VALUES_AT_ONCE // (m + n)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ import numpy as np
 from hf_iau.calibrate import (
     Calibration,
     Directions,
-    ShiftTest,
+    Shortfall,
     Trial,
     TrialRunner,
     Walk,
@@ -25,7 +26,7 @@ from hf_iau.calibrate import (
 )
 from hf_iau.calibrate.calibration import find_length
 from hf_iau.calibrate.trial import auc_distance, class_share_distance
-from hf_iau.calibrate.walk import DEAR
+from hf_iau.calibrate.walk import ARRIVED, DAMPING, DEAR
 from hf_iau.errors import CalibrationError, ConfigError, MissingMemoryError, RequestError
 from hf_iau.forget import ForgetContext, MethodOutcome, apply_step, step_norm, weights_norm
 from hf_iau.gather.gradient_sum import GradientSum, sum_row_gradients
@@ -43,8 +44,11 @@ _REFERENCE_ROWS = 2000
 _OVERLAP_ROWS = 4000
 # Proxies are at most a tenth of the training rows: the step for more would be long, and no guide to a small request's.
 _PROXY_SHARE = 10
-_FEWEST_WALKED_ROWS = 50
-_WALK_DAMPINGS = (0.001, 0.01)
+_FEWEST_WALKED_ROWS = 20
+# A step after which more of the way to the held-out rows is left than this is followed by a look at a walk.
+_LEFT = 0.15
+# So is one that costs retained rows this much accuracy.
+_SPARED = 0.03
 _CLASS_TOLERANCE = 0.01
 # Memories may be moved this far, relative to the weights, before an earlier calibration is not trusted any more.
 _CALIBRATION_RANGE = 0.05
@@ -92,7 +96,8 @@ class IAUConfig:
         default=True,
         metadata={
             "help": "Where one step does not arrive, or costs the held-out rows more than a tenth of their loss, and "
-            "the request has at least 50 rows that look like any others, take many short steps instead."
+            "the request has at least 20 rows that look like any others, take many short steps instead; retained rows "
+            "must be at hand."
         },
     )
     recalibrate: bool = field(default=False, metadata={"help": "Calibrate anew though the memory knows the answer."})
@@ -176,21 +181,18 @@ class IAU:
             finish = _finish_sum(context, memory)
         directions = Directions(curvature, forget.tensors, finish, memory.n_targets - forget.n_targets)
         with context.timer.phase("calibration"):
-            known_before = 0.0
             known = context.retained_sample(_REFERENCE_ROWS, context.seed + 7)
-            if known is not None:
-                known = known.resized(context.prediction_batch_size).keep_batches()
-                known_before = _share_correct(context, known)
-            duplicates = self._near_duplicates(context, known)
             held_out = None
             if context.held_out is not None:
                 held_out = context.held_out.sample(config.held_out_rows, context.seed, "held-out rows").keep_batches()
-            calibration, notes = self._calibrate(context, config, memory, directions, held_out, known)
+            outset = _Outset(context, held_out, known)
+            duplicates = self._near_duplicates(context, outset.known_rows)
+            calibration, notes = self._calibrate(context, config, memory, directions, outset)
             found = calibration
             path: Walk | None = None
             if held_out is not None and not config.is_given:
-                calibration = self._finish(context, config, directions, calibration, held_out, notes)
-                path = self._walk(context, config, directions, calibration, held_out, notes)
+                calibration = self._finish(context, config, directions, calibration, outset, notes)
+                path = self._walk(context, config, directions, calibration, outset, notes)
             found_by_main = of_main_process(
                 [calibration.length, calibration.damping, calibration.finish_weight], "k, λ and c"
             )
@@ -204,12 +206,8 @@ class IAU:
             else:
                 step = self._bounded_step(context, config, directions, calibration)
             apply_step(context.model, step)
-        lost = 0.0
-        if known is not None:
-            with context.timer.phase("calibration"):
-                lost = known_before - _share_correct(context, known)
-            notes["retained_accuracy_lost"] = lost
-        lead = self._lead(context, held_out, notes)
+        lost, lead = self._look_back(context, outset, notes)
+        notes["retained_accuracy_lost"] = lost
         notes["accuracy_lead_of_forget_rows"] = lead
         relative = step_norm(step) / max(weights_norm(context.model, names), 1e-300)
         verdict, reasons = judge(
@@ -247,10 +245,10 @@ class IAU:
         config: IAUConfig,
         memory: GradientMemory,
         directions: Directions,
-        held_out: RowSource | None,
-        known_rows: RowSource | None,
+        outset: _Outset,
     ) -> tuple[Calibration, dict[str, Any]]:
         notes: dict[str, Any] = {"warnings": []}
+        held_out = outset.held_out_rows
         if config.is_given:
             assert config.length is not None and config.damping is not None
             return Calibration(config.length, config.damping, config.finish_weight or 0.0, source="given"), notes
@@ -260,36 +258,36 @@ class IAU:
                 "held_out_dataset= (or eval_dataset=) to calibrate."
             )
             return _uncalibrated(context, config, directions), notes
-        label = _whole_class(context, memory, known_rows)
+        label = _whole_class(context, memory, outset)
         if label is not None:
             notes["whole_class"] = label
-            return self._calibrate_class(context, config, directions, held_out, label, notes), notes
+            return self._calibrate_class(context, config, directions, outset, label, notes), notes
         remembered = _remembered(config, memory)
         if remembered is not None:
             return remembered, notes
-        known = None
-        if known_rows is not None and len(known_rows) >= ENOUGH_FORGET_ROWS:
-            # A large sample of retained rows, before the step: how much better a known row is treated.
-            known = predict_rows(context.model, known_rows)
-        advantage = None if known is None else auc_distance(known, predict_rows(context.model, held_out.keep_batches()))
+        # A large sample of retained rows, before the step: how much better a known row is treated.
+        known = outset.known if outset.known_rows is not None else None
+        if known is not None and len(known) < ENOUGH_FORGET_ROWS:
+            known = None
+        advantage = None if known is None else auc_distance(known, outset.held_out)
         notes["advantage_of_training_rows"] = advantage
-        shift = self._shift(context, known)
+        shift = shift_test(outset.forget, known) if known is not None and len(context.forget) >= 20 else None
         notes["shift_test"] = None if shift is None else shift.to_dict()
         own = len(context.forget) >= ENOUGH_FORGET_ROWS and shift is not None and shift.passed
-        if config.calibrate_on == "forget-rows" or (config.calibrate_on == "auto" and own):
-            runner = TrialRunner(context.model, directions, _for_prediction(context.forget, held_out), held_out)
-            return self._search(runner, "forget rows", config, advantage), notes
-        if context.train is None and context.retain is None:
-            notes["warnings"].append(
-                "The trainer has no train_dataset to draw proxy rows from, so the forget rows themselves set the "
-                "target; that is unreliable for few or unusual rows."
-            )
-            runner = TrialRunner(context.model, directions, _for_prediction(context.forget, held_out), held_out)
-            return self._search(runner, "forget rows", config, None), notes
-        return self._calibrate_on_proxies(context, config, memory, directions, held_out, advantage), notes
+        no_proxies = context.train is None and context.retain is None
+        if config.calibrate_on == "forget-rows" or (config.calibrate_on == "auto" and own) or no_proxies:
+            if no_proxies and config.calibrate_on != "forget-rows" and not own:
+                advantage = None
+                notes["warnings"].append(
+                    "The trainer has no train_dataset to draw proxy rows from, so the forget rows themselves set the "
+                    "target; that is unreliable for few or unusual rows."
+                )
+            runner = TrialRunner(context.model, directions, outset.forget_rows, held_out)
+            start = runner.outset(outset.forget, outset.held_out, advantage)
+            return self._search(runner, "forget rows", config, start), notes
+        return self._calibrate_on_proxies(context, config, memory, directions, outset, advantage), notes
 
-    def _search(self, runner: TrialRunner, source: str, config: IAUConfig, advantage: float | None) -> Calibration:
-        start = _start(runner, advantage)
+    def _search(self, runner: TrialRunner, source: str, config: IAUConfig, start: Trial) -> Calibration:
         return calibrate(
             runner,
             source=source,
@@ -306,11 +304,13 @@ class IAU:
         config: IAUConfig,
         memory: GradientMemory,
         directions: Directions,
-        held_out: RowSource,
+        outset: _Outset,
         advantage: float | None,
     ) -> Calibration:
         """k, λ and c that make random training rows look held-out; the later draws find k alone, at the same λ."""
         calibration: Calibration | None = None
+        held_out = outset.held_out_rows
+        assert held_out is not None
         for draw, size in enumerate(config.proxy_rows):
             share = max(1, min(size, (memory.n_rows - len(context.forget)) // _PROXY_SHARE))
             proxies = context.retained_sample(share, context.seed + 1000 + draw, "proxy rows")
@@ -328,12 +328,13 @@ class IAU:
                 directions.curvature, total.tensors, directions.finish_sum, memory.n_targets - total.n_targets
             )
             runner = TrialRunner(context.model, of_proxies, _for_prediction(proxies, held_out), held_out)
+            assert runner.target is not None
+            start = runner.outset(predict_rows(context.model, runner.target), outset.held_out, advantage)
             if calibration is None:
-                calibration = self._search(runner, "proxies", config, advantage)
+                calibration = self._search(runner, "proxies", config, start)
                 continue
             if config.length is not None:
                 break
-            start = _start(runner, advantage)
             trial, reached = find_length(
                 runner,
                 calibration.damping,
@@ -363,13 +364,14 @@ class IAU:
         context: ForgetContext,
         config: IAUConfig,
         directions: Directions,
-        held_out: RowSource,
+        outset: _Outset,
         label: int,
         notes: dict[str, Any],
     ) -> Calibration:
         """A whole class goes: its share on its own held-out rows falls to its rate on the others."""
-        predicted = predict_rows(context.model, held_out)
-        own = predicted.label == label
+        held_out = outset.held_out_rows
+        assert held_out is not None
+        own = outset.held_out.label == label
         notes["warnings"].append(
             f"Every row of class {label} is to be forgotten. One step cannot remove a class as retraining would: retrain "
             "if you can."
@@ -387,7 +389,7 @@ class IAU:
             max_relative_step=config.max_relative_step,
             length=config.length,
             tolerance=_CLASS_TOLERANCE,
-            start=_start(runner, None),
+            start=runner.outset(None, outset.held_out),
         )
 
     def _near_duplicates(self, context: ForgetContext, retained: RowSource | None) -> dict[str, Any]:
@@ -404,12 +406,6 @@ class IAU:
             ]
         return notes
 
-    def _shift(self, context: ForgetContext, known: RowPredictions | None) -> ShiftTest | None:
-        if known is None or len(context.forget) < 20:
-            return None
-        rows = context.forget.sample(_REFERENCE_ROWS, context.seed).resized(context.prediction_batch_size)
-        return shift_test(predict_rows(context.model, rows), known)
-
     # --- the step -------------------------------------------------------------------------------------------------
 
     def _finish(
@@ -418,29 +414,41 @@ class IAU:
         config: IAUConfig,
         directions: Directions,
         calibration: Calibration,
-        held_out: RowSource,
+        outset: _Outset,
         notes: dict[str, Any],
     ) -> Calibration:
         """c for the request's own step, and a look at what it does to the held-out rows."""
-        kept = None
-        if "whole_class" in notes:
-            kept = predict_rows(context.model, held_out).label != notes["whole_class"]
+        kept = outset.held_out.label != notes["whole_class"] if "whole_class" in notes else None
+        held_out = outset.held_out_rows
+        assert held_out is not None
+        runner = TrialRunner(context.model, directions, None, held_out, criterion=lambda *_: 0.0, kept=kept)
         return finish(
-            TrialRunner(context.model, directions, None, held_out, criterion=lambda *_: 0.0, kept=kept),
+            runner,
             calibration,
+            before=runner.outset(None, outset.held_out),
             finish_weights=tuple(sorted(w for w in config.finish_weights if w > 0)) if directions.finish_sum else (),
             max_relative_step=config.max_relative_step,
             finish_weight=config.finish_weight,
         )
 
-    def _lead(self, context: ForgetContext, held_out: RowSource | None, notes: dict[str, Any]) -> float | None:
-        """How much better the forget rows are still predicted than held-out rows, where they are like any others."""
-        shift = notes.get("shift_test")
-        if held_out is None or shift is None or not shift["passed"] or len(context.forget) < _FEWEST_WALKED_ROWS:
-            return None
+    def _look_back(self, context: ForgetContext, outset: _Outset, notes: dict[str, Any]) -> tuple[float, float | None]:
+        """At the moved weights: accuracy lost on retained rows, and how much better the forget rows are still predicted
+        than held-out rows, where they are like any others (else None)."""
+        lost, lead = 0.0, None
         with context.timer.phase("calibration"):
-            rows = context.forget.resized(context.prediction_batch_size)
-            return _share_correct(context, rows) - _share_correct(context, held_out)
+            if outset.known_rows is not None:
+                now = predict_rows(context.model, outset.known_rows)
+                lost = _accuracy(outset.known) - _accuracy(now)
+            if self._like_any_others(context, notes) and outset.held_out_rows is not None:
+                forget = predict_rows(context.model, outset.forget_rows)
+                lead = _accuracy(forget) - _accuracy(predict_rows(context.model, outset.held_out_rows))
+        return lost, lead
+
+    @staticmethod
+    def _like_any_others(context: ForgetContext, notes: dict[str, Any]) -> bool:
+        """Whether the forget rows passed the shift test and are not too few to tell."""
+        shift = notes.get("shift_test")
+        return shift is not None and shift["passed"] and len(context.forget) >= _FEWEST_WALKED_ROWS
 
     def _walk(
         self,
@@ -448,51 +456,51 @@ class IAU:
         config: IAUConfig,
         directions: Directions,
         calibration: Calibration,
-        held_out: RowSource,
+        outset: _Outset,
         notes: dict[str, Any],
     ) -> Walk | None:
         """Many short steps in place of one that does not arrive, or that costs the held-out rows too much."""
-        shift = notes.get("shift_test")
         before, after = calibration.held_out_loss_before, calibration.held_out_loss
         if (
             not config.walk
-            or shift is None
-            or not shift["passed"]
-            or len(context.forget) < _FEWEST_WALKED_ROWS
+            or config.length is not None
+            or config.finish_weight is not None
+            or not self._like_any_others(context, notes)
             or before is None
             or after is None
-            or (calibration.reached and after <= (1.0 + DEAR) * before)
         ):
             return None
-        advantage = notes.get("advantage_of_training_rows")
-        offset = 0.0
-        if advantage is not None:
-            rows = context.forget.resized(context.prediction_batch_size)
-            offset = auc_distance(predict_rows(context.model, rows), predict_rows(context.model, held_out)) - advantage
-        found: Walk | None = None
-        low, high = config.damping_range
-        dampings = sorted({min(max(damping, low), high) for damping in _WALK_DAMPINGS})
-        for damping in dampings if config.damping is None else (config.damping,):
-            path = walk(
-                context.model,
-                context.row_loss,
-                directions,
-                context.forget,
-                held_out,
-                damping=damping,
-                offset=offset,
-                max_relative_step=config.max_relative_step,
-                **({} if config.finish_weight is None else {"pull": config.finish_weight}),
-            )
-            if path.steps and (found is None or path.better_than(found)):
-                found = path
-        if found is None:
+        assert outset.known_rows is not None and outset.held_out_rows is not None
+        shortfall = Shortfall.of(outset.forget, outset.known, outset.held_out)
+        runner = TrialRunner(context.model, directions, outset.forget_rows, outset.held_out_rows)
+        forget, known = runner.look(
+            (outset.forget_rows, outset.known_rows),
+            calibration.length,
+            calibration.damping,
+            calibration.finish_weight,
+        )
+        left = shortfall.remaining(forget.loss)
+        spared = _accuracy(outset.known) - _accuracy(known) < _SPARED and after <= (1.0 + DEAR) * before
+        notes["left_after_one_step"] = left
+        if calibration.reached and spared and left <= _LEFT:
             return None
-        cheaper = found.held_out_loss < after
-        if found.reached:
-            return found if cheaper or not calibration.reached else None
-        nearer = calibration.criterion is not None and found.criterion < calibration.criterion
-        return found if cheaper and nearer and not calibration.reached else None
+        everything = outset.every_forget_row()
+        path = walk(
+            context.model,
+            directions.curvature,
+            context.forget,
+            outset.known_rows.resized(context.forget.batch_size),
+            outset.held_out_rows,
+            Shortfall.of(everything, outset.known, outset.held_out),
+            names=list(directions.forget_sum),
+            damping=DAMPING if config.damping is None else config.damping,
+            max_relative_step=config.max_relative_step,
+            progress=context.progress,
+        )
+        # Arrived or nearer to the target, and no dearer than one step or than what may be paid.
+        nearer = path.reached or path.remaining < left
+        better = nearer and path.held_out_loss <= max(after, (1.0 + DEAR) * before)
+        return path if path.steps and better else None
 
     def _bounded_step(
         self, context: ForgetContext, config: IAUConfig, directions: Directions, calibration: Calibration
@@ -522,7 +530,9 @@ def _of_walk(calibration: Calibration, path: Walk) -> Calibration:
         damping=path.damping,
         source="walk",
         reached=path.reached,
-        criterion=path.criterion,
+        criterion=path.remaining,
+        tolerance=ARRIVED,
+        standard_error=None,
         held_out_loss=path.held_out_loss,
         relative_step=path.relative_step,
         halvings=0,
@@ -537,14 +547,46 @@ def _summary(calibration: Calibration) -> dict[str, Any]:
     return {name: getattr(calibration, name) for name in names}
 
 
-def _start(runner: TrialRunner, advantage: float | None) -> Trial:
-    """The trial of no step at all; with the draw's luck (see `TrialRunner.offset`) taken out where it is known."""
-    start = runner.run(0.0, 1.0)
-    if advantage is None:
-        return start
-    runner.offset = start.criterion - advantage
-    runner.trials[-1] = replace(start, criterion=advantage)
-    return runner.trials[-1]
+class _Outset:
+    """The rows that calibration looks at, and what the model makes of them at the old weights; each looked at once.
+
+    Args:
+        context: the request.
+        held_out: a sample of the held-out rows, or None.
+        known: a sample of the retained rows, or None.
+    """
+
+    def __init__(self, context: ForgetContext, held_out: RowSource | None, known: RowSource | None) -> None:
+        self._model = context.model
+        self._every_row = context.forget.resized(context.prediction_batch_size)
+        self.held_out_rows = held_out
+        self.known_rows = None if known is None else known.resized(context.prediction_batch_size).keep_batches()
+        size = max(len(held_out) if held_out is not None else 0, ENOUGH_FORGET_ROWS)
+        self.forget_rows = self._every_row.sample(size, 0)
+        if len(self.forget_rows) == len(self._every_row):
+            self.forget_rows = self._every_row
+        self.forget_rows.keep_batches()
+
+    @functools.cached_property
+    def forget(self) -> RowPredictions:
+        """Of at most as many forget rows as there are held-out rows in the sample."""
+        return predict_rows(self._model, self.forget_rows)
+
+    def every_forget_row(self) -> RowPredictions:
+        """Of all forget rows, at the old weights."""
+        return self.forget if self.forget_rows is self._every_row else predict_rows(self._model, self._every_row)
+
+    @functools.cached_property
+    def known(self) -> RowPredictions:
+        """Of the retained rows."""
+        assert self.known_rows is not None
+        return predict_rows(self._model, self.known_rows)
+
+    @functools.cached_property
+    def held_out(self) -> RowPredictions:
+        """Of the held-out rows."""
+        assert self.held_out_rows is not None
+        return predict_rows(self._model, self.held_out_rows)
 
 
 def _for_prediction(rows: RowSource, held_out: RowSource) -> RowSource:
@@ -570,13 +612,12 @@ def _finish_sum(context: ForgetContext, memory: GradientMemory) -> dict[str, Any
     return total.tensors
 
 
-def _share_correct(context: ForgetContext, rows: RowSource) -> float:
-    """Accuracy on `rows` at the present weights; 0 where the task has none."""
-    accuracy = predict_rows(context.model, rows).accuracy
-    return accuracy if math.isfinite(accuracy) else 0.0
+def _accuracy(predictions: RowPredictions) -> float:
+    """0 where the task has none."""
+    return predictions.accuracy if math.isfinite(predictions.accuracy) else 0.0
 
 
-def _whole_class(context: ForgetContext, memory: GradientMemory, retained: RowSource | None) -> int | None:
+def _whole_class(context: ForgetContext, memory: GradientMemory, outset: _Outset) -> int | None:
     """The class whose every remaining training row is in the request, if there is just one class in it.
 
     Known from the memory's counts of labels, or, where a data set has none, from a large sample of retained rows
@@ -587,13 +628,13 @@ def _whole_class(context: ForgetContext, memory: GradientMemory, retained: RowSo
             return None
         (label, count), *_ = context.label_counts.items()
         return int(label) if memory.label_counts.get(label) == count else None
-    if retained is None or len(retained) < ENOUGH_FORGET_ROWS or len(context.forget) < 20:
+    if outset.known_rows is None or len(outset.known_rows) < ENOUGH_FORGET_ROWS or len(context.forget) < 20:
         return None
-    asked = predict_rows(context.model, context.forget.resized(context.prediction_batch_size)).label
+    asked = outset.every_forget_row().label
     labels = set(asked[np.isfinite(asked)].tolist())
     if len(labels) != 1:
         return None
-    left = predict_rows(context.model, retained).label
+    left = outset.known.label
     return None if labels & set(left[np.isfinite(left)].tolist()) else int(labels.pop())
 
 
@@ -660,9 +701,10 @@ def _refuse_overlap(context: ForgetContext) -> None:
     digests = {row_bytes(probe.dataset[i]) for i in range(len(probe))}
     shared, looked_at = len(digests & context.excluded), 1.0
     if not shared and context.train is not None:
-        trained = context.train.sample(_OVERLAP_ROWS, context.seed)
-        shared = sum(row_bytes(trained.dataset[i]) in digests for i in range(len(trained)))
-        looked_at = len(trained) / max(len(context.train), 1)
+        # The order in which retained rows are drawn: most of these are hashed for other reasons too.
+        looked_for = np.random.default_rng(context.seed).permutation(len(context.train))[:_OVERLAP_ROWS]
+        shared = sum(context.train.digest(int(i)) in digests for i in looked_for)
+        looked_at = len(looked_for) / max(len(context.train), 1)
     # Real data sets hold a few exact duplicates; an overlap of sets is another matter.
     if shared > max(2, 0.02 * len(probe) * looked_at):
         raise RequestError(

@@ -86,7 +86,7 @@ def judge(
     if mild:
         return CHECK, mild
     target = (
-        "half of the forget rows are treated no better than held-out rows"
+        "the forget rows are known about as well as held-out rows are"
         if calibration.source == "walk"
         else "values taken as given"
         if calibration.source == "given"

@@ -57,6 +57,7 @@ class RowSource:
         self.name = name
         self.num_workers = num_workers
         self._kept: list[tuple[np.ndarray, Batch]] | None = None
+        self._digests: dict[int, bytes] = {}
         self._share: tuple[RowSource, int] | None = None
 
     def __len__(self) -> int:
@@ -106,6 +107,12 @@ class RowSource:
     def sample(self, size: int, seed: int, name: str | None = None) -> RowSource:
         """At most `size` distinct rows drawn with `seed`, in ascending order."""
         return self.select(sample_positions(len(self), size, seed), name)
+
+    def digest(self, position: int) -> bytes:
+        """`row_bytes` of the row at `position`, computed once."""
+        if position not in self._digests:
+            self._digests[position] = row_bytes(self.dataset[position])
+        return self._digests[position]
 
     def share(self) -> tuple[RowSource, int]:
         """The rows that fall to this process, and the position of the first of them here; all rows for one process."""

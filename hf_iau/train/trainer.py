@@ -67,9 +67,9 @@ from hf_iau.train.restriction import GradientRestriction, RestrictionConfig
 
 logger = logging.getLogger(__name__)
 
-# Retained rows that a report measures; their accuracy is then good to about one point.
+# Rows that a report measures; their accuracy is then good to about one point.
 _MEASURED_RETAINED_ROWS = 2000
-_MEASURED_HELD_OUT_ROWS = 4000
+_MEASURED_HELD_OUT_ROWS = 2000
 
 
 @dataclass

@@ -182,6 +182,12 @@ def test_requests_in_a_row_are_the_scenario_s_rows_in_a_seeded_order() -> None:
     np.testing.assert_equal(scenario.split(rows, seed=1), parts)
 
 
+def test_every_row_of_a_table_has_as_many_columns_as_its_head(finished: Path) -> None:
+    for block in (finished / "synthetic" / "table.md").read_text().split("\n\n"):
+        if block.startswith("|"):
+            assert len({line.count("|") for line in block.splitlines()}) == 1
+
+
 def test_several_requests_are_served_in_a_row(finished: Path) -> None:
     cells = {c["method"]: c for c in cells_of(finished).values() if c["scenario"] == "4-requests"}
     for cell in cells.values():

@@ -196,9 +196,11 @@ def test_finishing_repairs_the_held_out_loss_and_no_more(scene):
     found = calibrate(
         runner, source="forget rows", damping=0.1, damping_range=(0.1, 0.1), max_relative_step=0.5, start=start
     )
+    own = TrialRunner(scene.model, directions, None, rows_of(scene.held_out), criterion=lambda *_: 0.0)
     done = finish(
-        TrialRunner(scene.model, directions, None, rows_of(scene.held_out), criterion=lambda *_: 0.0),
+        own,
         found,
+        before=own.outset(None, predict_rows(scene.model, rows_of(scene.held_out))),
         finish_weights=(0.003, 0.01, 0.03, 0.1),
         max_relative_step=0.5,
     )
@@ -228,9 +230,11 @@ def test_finishing_stops_at_the_loss_of_before():
             self.trials.append(trial)
             return trial
 
+    fake = Fake()
     done = finish(
-        Fake(),
+        fake,
         Calibration(0.5, 0.1, 0.0, source="proxies"),
+        before=fake.run(0.0, 0.1),
         finish_weights=(0.003, 0.03, 0.1),
         max_relative_step=0.5,
     )
@@ -280,7 +284,9 @@ def test_a_given_finish_weight_is_kept():
 
     for slope in (1.0, -20.0):
         found = Calibration(0.5, 0.1, 0.0, source="proxies")
-        done = finish(Fake(slope), found, finish_weights=(0.01,), max_relative_step=0.5, finish_weight=0.02)
+        fake = Fake(slope)
+        before = fake.run(0.0, 0.1)
+        done = finish(fake, found, before=before, finish_weights=(), max_relative_step=0.5, finish_weight=0.02)
         assert done.finish_weight == 0.02 and done.held_out_loss == pytest.approx(1.1 + slope * 0.02)
 
 
@@ -293,6 +299,7 @@ def test_a_ruinous_step_is_halved(scene):
     done = finish(
         runner,
         Calibration(limit, 10.0, 0.0, source="proxies"),
+        before=runner.run(0.0, 10.0),
         finish_weights=(),
         max_relative_step=0.5,
     )
@@ -346,3 +353,15 @@ def test_near_duplicate_texts_are_found():
     same = {"input_ids": texts[3]["input_ids"][::-1], "labels": 1}
     found = find_near_duplicates(rows_of(texts[:20]), rows_of([*texts[20:], same]))
     assert found is not None and found.similar == 1
+
+
+def test_the_outset_is_the_trial_of_no_step(scene):
+    """From predictions made before, with the luck of the draw taken out where it is known."""
+    scene.model.load_state_dict(scene.state)
+    rows, held_out = rows_of(scene.train.take(np.arange(300))), rows_of(scene.held_out)
+    looks = predict_rows(scene.model, rows), predict_rows(scene.model, held_out)
+    plain, lucky = (TrialRunner(scene.model, directions_of(scene, rows), rows, held_out) for _ in range(2))
+    start, found = plain.run(0.0, 1.0), plain.outset(*looks)
+    assert found == start
+    assert lucky.outset(*looks, 0.07).criterion == 0.07 == lucky.trials[0].criterion
+    assert lucky.run(0.0, 1.0).criterion == pytest.approx(0.07)

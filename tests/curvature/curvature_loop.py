@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -281,8 +281,10 @@ def one_by_one(model: nn.Module, rows: Rows, seed: int = 0) -> tuple[list[dict[s
     return gradients, count
 
 
-def covariances(model: nn.Module, rows: Rows, block: KroneckerBlock, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """(A, S) of each group of a layer, position by position."""
+def covariances(
+    model: nn.Module, rows: Rows, block: KroneckerBlock, seed: int = 0, chosen: Sequence[int] | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """(A, S) of each group of a layer, position by position, of all rows or of those `chosen`."""
     module = model.get_submodule(block.name)
     layout = block.layout
     calls: list[tuple[Tensor, Tensor]] = []
@@ -304,6 +306,8 @@ def covariances(model: nn.Module, rows: Rows, block: KroneckerBlock, seed: int =
     handle = module.register_forward_hook(keep)
     with evaluation_mode(model):
         for number, row in enumerate(rows):
+            if chosen is not None and number not in chosen:
+                continue
             calls.clear()
             store: dict[int, Tensor] = {}
             inputs = collate([row])

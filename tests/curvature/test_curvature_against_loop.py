@@ -67,6 +67,41 @@ def test_factors_eigenvalues_and_steps(name: str) -> None:
     check_against_loop(model, rows, fit_curvature(model, make_source(rows)), rtol=rtol)
 
 
+@pytest.mark.parametrize("batch_size", [1, 4, 10])
+def test_convolutions_with_many_positions(monkeypatch: pytest.MonkeyPatch, batch_size: int) -> None:
+    """Evenly spaced rows make the bases, whatever the batches; all rows make the eigenvalues."""
+    model, rows = build("cnn")
+    plain = fit_curvature(model, make_source(rows))
+    convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    positions = {}
+    for name in convolutions:
+        model.get_submodule(name).register_forward_hook(
+            lambda m, _, out, n=name: positions.update({n: out[0, 0].numel()})
+        )
+    with torch.no_grad():
+        model(**collate(rows[:1]))
+    budget = 4 * positions[convolutions[0]]  # four of the ten rows, for the first convolution
+    monkeypatch.setattr("hf_iau.curvature.fit.BASIS_POSITIONS", budget)
+    thinned = fit_curvature(model, make_source(rows, batch_size))
+    gradients, count = one_by_one(model, rows)
+    for name, block in thinned.blocks.items():
+        if not isinstance(block, KroneckerBlock):
+            continue
+        share = min(1.0, budget / (positions[name] * len(rows))) if name in positions else 1.0
+        chosen = [i for i in range(len(rows)) if np.floor((i + 1) * share) > np.floor(i * share)]
+        assert len(chosen) == 4 or name != convolutions[0]
+        for group, (inputs, outputs) in enumerate(covariances(model, rows, block, chosen=chosen)):
+            for basis, covariance in ((block.input_basis[group], inputs), (block.output_basis[group], outputs)):
+                rotated = basis.T @ covariance @ basis
+                off = rotated - torch.diag(rotated.diagonal())
+                assert float(off.abs().max()) <= 1e-10 * float(rotated.abs().max()), name
+        matrices = [block.layout.matrix(g) for g in gradients]
+        expected = sum((block.output_basis.mT @ m @ block.input_basis) ** 2 for m in matrices) / count
+        torch.testing.assert_close(block.values, expected, rtol=1e-10, atol=1e-14)
+    first = thinned.blocks[convolutions[0]]
+    assert not torch.allclose(first.input_basis.abs(), plain.blocks[convolutions[0]].input_basis.abs(), atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["mlp", "cnn", "gpt2", "bert", "lora"])
 def test_diagonal_kind(name: str) -> None:
     model, rows = build(name)

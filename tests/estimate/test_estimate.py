@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from allocations import peak_allocated
 from memorising_network import CLASSES, WIDTH, Classifier, draw, fit
 from tiny_models import FAMILIES, as_dataset, build, pad_right, rows_of
 from torch import nn
@@ -20,6 +19,7 @@ from hf_iau import ConfigError, GatherConfig, IAUConfig, UnlearningTrainer, Unsu
 from hf_iau.forget.transaction import WeightTransaction
 from hf_iau.gather.gradient_sum import sum_row_gradients
 from hf_iau.objective import ModelRowLoss, RowSource
+from hf_iau.phases import peak_allocated_bytes
 
 QUIET: dict[str, Any] = {"progress": False, "batch_size": 6}
 
@@ -70,9 +70,11 @@ def test_peaks_of_gathering_and_of_a_request(kind: Any, width: int, tmp_path: Pa
     model = fit(Wide(width), train, 3, seed=0)
     config = GatherConfig(gradient_sum=kind, progress=False, batch_size=32, curvature_rows=200)
     wishes = IAUConfig(walk=False)
-    forecast = hf_iau.estimate(model, train, config, method_config=wishes, request_rows=60, held_out_rows=300)
+    forecast = hf_iau.estimate(
+        model, train, config, method_config=wishes, request_rows=60, held_out_rows=300, prediction_batch_size=300
+    )
     found: list[Any] = []
-    peak = peak_allocated(lambda: found.append(hf_iau.gather(model, train, config=config)))
+    peak = peak_allocated_bytes(lambda: found.append(hf_iau.gather(model, train, config=config)))
     assert forecast.bytes["gathering_peak"] - forecast.bytes["weights"] == pytest.approx(peak, rel=0.2)
     trainer = UnlearningTrainer(
         model=model,
@@ -88,7 +90,7 @@ def test_peaks_of_gathering_and_of_a_request(kind: Any, width: int, tmp_path: Pa
         eval_dataset=held_out,
         memory=found[0],
     )
-    peak = peak_allocated(lambda: found.append(trainer.unlearn(row_indices=np.arange(60), config=wishes)))
+    peak = peak_allocated_bytes(lambda: found.append(trainer.unlearn(row_indices=np.arange(60), config=wishes)))
     assert forecast.bytes["request"] == pytest.approx(peak, rel=0.2)
 
 

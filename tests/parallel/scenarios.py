@@ -23,7 +23,16 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from transformers import TrainerCallback
 from unlearning_trainers import EXACT, FORGET, WITH_CURVATURE, make_trainer, relative_distance, state_of
 
-from hf_iau import GatherConfig, GradientMemory, IAUCallback, IAUConfig, UnlearningTrainer, gather, register_method
+from hf_iau import (
+    GatherConfig,
+    GradientMemory,
+    IAUCallback,
+    IAUConfig,
+    Ledger,
+    UnlearningTrainer,
+    gather,
+    register_method,
+)
 from hf_iau.curvature import fit_curvature
 from hf_iau.errors import IAUError, MissingMemoryError
 from hf_iau.forget import ForgetContext, MethodOutcome
@@ -31,6 +40,7 @@ from hf_iau.gather import sum_row_gradients
 from hf_iau.methods import find_method
 from hf_iau.objective import ModelRowLoss, RowSource, predict_rows
 from hf_iau.parallel import is_main_process, process_number, whole_parameters
+from hf_iau.remember import find_key, weights_fingerprint
 
 TIMEOUT = 6  # seconds of the process group, where a process is to be missed
 GIVEN = IAUConfig(length=0.1, damping=1.0, finish_weight=0.01)
@@ -291,6 +301,29 @@ def killed_in_gathering(folder: Path) -> dict[str, Any]:
     return {}
 
 
+def saved_request(folder: Path) -> dict[str, Any]:
+    """A request that is written to disk, and what a second one of the same rows says."""
+    os.environ["HF_IAU_KEY"] = "0123456789abcdef" * 4
+    trainer = make_trainer(folder / "trainer", "bert", callbacks=[IAUCallback(WITH_CURVATURE)])
+    trainer.train()
+    trainer.save_model()
+    before = state_of(trainer._bare_model())
+    dist.barrier() if dist.is_initialized() else None
+    output = trainer.unlearn(row_indices=FORGET, config=GIVEN, save=True)
+    again = trainer.unlearn(row_indices=FORGET, config=GIVEN, save=True)
+    dist.barrier() if dist.is_initialized() else None
+    saved = load_file(folder / "trainer" / "model.safetensors")
+    return {
+        "applied": [output.applied, again.applied],
+        "entry": output.entry.number if output.entry else None,
+        "moved": not same_bits(trainer._bare_model(), before),
+        "on_disk": all(torch.equal(saved[name], p) for name, p in trainer._bare_model().named_parameters()),
+        "memory": GradientMemory.load(folder / "trainer").model["weights"]
+        == weights_fingerprint(trainer._bare_model()),
+        "entries": len(Ledger(folder / "trainer" / "_iau" / "ledger.jsonl", find_key()).entries()),
+    }
+
+
 def killed_in_unlearning(folder: Path) -> dict[str, Any]:
     """Process 1 dies in the middle of a request."""
     return _lost_in_unlearning(folder, "kill")
@@ -341,6 +374,10 @@ def _wholly(model: nn.Module) -> dict[str, Tensor]:
         return state_of(model)
 
 
+def _parameters(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    return {name: state[name] for name, _ in model.named_parameters()}
+
+
 def _train_step(model: nn.Module) -> None:
     """A step of a training loop; all rows in every process, so that FSDP's mean is that of one process."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -380,7 +417,8 @@ def sharded(folder: Path) -> dict[str, Any]:
     output.revert()
     reverted = all(torch.equal(p.to_local(), before[name]) for name, p in model.named_parameters())  # type: ignore[attr-defined]
     from_other = _bert_trainer(folder / "trainer", model, memory=other)
-    from_other.unlearn(row_indices=FORGET, config=GIVEN)
+    os.environ["HF_IAU_KEY"] = "0123456789abcdef" * 4
+    from_other.unlearn(row_indices=FORGET, config=GIVEN, save=True)
     from_alone = _wholly(model)
     _train_step(model)  # still trains
     if is_main_process():
@@ -396,6 +434,7 @@ def sharded(folder: Path) -> dict[str, Any]:
         "sums": relative_distance(found.gradient_sum, memory.gradient_sum, _zeros(memory.gradient_sum)),
         "solved": relative_distance(solved[1], solved[0], _zeros(solved[0])),
         "weights": relative_distance(after, expected, start),
+        "saved": same_bits_of(load_file(folder / "trainer" / "model.safetensors"), _parameters(from_alone, model)),
         "from_alone": relative_distance(from_alone, expected, start),
         "class": found.model["class"],
         "still_sharded": still_sharded,

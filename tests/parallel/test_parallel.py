@@ -20,6 +20,7 @@ JOBS = {
     "killed_in_gathering": 2,
     "killed_in_unlearning": 2,
     "hung_in_unlearning": 2,
+    "saved_request": 2,
     "sharded": 2,
     "forget_alone": 1,
     "sharded_kinds": 2,
@@ -126,12 +127,22 @@ def test_a_lost_process_leaves_the_others_unharmed(name: str, jobs: dict[str, An
     assert found.get("unchanged", True)
 
 
+def test_a_saved_request_is_written_once(jobs: dict[str, Any]) -> None:
+    for found in results(jobs["saved_request"]):
+        assert found["applied"] == [True, False]
+        assert (found["entry"], found["entries"]) == (1, 1)
+        assert found["moved"]
+        assert found["on_disk"]
+        assert found["memory"]
+
+
 def test_sharded_parameters_give_the_same_memory_and_weights(jobs: dict[str, Any]) -> None:
     for found in results(jobs["sharded"]):
         assert found["training"] < 1e-12
         for name in ("sums", "solved", "weights"):
             assert found[name] < 1e-10, name
         assert found["still_sharded"]
+        assert found["saved"]
         assert found["reverted"]
         assert found["moved_after"]
         assert found["class"] == "BertForSequenceClassification"

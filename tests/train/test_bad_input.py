@@ -430,7 +430,7 @@ def test_a_forward_that_returns_no_loss(tmp_path: Path) -> None:
 
 def test_methods_and_configurations(shared: UnlearningTrainer) -> None:
     rows = {"row_indices": FORGET}
-    known = r"choose one of iau, iau-paper, iau-released"
+    known = r"choose one of .*iau, iau-paper, iau-released"
     refused(shared, ConfigError, f"method='newton' is unknown: {known}", **rows, method="newton")
     message = "config is a IAUReleasedConfig but method='iau-paper' takes a IAUPaperConfig"
     refused(shared, ConfigError, message, **rows, method="iau-paper", config=IAUReleasedConfig())

@@ -26,7 +26,7 @@ Args:
     bootstrap: resamples, of rows, for the mean's interval; 0 for none.
     seed: of both.
 Returns:
-    `mean` (with interval), `median` and `percentile_95` over the rows of KL(retrained ‖ unlearned) in nats; lower is
+    `mean` (with interval), `median` and `percentile_95` over the rows of KL(unlearned ‖ retrained) in nats; lower is
     closer. `chance_mean` and `chance_percentile_95` are what retrained models would have, `p_value` the share of random
     exchanges with a mean at least as large.
 """
