@@ -41,7 +41,7 @@ from hf_iau.remember import GradientMemory
 ENOUGH_FORGET_ROWS = 200
 _FEWEST_HELD_OUT_ROWS = 100
 _REFERENCE_ROWS = 2000
-_OVERLAP_ROWS = 4000
+_OVERLAP_ROWS = 2000
 # Proxies are at most a tenth of the training rows: the step for more would be long, and no guide to a small request's.
 _PROXY_SHARE = 10
 _FEWEST_WALKED_ROWS = 20
