@@ -323,7 +323,13 @@ class UnlearningTrainer(Trainer):
         if config is None:
             if memory is None:
                 raise MissingMemoryError("rebase(): there is no memory to gather anew: use gather().")
-            config = GatherConfig(**memory.settings)
+            try:
+                config = GatherConfig(**memory.settings)
+            except TypeError as error:
+                raise ConfigError(
+                    f"rebase(): the memory was gathered with settings that this version does not know ({error}): pass "
+                    "config=GatherConfig(…)."
+                ) from error
         return self.gather(config)
 
     def _remaining(self, source: RowSource) -> list[int]:
