@@ -74,5 +74,5 @@ def test_the_budget_runs_through_requests_and_is_reset_by_rebase(tmp_path: Path)
 def test_rebase_with_settings_of_another_version(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, "plain", rows=plain_rows(60))
     trainer.gather(WITH_CURVATURE).settings["unheard_of"] = 1
-    with pytest.raises(ConfigError, match="settings that this version does not know.*unheard_of"):
+    with pytest.raises(ConfigError, match=r"settings that this version does not know.*unheard_of"):
         trainer.rebase()
