@@ -51,12 +51,14 @@ class Directions:
         forget_sum: Σ of the rows' gradients.
         finish_sum: Σ_D, or None where c = 0.
         remaining: n_r, targets that stay.
+        targets: those that Σ is over, tokens of a language model; None where that is one a row.
     """
 
     curvature: Curvature
     forget_sum: Mapping[str, Tensor]
     finish_sum: Mapping[str, Tensor] | None
     remaining: int
+    targets: int | None = None
 
     def __post_init__(self) -> None:
         self._made: dict[float, tuple[Step, Step | None]] = {}

@@ -179,7 +179,8 @@ class IAU:
             )
             add_weight_decay(context, forget)
             finish = _finish_sum(context, memory)
-        directions = Directions(curvature, forget.tensors, finish, memory.n_targets - forget.n_targets)
+        remaining = memory.n_targets - forget.n_targets
+        directions = Directions(curvature, forget.tensors, finish, remaining, forget.n_targets)
         with context.timer.phase("calibration"):
             known = context.retained_sample(_REFERENCE_ROWS, context.seed + 7)
             held_out = None
@@ -325,8 +326,9 @@ class IAU:
                 progress=context.progress,
             )
             add_weight_decay(context, total)
+            remaining = memory.n_targets - total.n_targets
             of_proxies = Directions(
-                directions.curvature, total.tensors, directions.finish_sum, memory.n_targets - total.n_targets
+                directions.curvature, total.tensors, directions.finish_sum, remaining, total.n_targets
             )
             runner = TrialRunner(context.model, of_proxies, _for_prediction(proxies, held_out), held_out)
             assert runner.target is not None

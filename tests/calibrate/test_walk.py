@@ -106,7 +106,9 @@ def test_the_luck_of_an_easy_draw_stays():
 def test_a_row_without_targets_does_not_count():
     """Every label of a text may be ignored; such a row has no loss."""
     rows = classifier_rows(np.array([0.11, 0.21, 0.31, 0.41]))
-    bare = dataclasses.replace(rows, loss=np.where([1, 0, 1, 1], rows.loss, np.nan), targets=np.array([1.0, 0.0, 1.0, 1.0]))
+    bare = dataclasses.replace(
+        rows, loss=np.where([1, 0, 1, 1], rows.loss, np.nan), targets=np.array([1.0, 0.0, 1.0, 1.0])
+    )
     known, held_out = classifier_rows(np.arange(1, 9) / 20), classifier_rows(np.arange(1, 9) / 2)
     found, without = (Shortfall.of(r, known, held_out) for r in (bare, rows.select(np.array([0, 2, 3]))))
     assert found.at_start == without.at_start > 0
