@@ -98,7 +98,7 @@ def measure(folder: Path, rows: int, request_rows: int, entries: int, repeats: i
         name = secrets.token_hex(16)
         note = Journal(name, "now", request_rows, "iau", {}, "before", step={"length": 0.1})
         timed("is it known, and still in?", partial(identity.check_request, asked))
-        timed("was it served before?", partial(ledger.find, name, identity.training_run))
+        timed("ledger read and verified", ledger.entries)
         timed("journal, with the step", partial(journal.write, note))
         identity = timed("mark its rows", partial(identity.without, asked, positions))
         tensors = timed("rows for the memory's file", identity.tensors)

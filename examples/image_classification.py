@@ -42,6 +42,7 @@ from transformers import (
 )
 
 from hf_iau import GatherConfig, IAUCallback, IAUConfig, IAUPaperConfig, IAUReleasedConfig, UnlearningTrainer
+from hf_iau.tasks import encode_labels, label_names, read_ids
 
 logger = logging.getLogger(__name__)
 
@@ -149,24 +150,6 @@ def load_splits(arguments: DataArguments) -> tuple[datasets.Dataset, datasets.Da
     return loaded[arguments.train_split], loaded.get(arguments.test_split)
 
 
-def label_names(column: str, *splits: datasets.Dataset | None) -> list[str]:
-    """The classes' names: those of the data set's own label feature, else all that occur, sorted."""
-    given = [split for split in splits if split is not None]
-    feature = given[0].features[column]
-    if isinstance(feature, datasets.ClassLabel):
-        return list(feature.names)
-    return [str(value) for value in sorted(set().union(*(split.unique(column) for split in given)))]
-
-
-def encode_labels(rows: datasets.Dataset, column: str, names: list[str]) -> datasets.Dataset:
-    """`rows` with the column `labels`, the classes' numbers."""
-    if isinstance(rows.features[column], datasets.ClassLabel):
-        return rows.rename_column(column, "labels") if column != "labels" else rows
-    numbers = {name: number for number, name in enumerate(names)}
-    encoded = [numbers[str(value)] for value in rows[column]]
-    return rows.remove_columns(column).add_column("labels", encoded)
-
-
 def choose_training_rows(n_rows: int, arguments: DataArguments, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers of the training split to train on and to hold out, drawn at random, each ascending."""
     if not 0 < arguments.held_out_rows < n_rows:
@@ -183,8 +166,7 @@ def choose_forget_rows(arguments: UnlearnArguments, train_ids: np.ndarray) -> np
     if arguments.forget_fraction is not None:
         count = round(arguments.forget_fraction * len(train_ids))
         return np.sort(np.random.default_rng(arguments.forget_seed).choice(len(train_ids), size=count, replace=False))
-    text = Path(arguments.forget_ids_file).read_text(encoding="utf-8").strip()
-    ids = np.asarray(json.loads(text) if text.startswith("[") else [int(line) for line in text.split()])
+    ids = np.asarray(read_ids(arguments.forget_ids_file))
     strange = np.setdiff1d(ids, train_ids)
     if strange.size:
         raise ValueError(f"{strange.size} rows of --forget_ids_file were not trained on, e.g. row {strange[0]}.")

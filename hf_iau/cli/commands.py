@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_iau.cli.output import ExitCode, Output, reported
 from hf_iau.errors import ConfigError, RequestError
+from hf_iau.forecast import estimate
 from hf_iau.gather import GatherConfig, gather
 from hf_iau.gather.gather import default_collator, describe_memory, keep_input_columns
 from hf_iau.measure import gap, measure_model
@@ -231,6 +232,49 @@ def gather_command(
         out.result(values, table)
 
 
+@app.command("estimate")
+def estimate_command(
+    model: ModelArgument,
+    train: TrainOption,
+    gradient_sum: Annotated[str, typer.Option(help="exact, sampled or none.")] = GatherConfig.gradient_sum,
+    curvature: Annotated[str, typer.Option(help="ekfac, diagonal, identity or none.")] = GatherConfig.curvature,
+    curvature_rows: Annotated[
+        int, typer.Option(help="Rows that the curvature is fitted on.")
+    ] = GatherConfig.curvature_rows,
+    request_rows: Annotated[int | None, typer.Option(help="Rows of a request; default: a hundredth.", min=1)] = None,
+    held_out_rows: Annotated[int, typer.Option(help="Rows that calibration may look at.", min=0)] = 2000,
+    input_column: InputOption = None,
+    label_column: LabelOption = "label",
+    max_length: LengthOption = None,
+    task: TaskOption = None,
+    trust_remote_code: TrustOption = False,
+    batch_size: BatchOption = 32,
+    cpu: CpuOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Say what gathering and a request will cost, in bytes and seconds, before either is done."""
+    out = Output(as_json, debug)
+    with reported(out):
+        loaded = _load(model, train, None, None, input_column, label_column, max_length, task, trust_remote_code)
+        device = _training_arguments(".", batch_size, 0, cpu, as_json).device
+        expected = estimate(
+            loaded.task.model.to(device),
+            loaded.train,
+            GatherConfig(
+                gradient_sum=gradient_sum,  # type: ignore[arg-type]
+                curvature=curvature,  # type: ignore[arg-type]
+                curvature_rows=curvature_rows,
+                batch_size=batch_size,
+                progress=False,
+            ),
+            request_rows=request_rows,
+            held_out_rows=held_out_rows,
+            processing_class=loaded.task.processor,
+        )
+        out.result(expected.to_dict(), str(expected))
+
+
 @app.command("unlearn")
 def unlearn_command(
     model: ModelArgument,
@@ -247,6 +291,13 @@ def unlearn_command(
     config: Annotated[str | None, typer.Option(help="Its settings, a JSON object.")] = None,
     retrained: RetrainedOption = None,
     memory: MemoryOption = None,
+    in_place: Annotated[
+        bool,
+        typer.Option(
+            "--in-place", help="Instead of --output: change MODEL itself, in one transaction with the ledger."
+        ),
+    ] = False,
+    request_id: Annotated[str | None, typer.Option(help="With --in-place: your name for the request.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report, and write nothing but the report.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Write no model when the verdict is `retrain`.")] = False,
     push_to_hub: Annotated[str | None, typer.Option(help="Repository on the Hub to push the new model to.")] = None,
@@ -264,25 +315,22 @@ def unlearn_command(
     """Make a model forget rows, and write the new model, its memory, its card and a report into a new folder."""
     out = Output(as_json, debug)
     with reported(out):
-        if output is None and not dry_run:
-            raise RequestError("Say where the new model goes: --output FOLDER, or --dry-run for the report alone.")
-        if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise RequestError(f"--output {output} exists and is not empty: name a new folder. The old model is kept.")
+        home = local_folder(model)
+        _check_destination(home, output, memory, in_place=in_place, dry_run=dry_run, strict=strict)
         settings = None if config is None else method_config(method, _settings(config, "--config"))
         loaded = _load(model, train, held_out, test, input_column, label_column, max_length, task, trust_remote_code)
         request = _request(loaded.raw, ids_file, id_column, where)
-        home = local_folder(model)
         with tempfile.TemporaryDirectory() as scratch:
             trainer = UnlearningTrainer(
                 model=loaded.task.model,
-                args=_training_arguments(scratch, batch_size, seed, cpu, as_json),
+                args=_training_arguments(str(home) if in_place else scratch, batch_size, seed, cpu, as_json),
                 train_dataset=loaded.train,
                 eval_dataset=loaded.held_out,
                 processing_class=loaded.task.processor,
-                memory=_memory_of(home, memory),
+                memory=None if in_place else _memory_of(home, memory),
                 id_column=id_column,
             )
-            if home is not None:
+            if home is not None and not in_place:
                 trainer.unlearning_card = UnlearningCard.of_weights(home / MEMORY_FOLDER, loaded.task.model)
             others = [_other(name, loaded.task, trust_remote_code) for name in retrained or []]
             asked: dict[str, Any] = {
@@ -291,6 +339,8 @@ def unlearn_command(
                 "test_dataset": loaded.test,
                 "retrained_model": others or None,
                 "dry_run": dry_run,
+                "save": in_place,
+                "request_id": request_id,
             }
             if request.id_column is not None:
                 result = trainer.unlearn_by_id(request.ids, **asked)
@@ -299,13 +349,17 @@ def unlearn_command(
             withheld = strict and result.report.verdict == RETRAIN
             if output is not None and trainer.is_world_process_zero():
                 _write(trainer, result.report, output, home, with_model=not dry_run and not withheld)
+            elif in_place and result.applied and trainer.is_world_process_zero():
+                result.report.save(home)  # type: ignore[arg-type]
+                trainer.create_model_card()
             trainer.accelerator.wait_for_everyone()
             if push_to_hub is not None and not dry_run and not withheld:
-                trainer.args.hub_model_id, trainer.args.output_dir = push_to_hub, str(output)
+                trainer.args.hub_model_id, trainer.args.output_dir = push_to_hub, str(home if in_place else output)
                 trainer.push_to_hub(commit_message=f"Forget {result.report.counts['forget_rows']} rows on request")
         values = {
             "applied": result.applied and not withheld,
-            "output": None if output is None else str(output),
+            "output": str(home) if in_place else None if output is None else str(output),
+            "ledger_entry": None if result.entry is None else {"number": result.entry.number, "mac": result.entry.mac},
             "pushed_to": None if dry_run or withheld else push_to_hub,
             "report": result.report.to_dict(),
         }
@@ -314,8 +368,11 @@ def unlearn_command(
         if withheld:
             out.note("--strict: the verdict is `retrain`, so no model was written.")
             raise typer.Exit(ExitCode.RETRAIN)
-        if home is not None and not dry_run:
-            out.note(f"The model in {home} still knows the rows, and so may more: see `hf-iau audit {home}`.")
+        if in_place and not result.applied:
+            out.note("The ledger says that this request was served before: nothing was changed.")
+        elif home is not None and not dry_run:
+            known = "Other things" if in_place else f"The model in {home}, and other things,"
+            out.note(f"{known} may still know the rows: see `hf-iau audit {home}`.")
 
 
 @app.command("evaluate")
@@ -472,6 +529,25 @@ def demo_command(
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _check_destination(
+    home: Path | None, output: Path | None, memory: Path | None, *, in_place: bool, dry_run: bool, strict: bool
+) -> None:
+    """Refuse a request that does not say where its result goes, before anything is loaded."""
+    if in_place:
+        if home is None or output is not None or memory is not None or dry_run or strict:
+            raise RequestError(
+                "--in-place changes the model's own folder, with the memory there: give a folder as MODEL, and neither "
+                "--output, --memory, --dry-run nor --strict."
+            )
+        return
+    if output is None and not dry_run:
+        raise RequestError(
+            "Say where the new model goes: --output FOLDER, --in-place, or --dry-run for the report alone."
+        )
+    if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RequestError(f"--output {output} exists and is not empty: name a new folder. The old model is kept.")
 
 
 def _memory_of(home: Path | None, memory: Path | None) -> GradientMemory | None:

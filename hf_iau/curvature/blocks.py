@@ -399,13 +399,14 @@ def read_block(metadata: Mapping[str, Any], tensors: dict[str, Tensor]) -> Block
             layout = MatrixLayout.from_json(metadata["layout"])
             groups, rows, columns = layout.groups, layout.group_outputs, layout.columns
             key = f"{PREFIX}{name}"
-            return KroneckerBlock(
-                name,
-                layout,
+            parts = (
                 _take(tensors, f"{key}.input_basis", (groups, columns, columns)),
                 _take(tensors, f"{key}.output_basis", (groups, rows, rows)),
                 _take(tensors, f"{key}.eigenvalues", (groups, rows, columns), positive=True),
             )
+            if len({part.dtype for part in parts}) > 1:
+                raise ValueError("its tensors are of several types")
+            return KroneckerBlock(name, layout, *parts)
         if kind not in (DiagonalBlock.kind, IdentityBlock.kind):
             raise ValueError(f"unknown kind {kind!r}")
         shapes = {str(key): tuple(int(size) for size in shape) for key, shape in metadata["shapes"].items()}

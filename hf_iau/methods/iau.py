@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -27,7 +27,7 @@ from hf_iau.calibrate import (
 from hf_iau.calibrate.calibration import find_length
 from hf_iau.calibrate.trial import auc_distance, class_share_distance
 from hf_iau.calibrate.walk import ARRIVED, DAMPING, DEAR
-from hf_iau.errors import CalibrationError, ConfigError, MissingMemoryError, RequestError
+from hf_iau.errors import CalibrationError, ConfigError, MemoryFileError, MissingMemoryError, RequestError
 from hf_iau.forget import ForgetContext, MethodOutcome, apply_step, step_norm, weights_norm
 from hf_iau.gather.gradient_sum import GradientSum, sum_row_gradients
 from hf_iau.methods.base import add_weight_decay, register_method
@@ -41,7 +41,7 @@ from hf_iau.remember import GradientMemory
 ENOUGH_FORGET_ROWS = 200
 _FEWEST_HELD_OUT_ROWS = 100
 _REFERENCE_ROWS = 2000
-_OVERLAP_ROWS = 4000
+_OVERLAP_ROWS = 2000
 # Proxies are at most a tenth of the training rows: the step for more would be long, and no guide to a small request's.
 _PROXY_SHARE = 10
 _FEWEST_WALKED_ROWS = 20
@@ -683,6 +683,7 @@ def _remembered(config: IAUConfig, memory: GradientMemory) -> Calibration | None
         or any(value is not None for value in (config.length, config.damping, config.finish_weight))
     ):
         return None
+    _check_remembered(known)
     low, high = config.damping_range
     if not low * 0.99 <= known.get("damping", low) <= high * 1.01:
         return None
@@ -692,6 +693,17 @@ def _remembered(config: IAUConfig, memory: GradientMemory) -> Calibration | None
         return None
     fields = {name: known[name] for name in Calibration.__dataclass_fields__ if name in known}
     return Calibration(**{**fields, "source": "remembered"})
+
+
+def _check_remembered(known: Mapping[str, Any]) -> None:
+    """Raise `MemoryFileError` unless an earlier answer is one."""
+    numbers: list[Any] = [known.get(name) for name in ("length", "damping", "finish_weight")]
+    lengths = known.get("lengths", [])
+    numbers += [known.get("relative_path", 0.0), *(lengths if isinstance(lengths, list) else [None])]
+    if not all(type(value) in (int, float) and abs(value) < 1e300 for value in numbers):
+        raise MemoryFileError(
+            f"The memory's calibration is malformed ({dict(known)!r}): it is corrupt. Pass IAUConfig(recalibrate=True)."
+        )
 
 
 def _refuse_overlap(context: ForgetContext) -> None:

@@ -340,9 +340,10 @@ def _check_fields(plain: Mapping[str, Any]) -> None:
             raise MemoryFileError(f"{name!r} in the memory is {plain[name]!r}, expected {expected}: it is corrupt.")
 
     for name in ("n_rows", "n_targets", "gradient_sum_rows", "forgotten_rows", "forgotten_targets"):
-        demand(name, type(plain[name]) is int and plain[name] >= 0, "a whole number of at least 0")
+        demand(name, type(plain[name]) is int and 0 <= plain[name] < 2**63, "a whole number of at least 0")
     for name in ("gradient_sum_error", "relative_path"):
-        demand(name, type(plain[name]) in (int, float) and plain[name] >= 0, "a number of at least 0")
+        infinite = name == "gradient_sum_error" and plain[name] == math.inf  # of a sample of one batch
+        demand(name, infinite or (_is_number(plain[name]) and plain[name] >= 0), "a number of at least 0")
     kinds = ("exact", "sampled", "first-order", "none")
     demand("gradient_sum_kind", plain["gradient_sum_kind"] in kinds, f"one of {', '.join(kinds)}")
     keys = {"model": {"class", "architecture", "weights"}, "data": {"rows", "columns", "content"}, "loss": {"kind"}}
@@ -352,13 +353,31 @@ def _check_fields(plain: Mapping[str, Any]) -> None:
     demand("model", all(isinstance(value, str) for value in plain["model"].values()), "an object of strings")
     for name in ("label_counts", "calibration", "held_out"):
         demand(name, plain[name] is None or isinstance(plain[name], dict), "an object or null")
+    for name in ("weight_decay", "seconds"):
+        demand(name, all(_is_number(value) for value in plain[name].values()), "an object of finite numbers")
+    known = plain["settings"].get("precision") in (None, "float32", "bfloat16")
+    demand("settings", known and _is_device(plain["settings"].get("memory_device")), "an object of known settings")
+    counts = (plain["label_counts"] or {}).values()
+    demand("label_counts", all(type(count) is int for count in counts), "null or an object of whole numbers")
+    demand("loss", isinstance(plain["loss"].get("probe", 0.0), (int, float)), "an object whose `probe` is a number")
     held_out = plain["held_out"] or {"loss": 0.0, "content": ""}
     demand(
         "held_out",
-        isinstance(held_out.get("loss"), (int, float)) and isinstance(held_out.get("content"), str),
+        _is_number(held_out.get("loss")) and isinstance(held_out.get("content"), str),
         "null or an object with a number `loss` and a string `content`",
     )
     demand("data", isinstance(plain["data"]["content"], str), "an object whose `content` is a string")
+
+
+def _is_number(value: Any) -> bool:
+    return (isinstance(value, float) and math.isfinite(value)) or (type(value) is int and abs(value) < 2**63)
+
+
+def _is_device(value: Any) -> bool:
+    try:
+        return value is None or (isinstance(value, str) and bool(torch.device(value)))
+    except RuntimeError:
+        return False
 
 
 def _header_digest(header: Mapping[str, Any]) -> str:

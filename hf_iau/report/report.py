@@ -217,7 +217,7 @@ class UnlearningReport:
             if file.stat().st_size > _MAX_BYTES:
                 raise RequestError(f"{file} is {file.stat().st_size} bytes, too large for a report.")
             report = cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
-            str(report), report.to_markdown()
+            (str(report) + report.to_markdown() + json_text(report.to_dict())).encode()  # it can be shown, and saved
         except RequestError:
             raise
         except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:

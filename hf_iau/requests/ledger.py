@@ -186,11 +186,6 @@ class Ledger:
         write_text_atomically(self.path, text)
         return entry
 
-    def find(self, request: str, training_run: str) -> LedgerEntry | None:
-        """The last entry of that request in that training run."""
-        found = [e for e in self.entries() if e.request == request and e.training_run == training_run]
-        return found[-1] if found else None
-
     def _lines(self) -> list[str]:
         try:
             size = self.path.stat().st_size

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from transformers import Trainer
 
 from hf_iau.errors import IAUError, MissingMemoryError, RequestError, StorageError
-from hf_iau.forget import ForgetContext, MethodOutcome
+from hf_iau.forget import ForgetContext, MethodOutcome, WeightTransaction
 from hf_iau.parallel import is_main_process, of_main_process, together
 from hf_iau.remember import (
     MEMORY_FOLDER,
@@ -112,6 +112,7 @@ class RequestService:
         with Termination() as termination, self.alone():
             passed("locked")
             interrupted = self.recover()
+            entries = self._catch_up()
             model = trainer._bare_model()
             memory = trainer.memory
             self._identify(memory)
@@ -120,7 +121,7 @@ class RequestService:
             name = request_name(self.key, fingerprints, request_id)
             run_name = "" if identity is None else identity.training_run
             before = weights_fingerprint(model)
-            found = on_main_process(lambda: self._served_before(name, run_name, before), "the ledger")
+            found = on_main_process(lambda: _served_before(entries, name, run_name, before), "the ledger")
             if found is not None:
                 return LedgerEntry(**found), None
             self._check_room(memory)
@@ -217,18 +218,47 @@ class RequestService:
         trainer = self.trainer
         model = trainer._bare_model()
         if weights_fingerprint(model) == journal.weights_before:
-            logger.warning(
-                "The model still has the weights from before that request: loading those in %s.", self.folder
-            )
-            trainer._load_from_checkpoint(str(self.folder))
-            if weights_fingerprint(model) != journal.weights_after:
-                raise StorageError(
-                    f"The weights in {self.folder} could not be loaded into the model: load the model from there again, "
-                    "and give it to a new trainer."
-                )
-        if weights_fingerprint(model) == journal.weights_after:
+            self._load_weights(journal.weights_after)
+        elif weights_fingerprint(model) == journal.weights_after:
             trainer._adopt_memory_on_disk()
         return None
+
+    def _catch_up(self) -> list[LedgerEntry]:
+        """Give a model from before the last request, which would undo it when saved, the weights that it left.
+
+        Returns:
+            The ledger's entries, on the main process.
+        """
+        entries: list[LedgerEntry] = []
+
+        def read() -> dict[str, Any] | None:
+            entries[:] = self.ledger.entries()
+            return asdict(entries[-1]) if entries else None
+
+        last = on_main_process(read, "the ledger")
+        if last is not None and last["weights_before"] != last["weights_after"]:
+            if weights_fingerprint(self.trainer._bare_model()) == last["weights_before"]:
+                self._load_weights(last["weights_after"])
+        return entries
+
+    def _load_weights(self, expected: str) -> None:
+        trainer = self.trainer
+        logger.warning("The model has the weights from before the last request: loading those in %s.", self.folder)
+        with WeightTransaction(trainer._bare_model()):
+            try:
+                trainer._load_from_checkpoint(str(self.folder))
+            except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+                raise self._cannot_load() from error
+            if weights_fingerprint(trainer._bare_model()) != expected:
+                raise self._cannot_load()
+        trainer._adopt_memory_on_disk()
+
+    def _cannot_load(self) -> StorageError:
+        return StorageError(
+            f"The model has the weights from before the last request in the ledger, and those that it left are not in "
+            f"{self.folder}, or could not be loaded from there: load the model that was saved by that request, and give it "
+            "to a new trainer. Serving on from here would bring the forgotten rows back."
+        )
 
     # --- queue ------------------------------------------------------------------------------------------------------
 
@@ -287,13 +317,6 @@ class RequestService:
         source = trainer._rows(trainer.train_dataset, "training rows", 1)
         if memory.data == data_fingerprint(model, source.dataset):
             memory.row_identity = RowIdentity.of(self.key, model, source.dataset)
-
-    def _served_before(self, name: str, run_name: str, weights: str) -> dict[str, Any] | None:
-        entry = self.ledger.find(name, run_name)
-        # Without a memory there is no telling one training run from the next, except by the weights.
-        if entry is None or (not run_name and entry.weights_after != weights):
-            return None
-        return asdict(entry)
 
     def _found_before(self, interrupted: Journal | None, journal: Journal) -> dict[str, Any] | None:
         """k, λ and c that the same request had found before it was interrupted."""
@@ -541,6 +564,15 @@ def request_name(key: Key, fingerprints: np.ndarray, request_id: str | None = No
     else:
         content = b"rows " + b"".join(sorted(row.tobytes() for row in fingerprints))
     return hmac.digest(key.requests, content, "sha256").hex()[:32]
+
+
+def _served_before(entries: list[LedgerEntry], name: str, run_name: str, weights: str) -> dict[str, Any] | None:
+    """The last entry of that request in that training run."""
+    for entry in reversed(entries):
+        # Without a memory there is no telling one training run from the next, except by the weights.
+        if (entry.request, entry.training_run) == (name, run_name) and (run_name or entry.weights_after == weights):
+            return asdict(entry)
+    return None
 
 
 def report_of(entry: LedgerEntry) -> UnlearningReport:

@@ -44,6 +44,18 @@ def test_gather_writes_the_memory(text_model: Path, text_rows_files: dict[str, s
     assert (values["rows"], values["curvature"]) == (ROWS, "diagonal")
 
 
+def test_estimate_of_what_gathering_will_cost(
+    text_model: Path, text_rows_files: dict[str, str], tmp_path: Path
+) -> None:
+    train = ("--train", text_rows_files["train"], "--cpu", "--gradient-sum", "exact")
+    expected = run_json("estimate", text_model, *train, "--request-rows", 5)
+    run("gather", text_model, *train, "--output", tmp_path / "memory")
+    assert expected["bytes"]["memory"] == pytest.approx(GradientMemory.load(tmp_path / "memory").nbytes(), rel=0.2)
+    assert expected["rows"]["training"] == ROWS and expected["seconds"]["gather"] > 0
+    assert "MiB" in run("estimate", text_model, *train).stdout
+    run_json("estimate", text_model, *train, "--request-rows", ROWS, code=3)
+
+
 def test_unlearn_writes_a_new_model(gathered: Path, text_rows_files: dict[str, str], tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in gathered.rglob("*") if path.is_file()}
     ids = tmp_path / "ids.txt"
@@ -89,6 +101,26 @@ def test_rows_by_the_ids_of_people(gathered: Path, text_rows_files: dict[str, st
     refused = run_json("unlearn", gathered, *others(text_rows_files), "--ids-file", ids, "--id-column", "user_id",
                        "--dry-run", *STEP, code=3)  # fmt: skip
     assert "'nobody'" in refused["message"] and refused["exit_code"] == 3
+
+
+def test_in_place_is_served_once(
+    text_model: Path, text_rows_files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(text_model, tmp_path / "model", ignore=shutil.ignore_patterns("_iau")))
+    monkeypatch.setenv("HF_IAU_KEY", "k" * 40)
+    run("gather", folder, "--train", text_rows_files["train"], "--cpu")
+    old = weights_fingerprint(AutoModelForSequenceClassification.from_pretrained(folder))
+    arguments = ("unlearn", folder, *others(text_rows_files), "--where", "number < 120", "--in-place", *STEP)
+    first, again = run_json(*arguments), run_json(*arguments)
+    assert (first["applied"], again["applied"]) == (True, False)
+    assert first["ledger_entry"] == again["ledger_entry"] and first["ledger_entry"]["number"] == 1
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert weights_fingerprint(model) != old
+    GradientMemory.load(folder).check_model(model)
+    listed = run_json("ledger", folder, "--head", first["ledger_entry"]["mac"], "--count", 1)
+    assert listed["entries"][0]["rows"] == 20
+    assert (folder / "README.md").read_text().count("20 training rows were removed") == 1
+    assert {finding["kind"] for finding in run_json("audit", folder, code=6)["findings"]} == {"ledger", "memory"}
 
 
 def test_dry_run_writes_the_report_alone(gathered: Path, text_rows_files: dict[str, str], tmp_path: Path) -> None:
@@ -189,7 +221,8 @@ def test_ledger_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--where", "number < 110"), 3, "--output FOLDER, or --dry-run"),
+        (("--where", "number < 110"), 3, "--output FOLDER, --in-place, or --dry-run"),
+        (("--dry-run", "--in-place", "--where", "number < 110"), 3, "--in-place changes the model's own folder"),
         (("--dry-run",), 3, "either --ids-file or --where"),
         (("--dry-run", "--where", "a", "--ids-file", "b"), 3, "either --ids-file or --where"),
         (("--dry-run", "--where", "number < 110", "--id-column", "user_id"), 3, "--id-column goes with"),

@@ -208,6 +208,34 @@ def test_a_failure_after_the_commit_is_finished_by_the_next_run(
     assert serve(trainer, [40, 41]).applied
 
 
+@pytest.mark.parametrize("milestone", ["journal ready", "journal removed"])
+def test_a_model_from_before_the_last_request_catches_up(
+    milestone: str, trainer: UnlearningTrainer, tmp_path: Path
+) -> None:
+    """Else the next request would be served on the old weights, and writing it would undo the last one."""
+    milestones.observer = lambda name: stop() if name == milestone else None
+    bits = state_of(trainer.model)
+    with pytest.raises(Stopped):
+        serve(trainer)
+    milestones.observer = None
+    assert_bits(trainer.model, bits)
+    assert serve(trainer, [40, 41]).applied
+    entries = Ledger.of(tmp_path).entries()
+    assert [entry.rows for entry in entries] == [3, 16, 2] and entries[2].weights_before == entries[1].weights_after
+    assert not serve(trainer).applied
+    trainer.memory.check_model(trainer.model)
+
+
+def test_an_older_model_is_refused_where_the_newer_weights_are_gone(trainer: UnlearningTrainer, tmp_path: Path) -> None:
+    older = state_of(trainer.model)
+    serve(trainer)
+    (tmp_path / "model.safetensors").unlink()
+    trainer.model.load_state_dict(older)
+    with pytest.raises(StorageError, match="would bring the forgotten rows back"):
+        serve(trainer, [40, 41])
+    assert_bits(trainer.model, older)
+
+
 def no_space_when_moved(move: Any) -> Any:
     def replace(source: Any, target: Any) -> None:
         if "staged" in str(source) and "staged" not in str(target):
