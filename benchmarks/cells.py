@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -42,17 +41,6 @@ class CellStore:
     def path(self, case: Case, variant: Variant) -> Path:
         """Where the cell's JSON lies."""
         return self.folder / (file_name(case.work.name, case.scenario.name, f"seed{case.seed}", variant.name) + ".json")
-
-    def tuning(self, case: Case, variant: Variant) -> dict[str, Any] | None:
-        """What was tuned on the same work and scenario for the first seed, if it chose among the same settings."""
-        path = self.path(replace(case, seed=0), variant)
-        if case.seed == 0 or not path.is_file():
-            return None
-        cell = json.loads(path.read_text())
-        if cell["settings_to_choose_among"] != [options(config) for config in variant.settings(case.work)]:
-            return None
-        kept = ("rule", "chosen", "within_tolerance")
-        return {**{name: cell["tuning"][name] for name in kept}, "of_seed": 0, "seconds": 0.0, "cpu_seconds": 0.0}
 
     def references(self, case: Case) -> Path:
         """Where the row losses of the model before and of the retrained one lie."""
@@ -147,7 +135,7 @@ def run_cells(
         memory = None if variant.gather is None else memories[settings]
         name = f"{case.work.name} {case.scenario.name} seed {case.seed} {variant.name}"
         try:
-            config, tuning = _configuration(models, cells, trainer, case, variant)
+            config, tuning = _configuration(models, trainer, case, variant)
             measured, after = serve(trainer, variant, config, case.requests, comparison)
         except IAUError as error:
             failures.append(f"{name}: {error}")
@@ -180,18 +168,14 @@ def run_cells(
 
 
 def _configuration(
-    models: ModelStore, cells: CellStore, trainer: UnlearningTrainer, case: Case, variant: Variant
+    models: ModelStore, trainer: UnlearningTrainer, case: Case, variant: Variant
 ) -> tuple[Any, dict[str, Any] | None]:
-    """The method's configuration: as given, as chosen for an earlier seed, or tuned on this case's first request."""
+    """The method's configuration: as given, or tuned on the case's first request."""
     if variant.method == RETRAIN:
         return models.retrain_config(case), None
     settings = variant.settings(case.work)
     if not settings:
         return variant.config, None
-    known = cells.tuning(case, variant)
-    if known is not None:
-        chosen = next(i for i, config in enumerate(settings) if options(config) == known["chosen"])
-        return settings[chosen], known
     return tune(trainer, case.requests[0], variant.method, settings)
 
 

@@ -67,8 +67,8 @@ class Result:
 
     @property
     def tuning_seconds(self) -> float:
-        """What finding the setting cost, mean over the seeds that were tuned on; 0 where nothing is tuned."""
-        tuned = [cell for cell in self.cells if cell["tuning"] and "of_seed" not in cell["tuning"]]
+        """Mean over seeds of what finding the setting cost; 0 where nothing is tuned."""
+        tuned = [cell for cell in self.cells if cell["tuning"]]
         return float(np.mean([_seconds(cell, cell["tuning"]) for cell in tuned])) if tuned else 0.0
 
 

@@ -433,7 +433,9 @@ class RequestService:
             }
             for moment in ("before", "after")
         }
-        found = report.diagnostics.get("calibration") or {}
+        # A walk is many steps, which k, λ and c do not describe.
+        walked = "walk" in report.diagnostics
+        found = {} if walked else report.diagnostics.get("calibration") or {}
         entry, text = self.ledger.extended(
             request=journal.request,
             training_run=run_name,
@@ -450,7 +452,7 @@ class RequestService:
                     "seed": report.seed,
                     "verdict": report.verdict,
                     "calibrated": report.calibrated,
-                    "walked": "walk" in report.diagnostics,
+                    "walked": walked,
                 }
                 | {name: report.diagnostics.get(name) for name in ("step_norm", "relative_step_norm", "budget")}
             ),

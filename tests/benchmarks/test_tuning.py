@@ -16,11 +16,9 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import tuning  # noqa: E402
-from benchmarks.cells import CellStore  # noqa: E402
-from benchmarks.files import write_json  # noqa: E402
 from benchmarks.suites import SUITES, SYNTHETIC  # noqa: E402
 from benchmarks.training import ModelStore  # noqa: E402
-from benchmarks.variants import RELEASED_TUNED, SETTINGS_A_METHOD, Variant, options  # noqa: E402
+from benchmarks.variants import RELEASED_TUNED, SETTINGS_A_METHOD, Variant  # noqa: E402
 from hf_iau import IAUReleasedConfig, RequestError, UnlearningTrainer  # noqa: E402
 
 
@@ -112,19 +110,3 @@ def _tuned(trainer: Any, settings: tuple[float, ...]) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning, "options", lambda config: {"value": config})
         return tuning.tune(trainer, np.arange(3), "any", settings)
-
-
-def test_what_was_tuned_for_the_first_seed_serves_the_others(tmp_path: Path) -> None:
-    models, cells = ModelStore(tmp_path, None), CellStore(tmp_path / "synthetic")
-    scenario = SUITES["synthetic"].scenarios[0]
-    first, second = (models.case(SYNTHETIC, scenario, seed) for seed in (0, 1))
-    settings = [options(config) for config in RELEASED_TUNED.settings(SYNTHETIC)]
-    assert cells.tuning(second, RELEASED_TUNED) is None
-    tuned = {"rule": "rule", "chosen": settings[3], "within_tolerance": True, "tried": [], "seconds": 5.0}
-    write_json(cells.path(first, RELEASED_TUNED), {"settings_to_choose_among": settings, "tuning": tuned})
-    known = cells.tuning(second, RELEASED_TUNED)
-    assert known is not None
-    assert (known["chosen"], known["of_seed"], known["seconds"]) == (settings[3], 0, 0.0)
-    assert cells.tuning(first, RELEASED_TUNED) is None
-    write_json(cells.path(first, RELEASED_TUNED), {"settings_to_choose_among": settings[:4], "tuning": tuned})
-    assert cells.tuning(second, RELEASED_TUNED) is None
