@@ -57,6 +57,13 @@ def test_tiny_requests_use_proxies_and_move_their_rows(scene, trainer_of, rows):
     assert report.per_row_suppressed
 
 
+def test_a_single_row_alone_cannot_set_the_target(scene, trainer_of):
+    row = scene.train.take(np.array([17]))
+    with pytest.raises(CalibrationError, match="give it its train_dataset"):
+        trainer_of(train_dataset=None).unlearn(row)
+    assert trainer_of(train_dataset=None).unlearn(row, config=IAUConfig(length=0.1, damping=0.1)).applied
+
+
 def test_mislabelled_rows_are_recognised_and_raise_accuracy(scene, trainer_of, tmp_path):
     """Rows with flipped labels look unlike training rows, so they must not set the target themselves."""
     from memorising_network import Classifier, Rows, fit
