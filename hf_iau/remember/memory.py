@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hf_iau.curvature import Curvature
 from hf_iau.errors import IAUError, MemoryFileError, MemoryMismatchError, MissingMemoryError, StaleMemoryError
 from hf_iau.objective import RowLoss, RowSource, evaluation_mode
-from hf_iau.remember.files import PRIVATE_FOLDER, file_digest, sync_folder, write_atomically, write_text_atomically
+from hf_iau.remember.files import PRIVATE_FOLDER, file_digest, sync_folder, write_atomically
 from hf_iau.remember.fingerprints import data_fingerprint, model_fingerprint, package_versions, weights_fingerprint
 from hf_iau.remember.row_identity import RowIdentity
 
@@ -263,7 +263,7 @@ class GradientMemory:
         header = self._header() | {"tensors": {"file": name, "digest": digest[0], "count": len(tensors)}}
         header = json.loads(json.dumps(header))  # as a reader will see it, so that its digest is the same
         text = json.dumps(header | {"digest": _header_digest(header)}, indent=1, sort_keys=True)
-        write_text_atomically(folder / MEMORY_HEADER, text)
+        write_atomically(folder / MEMORY_HEADER, lambda path: _write_text(path, text))
         for other in folder.glob("memory-*.safetensors"):
             if other.name != name and _TENSOR_FILE.fullmatch(other.name):
                 other.unlink()
@@ -389,6 +389,10 @@ def _header_digest(header: Mapping[str, Any]) -> str:
 def is_memory_file(name: str) -> bool:
     """Whether a file of that name holds tensors of a memory, or was left behind by writing one."""
     return _PART_OF_MEMORY.fullmatch(name) is not None
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def read_header(path: Path) -> dict[str, Any]:
