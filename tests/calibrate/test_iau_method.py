@@ -261,6 +261,8 @@ def good(**changes):
         (good(reached=False), {}, CHECK, "target"),
         (good(lengths=[0.2, 0.9]), {}, CHECK, "disagree"),
         (good(source="uncalibrated", held_out_loss=None, held_out_loss_before=None), {}, CHECK, "not calibrated"),
+        (good(source="uncalibrated"), {"whole_class": 3}, RETRAIN, "for want of held-out rows of class 3"),
+        (good(source="walk", reached=False, criterion=0.34), {}, CHECK, "34% of its way left"),
         (good(), {"halvings": 2}, CHECK, "halved 2"),
         (good(), {"retained_accuracy_lost": 0.07}, CHECK, "retained rows fell by 7.0"),
         (good(), {"retained_accuracy_lost": 0.2}, RETRAIN, "retained rows fell by 20.0"),
