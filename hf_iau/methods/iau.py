@@ -167,6 +167,16 @@ class IAU:
                 f"{_FEWEST_HELD_OUT_ROWS} rows that were never trained on (2,000 are better), or set IAUConfig(length=…, "
                 "damping=…) yourself."
             )
+        if (
+            len(context.forget) < 2
+            and context.train is None
+            and context.retain is None
+            and _remembered(config, memory) is None
+        ):
+            raise CalibrationError(
+                "A single forget row cannot set the target of calibration, and the trainer has no other training rows to "
+                "try steps on: give it its train_dataset, pass retain_dataset=, or set IAUConfig(length=…, damping=…)."
+            )
         _refuse_overlap(context)
 
     def run(self, context: ForgetContext, config: IAUConfig) -> MethodOutcome:
@@ -179,7 +189,7 @@ class IAU:
             )
             add_weight_decay(context, forget)
             finish = _finish_sum(context, memory)
-        remaining = memory.n_targets - forget.n_targets
+        remaining = max(memory.n_targets - forget.n_targets, 1)  # of tokens, n_targets is an estimate
         directions = Directions(curvature, forget.tensors, finish, remaining, forget.n_targets)
         with context.timer.phase("calibration"):
             known = context.retained_sample(_REFERENCE_ROWS, context.seed + 7)
@@ -264,9 +274,6 @@ class IAU:
         if label is not None:
             notes["whole_class"] = label
             return self._calibrate_class(context, config, directions, outset, label, notes), notes
-        remembered = _remembered(config, memory)
-        if remembered is not None:
-            return remembered, notes
         # A large sample of retained rows, before the step: how much better a known row is treated.
         known = outset.known if outset.known_rows is not None else None
         if known is not None and len(known) < ENOUGH_FORGET_ROWS:
@@ -275,6 +282,9 @@ class IAU:
         notes["advantage_of_training_rows"] = advantage
         shift = shift_test(outset.forget, known) if known is not None and len(context.forget) >= 20 else None
         notes["shift_test"] = None if shift is None else shift.to_dict()
+        remembered = _remembered(config, memory)
+        if remembered is not None:  # of k and λ; whether they serve these rows is looked at all the same
+            return remembered, notes
         own = len(context.forget) >= ENOUGH_FORGET_ROWS and shift is not None and shift.passed
         no_proxies = context.train is None and context.retain is None
         if config.calibrate_on == "forget-rows" or (config.calibrate_on == "auto" and own) or no_proxies:
@@ -326,7 +336,7 @@ class IAU:
                 progress=context.progress,
             )
             add_weight_decay(context, total)
-            remaining = memory.n_targets - total.n_targets
+            remaining = max(memory.n_targets - total.n_targets, 1)
             of_proxies = Directions(
                 directions.curvature, total.tensors, directions.finish_sum, remaining, total.n_targets
             )

@@ -650,8 +650,9 @@ class UnlearningTrainer(Trainer):
         timer: PhaseTimer,
     ) -> ForgetContext:
         args = self.args
-        for wrapped in filter(None, (self.model, self.model_wrapped)):
-            refuse_wrapped(wrapped)
+        for wrapped in (self.model, self.model_wrapped):
+            if wrapped is not None:  # a compiled model has no truth value
+                refuse_wrapped(wrapped)
         model = self._bare_model()
         check_adapters(model)
         train = None

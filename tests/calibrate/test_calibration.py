@@ -11,6 +11,7 @@ import torch
 from scipy import stats
 from tiny_models import RowList, build, pad_right
 from tiny_models import rows_of as texts_of
+from torch.nn.utils.rnn import pad_sequence
 from transformers import default_data_collator
 
 from hf_iau import GatherConfig, gather
@@ -395,6 +396,23 @@ def test_near_duplicate_texts_are_found():
     same = {"input_ids": texts[3]["input_ids"][::-1], "labels": 1}
     found = find_near_duplicates(rows_of(texts[:20]), rows_of([*texts[20:], same]))
     assert found is not None and found.similar == 1
+
+
+@pytest.mark.parametrize("longest", [200, 2000])
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_near_duplicate_sounds_are_found_however_far_batches_are_padded(longest, batch_size):
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(longest // 2, longest, (40,), generator=generator).tolist()
+    sounds = [torch.randn(length, generator=generator) for length in lengths]
+
+    def source(rows):
+        def collate(batch):
+            return {"input_values": pad_sequence(batch, batch_first=True), "labels": torch.zeros(len(batch))}
+
+        return RowSource(rows, collate, batch_size=batch_size)
+
+    found = find_near_duplicates(source(sounds[:10]), source([*sounds[10:], sounds[3], sounds[6]]))
+    assert found is not None and found.similar == 2
 
 
 def test_the_outset_is_the_trial_of_no_step(scene):

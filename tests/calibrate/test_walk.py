@@ -428,6 +428,17 @@ def test_a_walk_is_reported_as_one_and_not_remembered_as_a_step(scene, tmp_path,
     assert result.memory.calibration is None
 
 
+def test_a_remembered_answer_does_not_hide_that_one_step_is_not_enough(scene, tmp_path, monkeypatch):
+    """It may have been found on a request too small to be walked."""
+    seen = fake_walk(monkeypatch, lambda before: 0.0, remaining=0.0)
+    known = {"length": 0.01, "damping": 0.1, "finish_weight": 0.0, "source": "proxies", "relative_path": 0.0}
+    trainer = scene.trainer(tmp_path, memory=dataclasses.replace(scene.memory, calibration=known))
+    result = trainer.unlearn(row_indices=FORGET)
+    assert seen and result.report.diagnostics["walk"]["one_step"]["source"] == "remembered"
+    assert result.report.diagnostics["accuracy_lead_of_forget_rows"] is not None
+    assert result.memory.calibration == known
+
+
 def test_a_walk_keeps_to_a_damping_that_was_given(scene, tmp_path, monkeypatch):
     seen = fake_walk(monkeypatch, lambda before: 0.0, remaining=0.0)
     scene.trainer(tmp_path).unlearn(row_indices=FORGET, config=IAUConfig(damping=0.5))

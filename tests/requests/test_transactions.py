@@ -337,9 +337,12 @@ def test_the_same_rows_in_any_order_are_the_same_request(trainer: UnlearningTrai
         trainer.unlearn(as_dataset(plain_rows(2, seed=8)), config=GIVEN, save=True)
 
 
-def test_named_requests(trainer: UnlearningTrainer, tmp_path: Path) -> None:
+def test_named_requests(trainer: UnlearningTrainer, tmp_path: Path, caplog: Any) -> None:
     assert serve(trainer, [7], request_id="ticket 12").applied
+    assert not serve(trainer, [7], request_id="ticket 12").applied
+    assert "other rows" not in caplog.text
     assert not serve(trainer, [9], request_id="ticket 12").applied  # the name is what counts
+    assert "those given now (1) are NOT forgotten" in caplog.text
     assert "ticket" not in (tmp_path / "_iau" / "ledger.jsonl").read_text()
     with pytest.raises(RequestError, match="give save=True"):
         serve(trainer, [9], save=False, request_id="ticket 13")
