@@ -77,7 +77,8 @@ def _removal(panel: Panel, result: Result) -> Answer:
 
 
 def _efficiency(panel: Panel, result: Result) -> Answer:
-    share = result.seconds / panel.retraining_seconds()
+    requests = len(result.cells[0]["requests"] or [None])
+    share = result.seconds / (requests * panel.retraining_seconds())
     others = [r for r in panel.complete if r.method != RETRAIN and r.name != result.name]
     faster = sum(r.seconds < result.seconds for r in others)
     answer = YES if share <= FAST else PARTLY if share <= WORTHWHILE else NO
@@ -85,7 +86,8 @@ def _efficiency(panel: Panel, result: Result) -> Answer:
         "efficiency: a fraction of retraining",
         f"at most {FAST:.0%} of retraining's seconds ({WORTHWHILE:.0%})",
         answer,
-        f"{result.seconds:.1f} s, {share:.1%} of retraining; {faster} of {len(others)} other methods are faster",
+        f"{result.seconds:.1f} s, {share:.1%} of retraining{' for each request' if requests > 1 else ''}; {faster} of "
+        f"{len(others)} other methods are faster",
     )
 
 

@@ -29,6 +29,7 @@ def cell(
         "gap_before": {"mean_absolute": 5.0, "mia_auc": 6.0},
         "noise_floor": {"mean_absolute": 1.0, "mia_auc": -0.5},
         "tuning": None,
+        "requests": None,
         "timing": {
             "kind": "cpu",
             "unlearn_cpu_seconds": seconds,
@@ -89,6 +90,14 @@ def test_the_removal_claim_follows_the_distance_of_the_attack(mia: float, remova
 def test_claims_are_denied_where_the_numbers_do_not_bear_them() -> None:
     found = panel(ours=cell(3.0, -3.5, 60.0, 6.0), a=cell(2.0, -4.0, 1.0), b=cell(1.0, 0.0, 2.0))
     assert {answer.answer for answer in check_claims(found, found.results[0])} == {NO}
+
+
+def test_several_requests_are_held_against_as_many_retrainings() -> None:
+    several = cell(1.0, 0.0, 150.0) | {"requests": [{}] * 20}
+    answers = check_claims(panel(ours=several), Result("ours", (several,)))
+    efficiency = next(answer for answer in answers if answer.claim.startswith("efficiency"))
+    assert efficiency.answer == YES
+    assert "7.5% of retraining for each request" in efficiency.evidence
 
 
 def test_roc_curves_are_drawn_and_a_model_with_infinite_losses_is_left_out(tmp_path: Path) -> None:
