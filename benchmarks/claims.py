@@ -107,6 +107,6 @@ def _average_rank(panel: Panel, result: Result) -> Answer:
     place = next((i for i, rank in enumerate(ranks, start=1) if rank.name == result.name), None)
     claim, test = "balance: the best average rank", "first of all methods (in the first third)"
     if place is None:
-        return Answer(claim, test, NO, "not finished for every seed")
+        return Answer(claim, test, NO, "not finished for the seeds of the others")
     answer = YES if place == 1 else PARTLY if place <= len(ranks) / 3 else NO
     return Answer(claim, test, answer, f"average rank {ranks[place - 1].mean:.1f}, place {place} of {len(ranks)}")
