@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.results import Panel, Result, average_ranks
 from benchmarks.variants import RETRAIN
 
-YES, PARTLY, NO = "yes", "partly", "no"
+YES, PARTLY, NO, UNKNOWN = "yes", "partly", "no", "–"
 
 REMOVAL_TOLERANCE = 1.0  # points of AUC beyond the noise floor's own distance
 FAST, WORTHWHILE = 0.1, 0.5  # of retraining's seconds
@@ -28,7 +28,7 @@ class Answer:
     Attributes:
         claim: what is claimed.
         test: when the answer is yes, and when partly.
-        answer: "yes", "partly" or "no".
+        answer: "yes", "partly", "no", or "–" where it cannot be told.
         evidence: the numbers.
     """
 
@@ -60,6 +60,10 @@ def claims_table(panel: Panel, names: list[str]) -> list[str]:
 
 
 def _removal(panel: Panel, result: Result) -> Answer:
+    claim = "removal: the attack sees what it sees of a retrained model"
+    test = f"AUC within {REMOVAL_TOLERANCE:g} point beyond the noise floor (half of the distance gone)"
+    if any(c["gap_before"]["mia_auc"] is None for c in result.cells):
+        return Answer(claim, test, UNKNOWN, "too few forget rows for an attack")
     floors = [abs(c["noise_floor"]["mia_auc"]) for c in panel.once if c["noise_floor"]]
     floor = float(np.mean(floors)) if floors else 0.0
     before = float(np.mean([abs(c["gap_before"]["mia_auc"]) for c in result.cells]))
@@ -69,8 +73,8 @@ def _removal(panel: Panel, result: Result) -> Answer:
     else:
         answer = PARTLY if distance <= before / 2 else NO
     return Answer(
-        "removal: the attack sees what it sees of a retrained model",
-        f"AUC within {REMOVAL_TOLERANCE:g} point beyond the noise floor (half of the distance gone)",
+        claim,
+        test,
         answer,
         f"{distance:.1f} points away, before {before:.1f}, floor {floor:.1f}",
     )

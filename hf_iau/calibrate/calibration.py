@@ -138,12 +138,12 @@ def find_length(
 
 
 def _first_guess(runner: TrialRunner, damping: float, start: Trial) -> float:
-    """The k at which the rows' loss would reach the held-out loss if it rose along the tangent, halved.
+    """The k at which the loss of a target would reach the held-out loss if it rose along the tangent, halved.
 
     Loss rises faster than its tangent, so half of it is nearer; at most the k of an influence function's 1.
     """
     missing = start.held_out_loss - start.target_loss
-    slope = runner.directions.slope(damping) / max(runner.n_target, 1)
+    slope = runner.directions.slope(damping) / max(runner.directions.targets or runner.n_target, 1)
     if not math.isfinite(missing) or missing <= 0 or slope <= 0:
         return 0.25
     return min(0.5 * missing / slope, 1.0)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hf_iau.objective import RowSource
@@ -77,6 +78,7 @@ def _describe_batch(inputs: Batch) -> Tensor | None:
         return None
     flat = values.reshape(len(values), -1).float()
     if flat.shape[1] <= _WIDTH:
-        return flat
-    projection = np.random.default_rng(flat.shape[1]).standard_normal((flat.shape[1], _WIDTH), dtype=np.float32)
+        return F.pad(flat, (0, _WIDTH - flat.shape[1]))
+    # The first columns do not depend on how many there are: a sound is described alike however far it is padded.
+    projection = np.random.default_rng(0).standard_normal((flat.shape[1], _WIDTH), dtype=np.float32)
     return flat @ torch.from_numpy(projection).to(flat.device)

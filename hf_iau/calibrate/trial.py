@@ -51,12 +51,14 @@ class Directions:
         forget_sum: Σ of the rows' gradients.
         finish_sum: Σ_D, or None where c = 0.
         remaining: n_r, targets that stay.
+        targets: those that Σ is over, tokens of a language model; None where that is one a row.
     """
 
     curvature: Curvature
     forget_sum: Mapping[str, Tensor]
     finish_sum: Mapping[str, Tensor] | None
     remaining: int
+    targets: int | None = None
 
     def __post_init__(self) -> None:
         self._made: dict[float, tuple[Step, Step | None]] = {}
@@ -201,7 +203,7 @@ class TrialRunner:
 
 def auc_distance(target: RowPredictions | None, held_out: RowPredictions) -> float:
     """AUC of the loss attack on the forgotten rows against held-out rows, minus one half."""
-    if target is None or not np.isfinite(target.loss).all() or not np.isfinite(held_out.loss).all():
+    if target is None or not _losses_are_finite(target) or not _losses_are_finite(held_out):
         return -0.5  # the step destroyed the model: far too long
     return float(attack_auc(target, held_out, "loss")) - 0.5
 
@@ -211,11 +213,16 @@ def class_share_distance(label: int) -> Callable[[RowPredictions | None, RowPred
 
     def distance(target: RowPredictions | None, held_out: RowPredictions) -> float:
         own = held_out.label == label
-        if not np.isfinite(held_out.loss).all():
+        if not _losses_are_finite(held_out):
             return -1.0
         return float(np.mean(held_out.predicted[own] == label) - np.mean(held_out.predicted[~own] == label))
 
     return distance
+
+
+def _losses_are_finite(predictions: RowPredictions) -> bool:
+    """Rows without a target have no loss, and do not count."""
+    return bool(np.isfinite(predictions.loss[predictions.targets > 0]).all())
 
 
 def _loss_or_infinity(predictions: RowPredictions) -> float:

@@ -37,8 +37,8 @@ from hf_iau.curvature import Curvature
 from hf_iau.forget.step import Step, step_norm, weights_norm
 from hf_iau.objective import RowPredictions, RowSource, evaluation_mode, predict_rows, read_targets
 from hf_iau.objective.targets import Targets, TaskKind
-from hf_iau.objective.working import kept_copy
-from hf_iau.parallel import of_main_process, sum_over_processes, together
+from hf_iau.objective.working import kept_copy, memory_device
+from hf_iau.parallel import is_main_process, sum_over_processes, together
 
 DAMPING = 0.1
 """λ of a walk, relative to each layer's mean eigenvalue."""
@@ -54,7 +54,8 @@ _MOST_STEPS = 40
 # taken back and the stride is halved.
 _JUMP = 0.02
 _ANCHOR_ROWS, _ANCHOR_ROWS_A_STEP = 2048, 256
-_ANCHOR_BYTES = 256 * 2**20
+# What is kept of them: for a large vocabulary a row's logits alone are many megabytes.
+_ANCHOR_BYTES, _FEWEST_ANCHOR_ROWS = 256 * 2**20, 8
 _WATCHED_ROWS = 1000
 
 
@@ -87,7 +88,7 @@ class Shortfall:
     """How far some rows are from being known only as well as held-out rows are.
 
     Attributes:
-        targets: `(rows,)` float64, the loss T that each row is to reach.
+        targets: `(rows,)` float64, the loss T that each row is to reach; NaN for rows without a target.
         scale: losses are divided by it before p = exp(−ℓ/scale); 1 but for regression.
         at_start: mean shortfall at the weights that the targets were made at.
     """
@@ -104,7 +105,8 @@ class Shortfall:
         below = np.searchsorted(ordered, rows.loss, side="left") + np.searchsorted(ordered, rows.loss, side="right")
         rank = np.clip(below / (2.0 * len(ordered)), 0.5 / len(ordered), 1.0 - 0.5 / len(ordered))
         scale = max(float(unseen.mean()), 1e-12) if rows.kind is TaskKind.REGRESSION else 1.0
-        new = cls(np.quantile(unseen, rank), scale, 0.0)
+        # A row without a target has no loss, and none to reach.
+        new = cls(np.where(rows.targets > 0, np.quantile(unseen, rank), np.nan), scale, 0.0)
         return cls(new.targets, scale, new.mean(rows.loss))
 
     def doubt(self, losses: np.ndarray) -> np.ndarray:
@@ -172,7 +174,7 @@ def walk(
     curve: list[dict[str, Any]] = []
     stride, last = _STRIDE, before
     try:
-        for number in tqdm(range(_MOST_STEPS), desc="walking", disable=not progress):
+        for number in tqdm(range(_MOST_STEPS), desc="walking", disable=not (progress and is_main_process())):
             missing = shortfall.each(losses)
             if not missing.any():
                 break
@@ -233,26 +235,23 @@ class _Anchors:
 
     Args:
         model: at the weights to be drawn back to.
-        retained: rows to choose from; as many are kept as `_ANCHOR_ROWS` and `_ANCHOR_BYTES` allow.
+        retained: rows to choose from; as many are kept as `_ANCHOR_ROWS` and `_ANCHOR_BYTES` allow (at least 8).
     """
 
     def __init__(self, model: nn.Module, retained: RowSource) -> None:
-        rows = retained.sample(_ANCHOR_ROWS, 1, "anchor rows")
+        affordable = max(int(_ANCHOR_BYTES / _kept_bytes(model, retained)), _FEWEST_ANCHOR_ROWS)
+        rows = retained.sample(min(_ANCHOR_ROWS, affordable), 1, "anchor rows")
         self.groups: list[RowSource] = []
         self.outputs: list[list[Tensor]] = []
-        held = 0
         for start in range(0, len(rows), _ANCHOR_ROWS_A_STEP):
             group = rows.select(np.arange(start, min(start + _ANCHOR_ROWS_A_STEP, len(rows)))).keep_batches()
-            outputs = []
             with evaluation_mode(model), torch.no_grad():
-                for _, inputs in group.share()[0]:
-                    outputs.append(read_targets(model, model(**inputs), inputs.get("labels")).logits)
-                    tensors = (*inputs.values(), outputs[-1])
-                    held += sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+                found = [
+                    kept_copy(read_targets(model, model(**inputs), inputs.get("labels")).logits)
+                    for _, inputs in group.share()[0]
+                ]
             self.groups.append(group)
-            self.outputs.append(outputs)
-            if of_main_process(held > _ANCHOR_BYTES, "bytes of the anchor rows"):
-                break
+            self.outputs.append(found)
 
     def drift_gradient(self, model: nn.Module, number: int, names: Sequence[str]) -> dict[str, Tensor]:
         """∇ of the mean drift of the group whose turn it is at step `number`."""
@@ -261,10 +260,21 @@ class _Anchors:
         def losses() -> Iterator[tuple[Tensor, int]]:
             for (_, inputs), before in zip(self.groups[turn].share()[0], self.outputs[turn], strict=True):
                 now = read_targets(model, model(**inputs), inputs.get("labels"))
-                yield drift(now, before), len(now)
+                yield drift(now, before.to(now.logits.device)), len(now)
 
         total, targets = _gradient(model, losses(), names, "the drift of the anchor rows")
         return {name: gradient / max(targets, 1) for name, gradient in total.items()}
+
+
+def _kept_bytes(model: nn.Module, rows: RowSource) -> float:
+    """Bytes of inputs and outputs an anchor row, by a look at a few; each alone, so that no batch's padding counts."""
+    few = rows.sample(_FEWEST_ANCHOR_ROWS, 0).resized(1)
+    held = 0
+    with evaluation_mode(model), torch.no_grad():
+        for _, inputs in few:
+            tensors = (*inputs.values(), read_targets(model, model(**inputs), inputs.get("labels")).logits)
+            held += sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+    return max(held, 1) / len(few)
 
 
 def drift(now: Targets, before: Tensor) -> Tensor:
@@ -317,7 +327,7 @@ def _gradient(
 ) -> tuple[dict[str, Tensor], int]:
     """Σ ∇loss, float64, and the number of targets, in evaluation mode and over all processes."""
     parameters = [model.get_parameter(name) for name in names]
-    sums = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in parameters]
+    sums = [torch.zeros_like(p, dtype=torch.float64, device=memory_device(p.device)) for p in parameters]
     counted = torch.zeros(1, dtype=torch.float64, device=sums[0].device)
     with together(what):
         with evaluation_mode(model), torch.enable_grad():
@@ -326,7 +336,7 @@ def _gradient(
                 counted += targets
                 for total, parameter in zip(sums, parameters, strict=True):
                     if parameter.grad is not None:
-                        total += parameter.grad
+                        total += parameter.grad.to(total.device)
                         parameter.grad = None
         sum_over_processes([*sums, counted], what)
     return dict(zip(names, sums, strict=True)), round(float(counted))

@@ -25,6 +25,7 @@ from hf_iau.objective import (
     RowSource,
     SmoothedRowLoss,
     UserRowLoss,
+    evaluation_mode,
     probe_additivity,
 )
 from hf_iau.objective.adapters import check_adapters
@@ -316,11 +317,8 @@ def _count_targets(model: nn.Module, row_loss: RowLoss, source: RowSource, curva
     if curvature is not None and curvature.n_rows > 0:
         return max(1, round(curvature.n_targets * len(source) / curvature.n_rows))
     sample = source.sample(256, seed=0)
-    with torch.no_grad():
-        from hf_iau.objective import evaluation_mode
-
-        with evaluation_mode(model):
-            targets = sum(row_loss(model, inputs)[1] for _, inputs in sample)
+    with torch.no_grad(), evaluation_mode(model):
+        targets = sum(row_loss(model, inputs)[1] for _, inputs in sample)
     return max(1, round(targets * len(source) / len(sample)))
 
 

@@ -167,6 +167,16 @@ class IAU:
                 f"{_FEWEST_HELD_OUT_ROWS} rows that were never trained on (2,000 are better), or set IAUConfig(length=…, "
                 "damping=…) yourself."
             )
+        if (
+            len(context.forget) < 2
+            and context.train is None
+            and context.retain is None
+            and _remembered(config, memory) is None
+        ):
+            raise CalibrationError(
+                "A single forget row cannot set the target of calibration, and the trainer has no other training rows to "
+                "try steps on: give it its train_dataset, pass retain_dataset=, or set IAUConfig(length=…, damping=…)."
+            )
         _refuse_overlap(context)
 
     def run(self, context: ForgetContext, config: IAUConfig) -> MethodOutcome:
@@ -179,7 +189,8 @@ class IAU:
             )
             add_weight_decay(context, forget)
             finish = _finish_sum(context, memory)
-        directions = Directions(curvature, forget.tensors, finish, memory.n_targets - forget.n_targets)
+        remaining = max(memory.n_targets - forget.n_targets, 1)  # of tokens, n_targets is an estimate
+        directions = Directions(curvature, forget.tensors, finish, remaining, forget.n_targets)
         with context.timer.phase("calibration"):
             known = context.retained_sample(_REFERENCE_ROWS, context.seed + 7)
             held_out = None
@@ -217,9 +228,10 @@ class IAU:
             kronecker_share=_kronecker_share(memory),
             whole_class=notes.get("whole_class"),
             halvings=calibration.halvings,
-            retained_accuracy_lost=lost,
+            retained_accuracy_lost=lost or 0.0,
             accuracy_lead=lead,
         )
+        warnings = notes.pop("warnings")
         return MethodOutcome(
             forget_sum=forget.tensors,
             forget_targets=forget.n_targets,
@@ -232,7 +244,7 @@ class IAU:
             },
             calibrated=calibration.source not in ("uncalibrated",),
             verdict=verdict,
-            warnings=notes.pop("warnings", []),
+            warnings=warnings,
             # A request that had to be walked says nothing about one step for the next.
             calibration=memory.calibration if path is not None else _to_remember(found, config, memory, notes),
         )
@@ -262,9 +274,6 @@ class IAU:
         if label is not None:
             notes["whole_class"] = label
             return self._calibrate_class(context, config, directions, outset, label, notes), notes
-        remembered = _remembered(config, memory)
-        if remembered is not None:
-            return remembered, notes
         # A large sample of retained rows, before the step: how much better a known row is treated.
         known = outset.known if outset.known_rows is not None else None
         if known is not None and len(known) < ENOUGH_FORGET_ROWS:
@@ -273,6 +282,9 @@ class IAU:
         notes["advantage_of_training_rows"] = advantage
         shift = shift_test(outset.forget, known) if known is not None and len(context.forget) >= 20 else None
         notes["shift_test"] = None if shift is None else shift.to_dict()
+        remembered = _remembered(config, memory)
+        if remembered is not None:  # of k and λ; whether they serve these rows is looked at all the same
+            return remembered, notes
         own = len(context.forget) >= ENOUGH_FORGET_ROWS and shift is not None and shift.passed
         no_proxies = context.train is None and context.retain is None
         if config.calibrate_on == "forget-rows" or (config.calibrate_on == "auto" and own) or no_proxies:
@@ -324,8 +336,9 @@ class IAU:
                 progress=context.progress,
             )
             add_weight_decay(context, total)
+            remaining = max(memory.n_targets - total.n_targets, 1)
             of_proxies = Directions(
-                directions.curvature, total.tensors, directions.finish_sum, memory.n_targets - total.n_targets
+                directions.curvature, total.tensors, directions.finish_sum, remaining, total.n_targets
             )
             runner = TrialRunner(context.model, of_proxies, _for_prediction(proxies, held_out), held_out)
             assert runner.target is not None
@@ -431,17 +444,19 @@ class IAU:
             finish_weight=config.finish_weight,
         )
 
-    def _look_back(self, context: ForgetContext, outset: _Outset, notes: dict[str, Any]) -> tuple[float, float | None]:
+    def _look_back(
+        self, context: ForgetContext, outset: _Outset, notes: dict[str, Any]
+    ) -> tuple[float | None, float | None]:
         """At the moved weights: accuracy lost on retained rows, and how much better the forget rows are still predicted
-        than held-out rows, where they are like any others (else None)."""
-        lost, lead = 0.0, None
+        than held-out rows, where they are like any others; None where that is not known, or the task has no accuracy."""
+        lost, lead = None, None
         with context.timer.phase("calibration"):
             if outset.known_rows is not None:
                 now = predict_rows(context.model, outset.known_rows)
-                lost = _accuracy(outset.known) - _accuracy(now)
+                lost = _accuracy_lost(outset.known, now)
             if self._like_any_others(context, notes) and outset.held_out_rows is not None:
                 forget = predict_rows(context.model, outset.forget_rows)
-                lead = _accuracy(forget) - _accuracy(predict_rows(context.model, outset.held_out_rows))
+                lead = _accuracy_lost(forget, predict_rows(context.model, outset.held_out_rows))
         return lost, lead
 
     @staticmethod
@@ -472,15 +487,15 @@ class IAU:
             return None
         assert outset.known_rows is not None and outset.held_out_rows is not None
         shortfall = Shortfall.of(outset.forget, outset.known, outset.held_out)
-        runner = TrialRunner(context.model, directions, outset.forget_rows, outset.held_out_rows)
-        forget, known = runner.look(
+        # Not kept: it holds a copy of the weights, and the walk makes one of its own.
+        forget, known = TrialRunner(context.model, directions, outset.forget_rows, outset.held_out_rows).look(
             (outset.forget_rows, outset.known_rows),
             calibration.length,
             calibration.damping,
             calibration.finish_weight,
         )
         left = shortfall.remaining(forget.loss)
-        spared = _accuracy(outset.known) - _accuracy(known) < _SPARED and after <= (1.0 + DEAR) * before
+        spared = (_accuracy_lost(outset.known, known) or 0.0) < _SPARED and after <= (1.0 + DEAR) * before
         notes["left_after_one_step"] = left
         if calibration.reached and spared and left <= _LEFT:
             return None
@@ -612,9 +627,10 @@ def _finish_sum(context: ForgetContext, memory: GradientMemory) -> dict[str, Any
     return total.tensors
 
 
-def _accuracy(predictions: RowPredictions) -> float:
-    """0 where the task has none."""
-    return predictions.accuracy if math.isfinite(predictions.accuracy) else 0.0
+def _accuracy_lost(first: RowPredictions, second: RowPredictions) -> float | None:
+    """Accuracy of the first minus that of the second; None where the task has none."""
+    lost = first.accuracy - second.accuracy
+    return lost if math.isfinite(lost) else None
 
 
 def _whole_class(context: ForgetContext, memory: GradientMemory, outset: _Outset) -> int | None:

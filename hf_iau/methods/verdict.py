@@ -70,9 +70,12 @@ def judge(
     elif share_forgotten >= LARGE_SHARE:
         mild.append(f"{share_forgotten:.0%} of the training rows are forgotten by now")
     if calibration.source == "uncalibrated":
-        mild.append("the step was not calibrated, for want of held-out rows")
+        of_class = "" if whole_class is None else f" of class {whole_class}"
+        mild.append(f"the step was not calibrated, for want of held-out rows{of_class}")
     elif calibration.source == "given" and not calibration.reached:
         mild.append("the step given was longer than max_relative_step allows and was shortened")
+    elif calibration.source == "walk" and not calibration.reached:
+        mild.append(f"the walk stopped with {calibration.criterion:.0%} of its way left")
     elif not calibration.reached:
         mild.append("calibration did not reach its target within the longest step allowed")
     if calibration.relative_spread >= _SPREAD:

@@ -212,7 +212,7 @@ class GradientMemory:
         return GradientMemory(
             parameters=self.parameters,
             n_rows=self.n_rows - rows,
-            n_targets=self.n_targets - targets,
+            n_targets=max(self.n_targets - targets, 0),  # of tokens it is an estimate
             model={**self.model, "weights": weights_fingerprint(model)},
             data=self.data,
             loss={key: value for key, value in self.loss.items() if key not in ("probe", "probe_rows")},

@@ -37,7 +37,8 @@ class LedgerEntry:
         row_ids: their keyed fingerprints, 32 hexadecimal digits each; pseudonymous personal data.
         method: name of the method.
         config: its settings, as the caller gave them.
-        calibration: length k, damping λ and finish weight c of the step, where the method has them.
+        calibration: length k, damping λ and finish weight c of the step, where the method has them; None for a
+            walk of many steps, which they do not describe.
         weights_before, weights_after: fingerprints of the weights.
         outcome: measured figures before and after, verdict, and size of the step.
         versions: of Python and of the packages that did it.

@@ -123,7 +123,16 @@ class RequestService:
             before = weights_fingerprint(model)
             found = on_main_process(lambda: _served_before(entries, name, run_name, before), "the ledger")
             if found is not None:
-                return LedgerEntry(**found), None
+                entry = LedgerEntry(**found)
+                given = sorted(row.tobytes().hex() for row in fingerprints)
+                if sorted(entry.row_ids) != given and is_main_process():
+                    logger.warning(
+                        "A request of that request_id was served at %s, of other rows: those given now (%d) are NOT "
+                        "forgotten. Give them a request_id of their own.",
+                        entry.time,
+                        len(fingerprints),
+                    )
+                return entry, None
             self._check_room(memory)
             journal = Journal(
                 request=name,
@@ -433,7 +442,9 @@ class RequestService:
             }
             for moment in ("before", "after")
         }
-        found = report.diagnostics.get("calibration") or {}
+        # A walk is many steps, which k, λ and c do not describe.
+        walked = "walk" in report.diagnostics
+        found = {} if walked else report.diagnostics.get("calibration") or {}
         entry, text = self.ledger.extended(
             request=journal.request,
             training_run=run_name,
@@ -450,7 +461,7 @@ class RequestService:
                     "seed": report.seed,
                     "verdict": report.verdict,
                     "calibrated": report.calibrated,
-                    "walked": "walk" in report.diagnostics,
+                    "walked": walked,
                 }
                 | {name: report.diagnostics.get(name) for name in ("step_norm", "relative_step_norm", "budget")}
             ),

@@ -323,7 +323,13 @@ class UnlearningTrainer(Trainer):
         if config is None:
             if memory is None:
                 raise MissingMemoryError("rebase(): there is no memory to gather anew: use gather().")
-            config = GatherConfig(**memory.settings)
+            try:
+                config = GatherConfig(**memory.settings)
+            except TypeError as error:
+                raise ConfigError(
+                    f"rebase(): the memory was gathered with settings that this version does not know ({error}): pass "
+                    "config=GatherConfig(…)."
+                ) from error
         return self.gather(config)
 
     def _remaining(self, source: RowSource) -> list[int]:
@@ -644,8 +650,9 @@ class UnlearningTrainer(Trainer):
         timer: PhaseTimer,
     ) -> ForgetContext:
         args = self.args
-        for wrapped in filter(None, (self.model, self.model_wrapped)):
-            refuse_wrapped(wrapped)
+        for wrapped in (self.model, self.model_wrapped):
+            if wrapped is not None:  # a compiled model has no truth value
+                refuse_wrapped(wrapped)
         model = self._bare_model()
         check_adapters(model)
         train = None

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.claims import NO, PARTLY, YES, check_claims  # noqa: E402
+from benchmarks.claims import NO, PARTLY, UNKNOWN, YES, check_claims  # noqa: E402
 from benchmarks.document import filled  # noqa: E402
 from benchmarks.plots import plot_roc  # noqa: E402
 from benchmarks.results import Panel, Result, average_ranks, closer_and_faster, front  # noqa: E402
@@ -90,6 +90,14 @@ def test_the_removal_claim_follows_the_distance_of_the_attack(mia: float, remova
     found = panel(ours=cell(1.0, -0.5, 5.0, mia), other=cell(2.0, -4.0, 60.0))
     answers = {answer.claim.split(":")[0]: answer.answer for answer in check_claims(found, found.results[0])}
     assert answers == {"removal": removal, "efficiency": YES, "utility": YES, "balance": YES}
+
+
+def test_one_forget_row_has_no_attack_to_be_judged_by() -> None:
+    alone = cell(1.0, -0.5, 5.0)
+    for figures in ("gap", "gap_before", "noise_floor"):
+        alone[figures] = alone[figures] | {"mia_auc": None}
+    answers = check_claims(panel(ours=alone), Result("ours", (alone,)))
+    assert answers[0].answer == UNKNOWN and answers[1].answer == YES
 
 
 def test_claims_are_denied_where_the_numbers_do_not_bear_them() -> None:

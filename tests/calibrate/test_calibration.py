@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from tiny_models import RowList, build, pad_right
+from tiny_models import rows_of as texts_of
+from torch.nn.utils.rnn import pad_sequence
 from transformers import default_data_collator
 
+from hf_iau import GatherConfig, gather
 from hf_iau.calibrate import (
     Calibration,
     Directions,
@@ -20,8 +25,8 @@ from hf_iau.calibrate import (
     finish,
     shift_test,
 )
-from hf_iau.calibrate.calibration import find_length, standard_error_of_auc
-from hf_iau.calibrate.trial import auc_distance
+from hf_iau.calibrate.calibration import _first_guess, find_length, standard_error_of_auc
+from hf_iau.calibrate.trial import auc_distance, class_share_distance
 from hf_iau.gather.gradient_sum import sum_row_gradients
 from hf_iau.measure import attack_auc
 from hf_iau.objective import ModelRowLoss, RowSource, predict_rows
@@ -131,7 +136,7 @@ def test_calibration_finds_its_way_on_an_analytic_response():
 
     class Fake:
         trials: list[Trial]
-        n_target = 500
+        n_target = targets = 500
 
         def __init__(self):
             self.trials = []
@@ -157,6 +162,44 @@ def test_calibration_finds_its_way_on_an_analytic_response():
     )
     assert found.damping == pytest.approx(0.01)
     assert found.length == pytest.approx(2.0, rel=0.1)
+
+
+def test_a_row_without_targets_does_not_spoil_the_criterion(scene):
+    """A text whose labels are all ignored has no loss, which is not a model that the step destroyed."""
+    scene.model.load_state_dict(scene.state)
+    known = predict_rows(scene.model, rows_of(scene.train.take(np.arange(200))))
+    unseen = predict_rows(scene.model, rows_of(scene.held_out))
+
+    def without_target(rows, value=math.nan):
+        first = np.arange(len(rows)) == 0
+        return dataclasses.replace(
+            rows, loss=np.where(first, value, rows.loss), targets=np.where(first & math.isnan(value), 0.0, rows.targets)
+        )
+
+    rest = known.select(np.arange(1, 200)), unseen.select(np.arange(1, len(unseen)))
+    assert auc_distance(without_target(known), without_target(unseen)) == auc_distance(*rest) > 0.0
+    assert auc_distance(without_target(known, math.inf), unseen) == -0.5
+    share = class_share_distance(1)
+    assert -1.0 < share(None, without_target(unseen)) <= 1.0 and share(None, without_target(unseen, math.inf)) == -1.0
+
+
+def test_the_first_guess_counts_tokens_and_not_texts():
+    """To first order the mean loss of a token rises by slope / tokens a unit of k."""
+    model, texts = build("gpt2"), texts_of("gpt2", 24)
+    memory = gather(model, RowList(texts), data_collator=pad_right(), config=GatherConfig(progress=False))
+    forget, unseen = (RowSource(RowList(rows), pad_right()) for rows in (texts[:8], texts_of("gpt2", 8, seed=1)))
+    total = sum_row_gradients(model, ModelRowLoss(), forget)
+    rest = memory.n_targets - total.n_targets
+    assert total.n_targets > 2 * len(forget)
+    runner = TrialRunner(
+        model, Directions(memory.curvature, total.tensors, None, rest, total.n_targets), forget, unseen
+    )
+    start = runner.outset(predict_rows(model, forget), predict_rows(model, unseen))
+    rise = runner.directions.slope(0.1) / total.n_targets
+    k = 1e-3 / rise
+    assert (runner.run(k, 0.1).target_loss - start.target_loss) / k == pytest.approx(rise, rel=0.05)
+    start = dataclasses.replace(start, held_out_loss=start.target_loss + 0.1 * rise)
+    assert _first_guess(runner, 0.1, start) == pytest.approx(0.05)
 
 
 def test_luck_of_the_draw_is_taken_out(scene):
@@ -353,6 +396,23 @@ def test_near_duplicate_texts_are_found():
     same = {"input_ids": texts[3]["input_ids"][::-1], "labels": 1}
     found = find_near_duplicates(rows_of(texts[:20]), rows_of([*texts[20:], same]))
     assert found is not None and found.similar == 1
+
+
+@pytest.mark.parametrize("longest", [200, 2000])
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_near_duplicate_sounds_are_found_however_far_batches_are_padded(longest, batch_size):
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(longest // 2, longest, (40,), generator=generator).tolist()
+    sounds = [torch.randn(length, generator=generator) for length in lengths]
+
+    def source(rows):
+        def collate(batch):
+            return {"input_values": pad_sequence(batch, batch_first=True), "labels": torch.zeros(len(batch))}
+
+        return RowSource(rows, collate, batch_size=batch_size)
+
+    found = find_near_duplicates(source(sounds[:10]), source([*sounds[10:], sounds[3], sounds[6]]))
+    assert found is not None and found.similar == 2
 
 
 def test_the_outset_is_the_trial_of_no_step(scene):

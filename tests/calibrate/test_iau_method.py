@@ -57,6 +57,13 @@ def test_tiny_requests_use_proxies_and_move_their_rows(scene, trainer_of, rows):
     assert report.per_row_suppressed
 
 
+def test_a_single_row_alone_cannot_set_the_target(scene, trainer_of):
+    row = scene.train.take(np.array([17]))
+    with pytest.raises(CalibrationError, match="give it its train_dataset"):
+        trainer_of(train_dataset=None).unlearn(row)
+    assert trainer_of(train_dataset=None).unlearn(row, config=IAUConfig(length=0.1, damping=0.1)).applied
+
+
 def test_mislabelled_rows_are_recognised_and_raise_accuracy(scene, trainer_of, tmp_path):
     """Rows with flipped labels look unlike training rows, so they must not set the target themselves."""
     from memorising_network import Classifier, Rows, fit
@@ -254,6 +261,8 @@ def good(**changes):
         (good(reached=False), {}, CHECK, "target"),
         (good(lengths=[0.2, 0.9]), {}, CHECK, "disagree"),
         (good(source="uncalibrated", held_out_loss=None, held_out_loss_before=None), {}, CHECK, "not calibrated"),
+        (good(source="uncalibrated"), {"whole_class": 3}, RETRAIN, "for want of held-out rows of class 3"),
+        (good(source="walk", reached=False, criterion=0.34), {}, CHECK, "34% of its way left"),
         (good(), {"halvings": 2}, CHECK, "halved 2"),
         (good(), {"retained_accuracy_lost": 0.07}, CHECK, "retained rows fell by 7.0"),
         (good(), {"retained_accuracy_lost": 0.2}, RETRAIN, "retained rows fell by 20.0"),

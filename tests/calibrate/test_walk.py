@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from memorising_network import Classifier, Scene, draw, fit
+from memorising_network import CLASSES, WIDTH, Classifier, Rows, Scene, draw, fit
+from tiny_models import RowList, build, pad_right
+from tiny_models import rows_of as tiny_rows
+from torch import nn
 from transformers import default_data_collator
 
 from hf_iau import GatherConfig, IAUConfig, gather
@@ -97,6 +101,20 @@ def test_the_luck_of_an_easy_draw_stays():
     known, held_out = classifier_rows(losses / 10.0), classifier_rows(losses)
     easy = classifier_rows(np.sort(losses)[:400] / 10.0)
     assert Shortfall.of(easy, known, held_out).targets.mean() == pytest.approx(np.sort(losses)[:400].mean(), rel=0.02)
+
+
+def test_a_row_without_targets_does_not_count():
+    """Every label of a text may be ignored; such a row has no loss."""
+    rows = classifier_rows(np.array([0.11, 0.21, 0.31, 0.41]))
+    bare = dataclasses.replace(
+        rows, loss=np.where([1, 0, 1, 1], rows.loss, np.nan), targets=np.array([1.0, 0.0, 1.0, 1.0])
+    )
+    known, held_out = classifier_rows(np.arange(1, 9) / 20), classifier_rows(np.arange(1, 9) / 2)
+    found, without = (Shortfall.of(r, known, held_out) for r in (bare, rows.select(np.array([0, 2, 3]))))
+    assert found.at_start == without.at_start > 0
+    assert found.remaining(bare.loss) == pytest.approx(1.0)
+    assert found.each(bare.loss)[1] == 0.0 and np.isnan(found.targets[1])
+    assert found.remaining(np.array([0.11, np.nan, np.inf, 0.41])) == float("inf")
 
 
 def test_q_is_the_probability_at_softness_one_and_softer_beyond(monkeypatch):
@@ -197,6 +215,18 @@ def test_anchors_pull_back_to_where_they_were(scene):
     assert after_push > 0.05 and drifted() < 0.9 * after_push
 
 
+def test_no_more_anchors_are_kept_than_there_is_room_for(scene, monkeypatch):
+    """For a large vocabulary a row's logits alone are many megabytes."""
+    retained = rows_of(scene.train.take(KEPT), 128)
+    a_row = 4 * (WIDTH + CLASSES) + 8  # inputs and logits, and a label
+    monkeypatch.setattr(WALK, "_ANCHOR_BYTES", 300 * a_row)
+    anchors = WALK._Anchors(scene.model, retained)
+    assert [len(group) for group in anchors.groups] == [256, 44]
+    assert [sum(len(part) for part in outputs) for outputs in anchors.outputs] == [256, 44]
+    monkeypatch.setattr(WALK, "_ANCHOR_BYTES", 1)
+    assert [len(group) for group in WALK._Anchors(scene.model, retained).groups] == [8]
+
+
 # --- the walk --------------------------------------------------------------------------------------------------------
 
 
@@ -292,6 +322,69 @@ def test_a_memorised_request_arrives_and_costs_little_where_one_step_does_not(sc
     assert runner_state
 
 
+@pytest.mark.parametrize("family", ["gpt2", "bert-tokens"])
+def test_models_of_tokens_are_walked_alike(family, monkeypatch):
+    """Some rows have ignored labels, one has nothing else."""
+    model, train, held_out = build(family), tiny_rows(family, 60), tiny_rows(family, 40, seed=1)
+    train[3]["labels"] = [-100] * len(train[3]["labels"])
+
+    def source(rows, batch_size=16):
+        return RowSource(RowList(rows), pad_right(), batch_size=batch_size)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(20):
+        for _, inputs in source(train):
+            optimizer.zero_grad()
+            model(**inputs)["loss"].backward()
+            optimizer.step()
+    memory = gather(model, RowList(train), data_collator=pad_right(), config=GatherConfig(progress=False))
+    forget, known, unseen = source(train[:20]), source(train[20:]), source(held_out)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    shortfall = Shortfall.of(*(predict_rows(model, rows) for rows in (forget, known, unseen)))
+    assert shortfall.at_start > 0.02
+    monkeypatch.setattr(WALK, "_MOST_STEPS", 15)
+    path = walk(
+        model, memory.curvature, forget, known, unseen, shortfall, names=list(memory.parameters), max_relative_step=0.5
+    )
+    # What the token classifier learned is as true of held-out rows: there is less to be had without harming those.
+    assert path.reached if family == "gpt2" else 0.0 < path.remaining < 0.9
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Regressor(Classifier):
+    """As the classifier, for one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(48, 1)
+
+    def forward(self, pixel_values, labels=None):
+        values = self.head(self.body(pixel_values)).squeeze(1)
+        return {"logits": values} | ({} if labels is None else {"loss": F.mse_loss(values, labels)})
+
+
+def test_a_regression_is_walked_and_told_of_without_accuracies(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_iau.methods.iau._LEFT", -1.0)  # no step is good enough
+    torch.manual_seed(0)
+
+    def numbers(n, seed):
+        inputs = torch.randn(n, WIDTH, generator=torch.Generator().manual_seed(seed))
+        noise = torch.randn(n, generator=torch.Generator().manual_seed(seed + 1))
+        return Rows(inputs, inputs.sum(dim=1) / WIDTH**0.5 + noise)
+
+    train, held_out = numbers(400, 1), numbers(400, 3)
+    model = fit(Regressor(), train, epochs=150, seed=0)
+    memory = gather(model, train, config=GatherConfig(batch_size=128, progress=False))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = Scene(model, train, held_out, held_out, memory, state).trainer(tmp_path)
+    report = trainer.unlearn(row_indices=np.arange(60)).report
+    found = report.diagnostics
+    assert found["calibration"]["source"] == "walk" and found["calibration"]["criterion"] < 0.5
+    assert found["retained_accuracy_lost"] is None and found["accuracy_lead_of_forget_rows"] is None
+    assert "warnings" not in found
+    assert not any("accuracy" in reason or "predicted" in reason for reason in found["reasons"])
+
+
 # --- the choice between a step and a walk ----------------------------------------------------------------------------
 
 
@@ -333,6 +426,17 @@ def test_a_walk_is_reported_as_one_and_not_remembered_as_a_step(scene, tmp_path,
     assert result.report.diagnostics["walk"]["steps"] == 1
     assert result.report.diagnostics["walk"]["one_step"]["source"] in ("forget rows", "proxies")
     assert result.memory.calibration is None
+
+
+def test_a_remembered_answer_does_not_hide_that_one_step_is_not_enough(scene, tmp_path, monkeypatch):
+    """It may have been found on a request too small to be walked."""
+    seen = fake_walk(monkeypatch, lambda before: 0.0, remaining=0.0)
+    known = {"length": 0.01, "damping": 0.1, "finish_weight": 0.0, "source": "proxies", "relative_path": 0.0}
+    trainer = scene.trainer(tmp_path, memory=dataclasses.replace(scene.memory, calibration=known))
+    result = trainer.unlearn(row_indices=FORGET)
+    assert seen and result.report.diagnostics["walk"]["one_step"]["source"] == "remembered"
+    assert result.report.diagnostics["accuracy_lead_of_forget_rows"] is not None
+    assert result.memory.calibration == known
 
 
 def test_a_walk_keeps_to_a_damping_that_was_given(scene, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from tiny_models import plain_rows
 from unlearning_trainers import WITH_CURVATURE, make_trainer
 
 from hf_iau import GradientMemory, IAUConfig
+from hf_iau.errors import ConfigError
 from hf_iau.requests import Budget
 
 
@@ -68,3 +69,10 @@ def test_the_budget_runs_through_requests_and_is_reset_by_rebase(tmp_path: Path)
         sentence.startswith("Retrain now: ") and "40% of the training rows are forgotten" in sentence
         for sentence in third.warnings
     )
+
+
+def test_rebase_with_settings_of_another_version(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, "plain", rows=plain_rows(60))
+    trainer.gather(WITH_CURVATURE).settings["unheard_of"] = 1
+    with pytest.raises(ConfigError, match=r"settings that this version does not know.*unheard_of"):
+        trainer.rebase()

@@ -34,6 +34,7 @@ from hf_iau import (
     UnlearningTrainer,
     gather,
 )
+from hf_iau.calibrate import Walk
 from hf_iau.remember.files import file_digest
 from hf_iau.requests import journal as journal_module
 from hf_iau.requests import milestones, service
@@ -336,9 +337,12 @@ def test_the_same_rows_in_any_order_are_the_same_request(trainer: UnlearningTrai
         trainer.unlearn(as_dataset(plain_rows(2, seed=8)), config=GIVEN, save=True)
 
 
-def test_named_requests(trainer: UnlearningTrainer, tmp_path: Path) -> None:
+def test_named_requests(trainer: UnlearningTrainer, tmp_path: Path, caplog: Any) -> None:
     assert serve(trainer, [7], request_id="ticket 12").applied
+    assert not serve(trainer, [7], request_id="ticket 12").applied
+    assert "other rows" not in caplog.text
     assert not serve(trainer, [9], request_id="ticket 12").applied  # the name is what counts
+    assert "those given now (1) are NOT forgotten" in caplog.text
     assert "ticket" not in (tmp_path / "_iau" / "ledger.jsonl").read_text()
     with pytest.raises(RequestError, match="give save=True"):
         serve(trainer, [9], save=False, request_id="ticket 13")
@@ -407,6 +411,21 @@ def test_an_interrupted_request_takes_the_step_that_it_had_found(
     assert result.entry.config == whole.entry.config and result.report.verdict == whole.report.verdict
     assert relative_distance(parameters_of(trainer.model), expected, scene.state) < 1e-9
     assert trainer.memory.calibration == memory.calibration
+
+
+def test_a_walk_is_not_recorded_as_one_step(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """k and c of the one step that was not taken would say nothing of it."""
+
+    def walked(model: Any, *_: Any, names: list[str], damping: float, **__: Any) -> Walk:
+        step = {name: torch.full_like(model.get_parameter(name), 1e-4, dtype=torch.float64) for name in names}
+        return Walk(step, damping, 7, True, 0.0, 0.0, 0.0)
+
+    monkeypatch.setattr(iau_module, "walk", walked)
+    monkeypatch.setattr(iau_module, "_LEFT", -1.0)  # no step is good enough
+    entry = serve(scene_trainer(tmp_path, scene), range(40), config=None).entry
+    assert entry.outcome["walked"] and entry.calibration is None
+    text = (tmp_path / "_iau" / "certificates" / "00001.md").read_text()
+    assert "| method | `iau`, in many short steps |" in text and "finish weight" not in text
 
 
 def test_another_request_in_between_makes_the_found_step_void(scene: Scene, tmp_path: Path, caplog: Any) -> None:
