@@ -81,7 +81,8 @@ def _removal(panel: Panel, result: Result) -> Answer:
 
 
 def _efficiency(panel: Panel, result: Result) -> Answer:
-    share = result.seconds / panel.retraining_seconds()
+    requests = len(result.cells[0]["requests"] or [None])
+    share = result.seconds / (requests * panel.retraining_seconds())
     others = [r for r in panel.complete if r.method != RETRAIN and r.name != result.name]
     faster = sum(r.seconds < result.seconds for r in others)
     answer = YES if share <= FAST else PARTLY if share <= WORTHWHILE else NO
@@ -89,7 +90,8 @@ def _efficiency(panel: Panel, result: Result) -> Answer:
         "efficiency: a fraction of retraining",
         f"at most {FAST:.0%} of retraining's seconds ({WORTHWHILE:.0%})",
         answer,
-        f"{result.seconds:.1f} s, {share:.1%} of retraining; {faster} of {len(others)} other methods are faster",
+        f"{result.seconds:.1f} s, {share:.1%} of retraining{' for each request' if requests > 1 else ''}; {faster} of "
+        f"{len(others)} other methods are faster",
     )
 
 
@@ -109,6 +111,6 @@ def _average_rank(panel: Panel, result: Result) -> Answer:
     place = next((i for i, rank in enumerate(ranks, start=1) if rank.name == result.name), None)
     claim, test = "balance: the best average rank", "first of all methods (in the first third)"
     if place is None:
-        return Answer(claim, test, NO, "not finished for every seed")
+        return Answer(claim, test, NO, "not finished for the seeds of the others")
     answer = YES if place == 1 else PARTLY if place <= len(ranks) / 3 else NO
     return Answer(claim, test, answer, f"average rank {ranks[place - 1].mean:.1f}, place {place} of {len(ranks)}")

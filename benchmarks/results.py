@@ -96,10 +96,20 @@ class Panel:
         return list({cell["seed"]: cell for cell in sorted(self.cells, key=lambda c: c["seed"])}.values())
 
     @property
+    def common_seeds(self) -> list[int]:
+        """Seeds that every method is finished for; methods that lack the first seed do not count."""
+        first = min(seed for result in self.results for seed in result.seeds)
+        return sorted(set.intersection(*(result.seeds for result in self.results if first in result.seeds)))
+
+    @property
     def complete(self) -> list[Result]:
-        """Methods that are finished for every seed that any method is finished for."""
-        seeds = {cell["seed"] for cell in self.cells}
-        return [result for result in self.results if result.seeds == seeds]
+        """Methods on the common seeds alone, so that all are compared on the same models."""
+        seeds = set(self.common_seeds)
+        return [
+            Result(result.name, tuple(cell for cell in result.cells if cell["seed"] in seeds))
+            for result in self.results
+            if seeds <= result.seeds
+        ]
 
     def of(self, name: str) -> Result | None:
         """The method of that name, if it is finished."""
@@ -148,7 +158,7 @@ def panels(cells: Sequence[Cell], suite: Suite) -> list[Panel]:
 
 
 def average_ranks(panel: Panel) -> list[Rank]:
-    """Places by gap, utility and seconds of all methods with every seed, best average first.
+    """Places by gap, utility and seconds of all methods on the common seeds, best average first.
 
     Retraining is the yardstick and takes no part.
     """

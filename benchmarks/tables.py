@@ -95,7 +95,7 @@ def _section(panel: Panel) -> list[str]:
     ]
     for result in panel.results:
         cells = list(result.cells)
-        name = result.name if len(cells) == len(seeds) else f"{result.name} ({len(cells)} seeds)"
+        name = result.name if len(cells) == len(seeds) else f"{result.name} ({len(cells)} seed{'s' * (len(cells) > 1)})"
         ends = [
             _seconds(cells, "unlearn"),
             f"{result.tuning_seconds:.0f}" if cells[0]["tuning"] else "",
@@ -157,18 +157,18 @@ def _front_sentences(panel: Panel) -> list[str]:
     """Who is on the front, and whether anyone is both closer and faster than the package's default."""
     complete = [result for result in panel.complete if np.isfinite(result.gap)]
     best = ", ".join(f"{r.name} ({r.gap:.2f} in {r.seconds:.1f} s)" for r in front(complete))
-    lines = [f"Front of gap against seconds: {best}.", ""]
-    ours = panel.of(DEFAULT_METHOD)
-    if ours is None or ours not in complete:
+    seeds = panel.common_seeds
+    over = "" if len(seeds) == len(panel.once) else f" and ranks, on seeds {', '.join(map(str, seeds))} of all methods"
+    lines = [f"Front of gap against seconds{over}: {best}.", ""]
+    ours = next((result for result in complete if result.name == DEFAULT_METHOD), None)
+    if ours is None:
         return lines
-    better = closer_and_faster(complete, ours)
+    better = closer_and_faster([r for r in complete if r.method != DEFAULT_METHOD], ours)
     if better:
         names = ", ".join(f"{r.name} ({r.gap:.2f} in {r.seconds:.1f} s)" for r in better)
         sentence = f"Both closer and faster than `{DEFAULT_METHOD}` ({ours.gap:.2f} in {ours.seconds:.1f} s): {names}."
     else:
-        sentence = (
-            f"No method is both closer and faster than `{DEFAULT_METHOD}` ({ours.gap:.2f} in {ours.seconds:.1f} s)."
-        )
+        sentence = f"No other method is both closer and faster than `{DEFAULT_METHOD}` ({ours.gap:.2f} in {ours.seconds:.1f} s)."
     return [*lines, sentence, ""]
 
 

@@ -14,6 +14,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks.claims import NO, PARTLY, UNKNOWN, YES, check_claims  # noqa: E402
+from benchmarks.document import filled  # noqa: E402
 from benchmarks.plots import plot_roc  # noqa: E402
 from benchmarks.results import Panel, Result, average_ranks, closer_and_faster, front  # noqa: E402
 
@@ -29,6 +30,7 @@ def cell(
         "gap_before": {"mean_absolute": 5.0, "mia_auc": 6.0},
         "noise_floor": {"mean_absolute": 1.0, "mia_auc": -0.5},
         "tuning": None,
+        "requests": None,
         "timing": {
             "kind": "cpu",
             "unlearn_cpu_seconds": seconds,
@@ -50,18 +52,22 @@ def test_ranks_are_means_of_places_and_ties_share_one() -> None:
     assert [rank.mean for rank in ranks] == pytest.approx([5.5 / 3, 5.5 / 3, 7 / 3])
 
 
-def test_retraining_and_methods_without_every_seed_take_no_part_in_ranks() -> None:
-    whole = tuple(cell(1.0, 0.0, 1.0, seed=seed) for seed in (0, 1))
+def test_methods_are_compared_on_the_seeds_that_all_have_and_retraining_takes_no_part() -> None:
+    good, bad = cell(1.0, 0.0, 1.0), cell(9.0, -9.0, 9.0)
+    retraining = tuple(cell(0.0, 0.0, 9.0, seed=seed, method="retrain") for seed in (0, 1))
     some = Panel(
         "work",
         "scenario",
         (
-            Result("whole", whole),
-            Result("half", whole[:1]),
-            Result("retrain", tuple(cell(0.0, 0.0, 9.0, seed=seed, method="retrain") for seed in (0, 1))),
+            Result("two seeds", (bad, good | {"seed": 1})),
+            Result("one seed", (cell(2.0, -1.0, 2.0),)),
+            Result("another seed", (good | {"seed": 1},)),
+            Result("retrain", retraining),
         ),
     )
-    assert [rank.name for rank in average_ranks(some)] == ["whole"]
+    assert some.common_seeds == [0]
+    assert [rank.name for rank in average_ranks(some)] == ["one seed", "two seeds"]
+    assert [result.name for result in front(some.complete)] == ["one seed", "retrain"]
 
 
 def test_the_front_holds_what_nothing_is_closer_and_faster_than() -> None:
@@ -99,6 +105,14 @@ def test_claims_are_denied_where_the_numbers_do_not_bear_them() -> None:
     assert {answer.answer for answer in check_claims(found, found.results[0])} == {NO}
 
 
+def test_several_requests_are_held_against_as_many_retrainings() -> None:
+    several = cell(1.0, 0.0, 150.0) | {"requests": [{}] * 20}
+    answers = check_claims(panel(ours=several), Result("ours", (several,)))
+    efficiency = next(answer for answer in answers if answer.claim.startswith("efficiency"))
+    assert efficiency.answer == YES
+    assert "7.5% of retraining for each request" in efficiency.evidence
+
+
 def test_roc_curves_are_drawn_and_a_model_with_infinite_losses_is_left_out(tmp_path: Path) -> None:
     losses = {
         "before": (np.array([0.1, 0.2]), np.array([1.0, 2.0])),
@@ -106,3 +120,16 @@ def test_roc_curves_are_drawn_and_a_model_with_infinite_losses_is_left_out(tmp_p
     }
     plot_roc(losses, "title", tmp_path / "roc.png")
     assert (tmp_path / "roc.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_measured_tables_are_put_between_their_marks_without_folders() -> None:
+    page = "before\n<!-- cpu:begin -->\nold\n<!-- cpu:end -->\nafter"
+    table = "# cpu\n\nwords\n\n## digits\n\nCommand: `run cpu --out /home/me/out --data /data`.\n\n## more\n"
+    text = filled(page, "cpu", table)
+    assert text == (
+        "before\n<!-- cpu:begin -->\n### digits\n\nCommand: `run cpu --out OUT --data DATA`.\n\n### more\n"
+        "<!-- cpu:end -->\nafter"
+    )
+    assert filled(text, "cpu", table) == text
+    with pytest.raises(ValueError, match="lacks"):
+        filled("nothing", "cpu", table)
