@@ -172,25 +172,26 @@ def walk(
     anchors = _Anchors(model, retained)
     best = Walk(dict(moved), damping, 0, False, shortfall.remaining(losses), before, 0.0)
     curve: list[dict[str, Any]] = []
-    stride, last = _STRIDE, before
+    stride, last, length = _STRIDE, before, 0.0
+    push: Step | None = None
     try:
         for number in tqdm(range(_MOST_STEPS), desc="walking", disable=not (progress and is_main_process())):
-            missing = shortfall.each(losses)
-            if not missing.any():
-                break
-            push = curvature.solve(weighted_gradient(model, pushed, missing / shortfall.doubt(losses), names), damping)
-            length = step_norm(push)
-            if not length > 0 or not np.isfinite(length):
-                break
-            pull = curvature.solve(anchors.drift_gradient(model, number, names), damping)
-            # The pull is Newton's step back, but no longer than the push.
-            back = min(1.0, stride * norm / max(step_norm(pull), 1e-300))
-            further = {
-                name: moved[name]
-                + (stride * norm / length) * push[name].to(moved[name])
-                - back * pull[name].to(moved[name])
-                for name in names
-            }
+            if push is None:  # a step that was taken back leaves it as it was
+                missing = shortfall.each(losses)
+                if not missing.any():
+                    break
+                push = curvature.solve(
+                    weighted_gradient(model, pushed, missing / shortfall.doubt(losses), names), damping
+                )
+                length = step_norm(push)
+                if not length > 0 or not np.isfinite(length):
+                    break
+            further = {name: moved[name] + (stride * norm / length) * push[name].to(moved[name]) for name in names}
+            if curve:  # else nothing has moved that could be drawn back
+                pull = curvature.solve(anchors.drift_gradient(model, number, names), damping)
+                # Newton's step back, but no longer than the push.
+                back = min(1.0, stride * norm / max(step_norm(pull), 1e-300))
+                further = {name: place - back * pull[name].to(place) for name, place in further.items()}
             relative = step_norm(further) / norm
             if relative > max_relative_step:
                 break
@@ -200,7 +201,7 @@ def walk(
                 stride *= 0.5
                 _place(model, weights, moved)
                 continue
-            moved, last = further, now
+            moved, last, push = further, now, None
             losses = predict_rows(model, looked_at).loss
             remaining = shortfall.remaining(losses)
             curve.append(

@@ -467,3 +467,25 @@ def test_through_the_trainer_a_memorised_model_forgets(scene, tmp_path):
     assert abs(report.after["mia_auc_test"] - 0.5) < 0.3 * (report.before["mia_auc_test"] - 0.5)
     drift_ = report.after["held_out_loss"] / report.before["held_out_loss"] - 1.0
     assert drift_ <= DEAR or report.verdict != SAFE
+
+
+def test_directions_are_not_made_again_for_a_shorter_stride(scene, monkeypatch):
+    """One push a point; a pull only where something has moved."""
+    counts = {"push": 0, "pull": 0}
+    push, pull = WALK.weighted_gradient, WALK._Anchors.drift_gradient
+
+    def count(name, function):
+        def counted(*arguments):
+            counts[name] += 1
+            return function(*arguments)
+
+        return counted
+
+    monkeypatch.setattr(WALK, "weighted_gradient", count("push", push))
+    monkeypatch.setattr(WALK._Anchors, "drift_gradient", count("pull", pull))
+    monkeypatch.setattr(WALK, "_STRIDE", 2.0)  # halved before the first step stands
+    path = walked(scene, max_relative_step=10.0)
+    assert path.curve and path.curve[0]["stride"] < 2.0
+    points = len(path.curve)
+    assert points <= counts["push"] <= points + 1
+    assert points - 1 <= counts["pull"]
