@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Iterator
 
@@ -18,6 +19,16 @@ def pytest_collection_finish() -> None:
     """Keep what the libraries made on import out of the garbage collections that a Trainer asks for."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _loggers_left_alone() -> Iterator[None]:
+    """Levels that a test sets do not silence what the next one listens to."""
+    names = [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "hf_iau"]
+    levels = {name: logging.getLogger(name).level for name in names}
+    yield
+    for name in [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "hf_iau"]:
+        logging.getLogger(name).setLevel(levels.get(name, logging.NOTSET))
 
 
 @pytest.fixture(autouse=True)

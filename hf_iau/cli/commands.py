@@ -465,14 +465,14 @@ def audit_command(
             if not yes:
                 if as_json:
                     raise RequestError("--purge with --json cannot ask: add --yes.")
-                out.result({}, _findings(found.to_dict()))
+                out.result({}, _findings(found.to_dict(), directory))
                 size = tables.size(sum(finding.bytes for finding in found.removable))
                 if not typer.confirm(f"Remove {len(found.removable)} of these, {size}, for good?", err=True):
                     out.note("Nothing was removed.")
                     raise typer.Exit(ExitCode.FOUND)
             freed = found.purge()
         values = found.to_dict() | {"bytes_freed": freed}
-        text = _findings(found.to_dict()) if found.findings else str(found)
+        text = _findings(found.to_dict(), directory) if found.findings else str(found)
         out.result(values, text)
         if freed is not None:
             out.note(f"{tables.size(freed)} removed.")
@@ -596,10 +596,12 @@ def _rich(table: tables.Table) -> Table:
     return made
 
 
-def _findings(values: dict[str, Any]) -> Table:
+def _findings(values: dict[str, Any], root: Path) -> Table:
     table = Table("path", "kind", "size", "purge", "why")
     table.columns[0].overflow = "fold"
     for finding in values["findings"]:
-        row = [finding["path"], finding["kind"], tables.size(finding["bytes"]), "yes" if finding["removable"] else "no"]
+        path = Path(finding["path"])
+        inside = path.relative_to(root) if path.is_relative_to(root) else path
+        row = [str(inside), finding["kind"], tables.size(finding["bytes"]), "yes" if finding["removable"] else "no"]
         table.add_row(*row, f"{finding['why']} {finding['remedy']}".strip())
     return table

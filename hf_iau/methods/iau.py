@@ -31,6 +31,7 @@ from hf_iau.errors import CalibrationError, ConfigError, MemoryFileError, Missin
 from hf_iau.forget import ForgetContext, MethodOutcome, apply_step, step_norm, weights_norm
 from hf_iau.gather.gradient_sum import GradientSum, sum_row_gradients
 from hf_iau.methods.base import add_weight_decay, register_method
+from hf_iau.methods.settings import is_finite
 from hf_iau.methods.verdict import judge
 from hf_iau.objective import RowPredictions, RowSource, predict_rows
 from hf_iau.objective.rows import row_bytes
@@ -105,7 +106,7 @@ class IAUConfig:
     def __post_init__(self) -> None:
         for name, least in {"length": 0.0, "damping": 0.0, "finish_weight": 0.0}.items():
             value = getattr(self, name)
-            if value is not None and (not math.isfinite(value) or value < least):
+            if value is not None and (not is_finite(value) or value < least):
                 raise ConfigError(
                     f"IAUConfig({name}={value}): give a finite number >= {least:g}, or None to calibrate."
                 )

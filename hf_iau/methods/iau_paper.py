@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from hf_iau.errors import ConfigError
 from hf_iau.forget import ForgetContext, MethodOutcome, apply_step, step_norm
 from hf_iau.methods.base import check_gradient_difference, forget_and_retain_sums, register_method
+from hf_iau.methods.settings import is_finite
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class IAUPaperConfig:
     def __post_init__(self) -> None:
         for name in ("eta", "retain_weight"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
+            if not isinstance(value, (int, float)) or not is_finite(value):
                 raise ConfigError(f"IAUPaperConfig({name}={value!r}): give a finite number.")
         if self.eta < 0:
             raise ConfigError(f"IAUPaperConfig(eta={self.eta}): a negative rate would learn the forget rows; use >= 0.")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from hf_iau.errors import ConfigError
 from hf_iau.forget import ForgetContext, MethodOutcome, apply_step, step_norm
 from hf_iau.methods.base import check_gradient_difference, forget_and_retain_sums, register_method
+from hf_iau.methods.settings import is_finite
 
 _ADAM_EPSILON = 1e-8
 
@@ -24,7 +24,7 @@ class IAUReleasedConfig:
     lr: float = field(default=1e-3, metadata={"help": "Learning rate of the one Adam step, as in the released code."})
 
     def __post_init__(self) -> None:
-        if not isinstance(self.lr, (int, float)) or not math.isfinite(self.lr) or self.lr < 0:
+        if not isinstance(self.lr, (int, float)) or not is_finite(self.lr) or self.lr < 0:
             raise ConfigError(f"IAUReleasedConfig(lr={self.lr!r}): give a finite number >= 0.")
 
 

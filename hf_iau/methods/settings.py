@@ -8,6 +8,14 @@ from typing import Any
 from hf_iau.errors import ConfigError
 
 
+def is_finite(value: float) -> bool:
+    """Whether a number is finite as a float; a whole number may be too large for one."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def check_number(
     config: Any,
     name: str,
@@ -24,7 +32,7 @@ def check_number(
     fits = (
         isinstance(value, kind)
         and not isinstance(value, bool)
-        and math.isfinite(value)
+        and is_finite(value)
         and at_least <= value <= at_most
         and above < value < below
     )
