@@ -22,13 +22,10 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _loggers_left_alone() -> Iterator[None]:
-    """Levels that a test sets do not silence what the next one listens to."""
-    names = [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "hf_iau"]
-    levels = {name: logging.getLogger(name).level for name in names}
-    yield
+def _loggers_left_alone() -> None:
+    """Levels set by another test, or by a fixture that lives longer than one, do not silence what this one hears."""
     for name in [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "hf_iau"]:
-        logging.getLogger(name).setLevel(levels.get(name, logging.NOTSET))
+        logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 @pytest.fixture(autouse=True)
