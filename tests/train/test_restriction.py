@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from several_processes import run_in_processes
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -577,9 +578,14 @@ def test_training_with_accumulation(tmp_path: Path, label_smoothing: float) -> N
     assert relative_error(approximate, exact) < 5e-2
 
 
-def _check_two_processes(rank: int, store: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def average_in_each_process(folder: Path) -> int:
+    """Run in each of two processes.
+
+    Returns:
+        How many gradients were compared.
+    """
+    torch.distributed.init_process_group("gloo")
+    rank, compared = torch.distributed.get_rank(), 0
     torch.manual_seed(0)
     bare = smooth_model()
     batches = [[rows(4 + rank) for rank in (0, 1)] for _ in range(4)]
@@ -598,9 +604,12 @@ def _check_two_processes(rank: int, store: str) -> None:
             expected = {name: sum(part[name] for part in parts) / 2 for name in parts[0]}
             found = {name: p.grad for name, p in model.module.named_parameters() if p.grad is not None}
             assert_same(found, expected, 1e-9)
-    torch.distributed.destroy_process_group()
+            compared += len(found)
+    return compared
 
 
 @pytest.mark.slow
 def test_processes_average_their_restricted_gradients(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_check_two_processes, args=(str(tmp_path / "store"),), nprocs=2)
+    ended = run_in_processes(Path(__file__), tmp_path, "average_in_each_process:2")["average_in_each_process:2"]
+    assert [process.get("error", "did not end") for process in ended] == [None, None], ended
+    assert all(process["result"] > 0 for process in ended)
