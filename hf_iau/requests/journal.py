@@ -35,6 +35,7 @@ class Journal:
         rows: how many rows it forgets.
         method, config: of the request.
         weights_before: fingerprint of the weights that it began with.
+        rows_name: keyed name of its rows, which `request` is not where the caller gave a name.
         step: length k, damping λ and finish weight c that were found, with what was judged of them; None where the
             step is not made by these alone.
         weights_after: fingerprint of the moved weights, once they are staged.
@@ -49,6 +50,7 @@ class Journal:
     method: str
     config: dict[str, Any]
     weights_before: str
+    rows_name: str = ""
     step: dict[str, Any] | None = None
     weights_after: str = ""
     files: list[str] = field(default_factory=list)

@@ -102,7 +102,7 @@ class RequestService:
             The ledger's entry, and what `run` returned, or None if the request was served before.
 
         Raises:
-            RequestError: another request is being served.
+            RequestError: another request is being served, or `request_id` was served before, for other rows.
             StorageError: it could not be written; everything is as before.
         """
         trainer = self.trainer
@@ -124,13 +124,11 @@ class RequestService:
             found = on_main_process(lambda: _served_before(entries, name, run_name, before), "the ledger")
             if found is not None:
                 entry = LedgerEntry(**found)
-                given = sorted(row.tobytes().hex() for row in fingerprints)
-                if sorted(entry.row_ids) != given and is_main_process():
-                    logger.warning(
-                        "A request of that request_id was served at %s, of other rows: those given now (%d) are NOT "
-                        "forgotten. Give them a request_id of their own.",
-                        entry.time,
-                        len(fingerprints),
+                if sorted(entry.row_ids) != sorted(row.tobytes().hex() for row in fingerprints):
+                    raise RequestError(
+                        f"request_id={request_id!r} names a request of {entry.rows} rows that was served at {entry.time}, "
+                        f"and the {len(rows)} rows given now are others: nothing was computed, and they are not "
+                        "forgotten. Give them a request_id of their own, or leave it out."
                     )
                 return entry, None
             self._check_room(memory)
@@ -141,6 +139,7 @@ class RequestService:
                 method=method.name,
                 config=jsonable(config),
                 weights_before=before,
+                rows_name=request_name(self.key, fingerprints),
             )
             journaled = _JournaledMethod(method, journal, self._found_before(interrupted, journal), self._note)
             kept: list[LedgerEntry] = []
@@ -339,12 +338,11 @@ class RequestService:
                 interrupted.time,
             )
             return None
-        same = (interrupted.method, interrupted.config, interrupted.weights_before) == (
-            journal.method,
-            journal.config,
-            journal.weights_before,
-        )
-        return interrupted.step if same else None
+
+        def made_with(one: Journal) -> tuple[Any, ...]:
+            return one.rows_name, one.method, one.config, one.weights_before
+
+        return interrupted.step if made_with(interrupted) == made_with(journal) else None
 
     def _check_room(self, memory: GradientMemory | None) -> None:
         model = self.trainer._bare_model()

@@ -337,17 +337,23 @@ def test_the_same_rows_in_any_order_are_the_same_request(trainer: UnlearningTrai
         trainer.unlearn(as_dataset(plain_rows(2, seed=8)), config=GIVEN, save=True)
 
 
-def test_named_requests(trainer: UnlearningTrainer, tmp_path: Path, caplog: Any) -> None:
-    assert serve(trainer, [7], request_id="ticket 12").applied
-    assert not serve(trainer, [7], request_id="ticket 12").applied
-    assert "other rows" not in caplog.text
-    assert not serve(trainer, [9], request_id="ticket 12").applied  # the name is what counts
-    assert "those given now (1) are NOT forgotten" in caplog.text
+def test_named_requests(trainer: UnlearningTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert serve(trainer, [7, 8], request_id="ticket 12").applied
+    assert not serve(trainer, [8, 7], request_id="ticket 12").applied
+    bits, files = state_of(trainer.model), on_disk(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_serve", lambda *a, **k: pytest.fail("it computed"))
+        for others in ([9], [7], [7, 8, 9]):
+            with pytest.raises(RequestError, match=r"request_id='ticket 12' names a request of 2 rows .* of their own"):
+                serve(trainer, others, request_id="ticket 12")
+    assert_bits(trainer.model, bits)
+    assert on_disk(tmp_path) == files
+    assert serve(trainer, [9], request_id="ticket 13").applied
     assert "ticket" not in (tmp_path / "_iau" / "ledger.jsonl").read_text()
     with pytest.raises(RequestError, match="give save=True"):
-        serve(trainer, [9], save=False, request_id="ticket 13")
+        serve(trainer, [10], save=False, request_id="ticket 14")
     with pytest.raises(RequestError, match="contradict each other"):
-        serve(trainer, [9], dry_run=True)
+        serve(trainer, [10], dry_run=True)
 
 
 def test_a_later_training_run_on_the_same_rows_has_requests_of_its_own(trainer: UnlearningTrainer) -> None:
@@ -438,6 +444,20 @@ def test_another_request_in_between_makes_the_found_step_void(scene: Scene, tmp_
     assert "A request of 16 rows" in caplog.text and "run it again" in caplog.text
     assert serve(trainer).applied
     assert Ledger.of(tmp_path).verify().count == 2
+
+
+def test_a_found_step_is_not_taken_for_other_rows_of_that_name(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = scene_trainer(tmp_path, scene)
+    milestones.observer = lambda name: stop() if name == "journal written" else None
+    with pytest.raises(Stopped):
+        serve(trainer, [100, 101], config=None, request_id="ticket")
+    milestones.observer = None
+    calibrated = []
+    whole = iau_module.calibrate
+    monkeypatch.setattr(iau_module, "calibrate", lambda *a, **k: calibrated.append(1) or whole(*a, **k))
+    assert serve(trainer, [102, 103], config=None, request_id="ticket").applied and calibrated
 
 
 # The queue
