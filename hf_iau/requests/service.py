@@ -385,7 +385,8 @@ class RequestService:
         try:
             with _storage_errors("The request could not be written"):
                 self.journal.clear_staged()
-                private.mkdir(parents=True, mode=PRIVATE_FOLDER)
+                for folder in (staged, private):
+                    folder.mkdir(mode=PRIVATE_FOLDER)
                 self._stage_weights(staged)
                 passed("weights staged")
                 if memory is not None:

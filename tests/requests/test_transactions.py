@@ -122,6 +122,30 @@ def test_other_kinds_of_models(family: str, tmp_path: Path) -> None:
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
+def test_only_what_lies_below_iau_is_closed_to_others(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "served", "lora", rows=rows_of("lora", 24))
+    trainer.model.add_adapter("second", trainer.model.peft_config["default"])  # saved in a folder of its own
+    trainer.gather(WITH_CURVATURE)
+    staged: dict[Path, int] = {}
+
+    def modes(folder: Path) -> dict[Path, int]:
+        return {path.relative_to(folder): stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*")}
+
+    milestones.observer = lambda name: staged.update(modes(tmp_path / "served" / "_iau"))
+    mask = os.umask(0o022)
+    try:
+        serve(trainer, [1, 2])
+        super(UnlearningTrainer, trainer).save_model(str(tmp_path / "plain"))
+    finally:
+        os.umask(mask)
+    assert staged[Path("staged")] == staged[Path("staged/_iau")] == staged[Path("staged/_iau/certificates")] == 0o700
+    served, plain = modes(tmp_path / "served"), modes(tmp_path / "plain")
+    private = {path for path in served if path.parts[0] == "_iau"}
+    assert all(served[path] == (0o700 if (tmp_path / "served" / path).is_dir() else 0o600) for path in private)
+    assert plain[Path("second")] == 0o755
+    assert {path: mode for path, mode in served.items() if path not in private} == plain
+
+
 def test_sharded_weights_change_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(tmp_path, "bert", rows=rows_of("bert", 24))
     trainer.gather(WITH_CURVATURE)
