@@ -47,7 +47,7 @@ from hf_iau.methods import find_method
 from hf_iau.methods.base import UnlearningMethod
 from hf_iau.objective import RowLoss, RowSource, probe_additivity
 from hf_iau.objective.adapters import check_adapters
-from hf_iau.objective.evaluation_mode import RandomState
+from hf_iau.objective.evaluation_mode import RandomState, placed_on
 from hf_iau.objective.row_loss import TrainerRowLoss, UserLossFunction, describe_function
 from hf_iau.objective.rows import refuse_iterable, row_bytes, rows_are_deterministic, select_rows
 from hf_iau.objective.working import memory_device, working
@@ -972,9 +972,9 @@ class UnlearningTrainer(Trainer):
         retrained = []
         if retrained_models:
             with context.timer.phase("measure_retrained"):
-                retrained = [
-                    measure_model(unwrapped(model).to(self.args.device), *splits) for model in retrained_models
-                ]
+                for given in retrained_models:
+                    with placed_on(unwrapped(given), self.args.device) as model:
+                        retrained.append(measure_model(model, *splits))
         memory = context.memory
         known = memory.n_rows if memory is not None else len(context.train) if context.train is not None else None
         counts = {"train_rows": known}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,7 @@ from hf_iau import (
 from hf_iau.errors import IAUError, MissingMemoryError, RequestError, StaleMemoryError
 from hf_iau.forget import ForgetContext, MethodOutcome
 from hf_iau.methods.base import _METHODS
+from hf_iau.objective.evaluation_mode import placed_on
 
 PAPER = IAUPaperConfig(eta=1e-3)
 GIVEN = IAUConfig(length=0.1, damping=1.0)
@@ -521,3 +523,37 @@ def test_the_report_has_every_set_and_the_retrained_models(tmp_path: Path) -> No
     assert report.per_row_suppressed
     report.save(tmp_path / "report")
     assert (tmp_path / "report" / "report.json").is_file()
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_retrained_model_is_put_back_where_and_as_it_was(
+    failing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trained(tmp_path)
+    retrained = bert(seed=1).train()
+    retrained.classifier.eval()
+    modes, bits = [module.training for module in retrained.modules()], state_of(retrained)
+    moves, measured = [], trainer_module.measure_model
+
+    def moved(module: nn.Module, device: torch.device) -> nn.Module:
+        moves.append((module, torch.device(device)))
+        return module
+
+    def measure(model: nn.Module, *splits: Any) -> Any:
+        if model is retrained:
+            assert moves == [(retrained, torch.device("meta"))]  # as if that were the trainer's device
+            if failing:
+                raise RequestError("cannot be measured")
+        return measured(model, *splits)
+
+    monkeypatch.setattr(trainer_module, "measure_model", measure)
+    monkeypatch.setattr(trainer_module, "placed_on", lambda model, _: placed_on(model, torch.device("meta")))
+    monkeypatch.setattr(type(retrained), "to", moved)
+    for layer_class in {type(module) for module in retrained.modules()}:
+        monkeypatch.setattr(layer_class, "to", moved)
+    with pytest.raises(RequestError) if failing else contextlib.nullcontext():
+        forget(trainer, retrained_model=retrained)
+    own = [module for module in retrained.modules() if any(True for _ in module.parameters(recurse=False))]
+    assert [(module, device) for module, device in moves[1:] if module in own] == [(m, torch.device("cpu")) for m in own]
+    assert [module.training for module in retrained.modules()] == modes
+    assert_bits(retrained, bits)
