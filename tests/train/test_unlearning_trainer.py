@@ -554,6 +554,8 @@ def test_a_retrained_model_is_put_back_where_and_as_it_was(
     with pytest.raises(RequestError) if failing else contextlib.nullcontext():
         forget(trainer, retrained_model=retrained)
     own = [module for module in retrained.modules() if any(True for _ in module.parameters(recurse=False))]
-    assert [(module, device) for module, device in moves[1:] if module in own] == [(m, torch.device("cpu")) for m in own]
+    assert [(module, device) for module, device in moves[1:] if module in own] == [
+        (m, torch.device("cpu")) for m in own
+    ]
     assert [module.training for module in retrained.modules()] == modes
     assert_bits(retrained, bits)
