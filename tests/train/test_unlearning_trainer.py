@@ -34,10 +34,12 @@ from hf_iau import (
     IAUPaperConfig,
     IAUReleasedConfig,
     UnlearningTrainer,
+    gather,
     register_method,
 )
-from hf_iau.errors import IAUError, MissingMemoryError, RequestError, StaleMemoryError
+from hf_iau.errors import IAUError, MemoryFileError, MissingMemoryError, RequestError, StaleMemoryError
 from hf_iau.forget import ForgetContext, MethodOutcome
+from hf_iau.methods import RetrainConfig
 from hf_iau.methods.base import _METHODS
 from hf_iau.objective.evaluation_mode import placed_on
 
@@ -422,6 +424,44 @@ def test_save_model_writes_the_memory_of_the_saved_weights(tmp_path: Path) -> No
     # What training itself saved still belongs to the weights before the request.
     with pytest.raises(StaleMemoryError):
         GradientMemory.load(tmp_path).check_model(trainer.model)
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_an_ended_memory_is_removed_from_the_folder(
+    crash: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trained(tmp_path)
+    trainer.save_model()
+    before = state_of(trainer.model)
+    (tmp_path / "_iau" / "ledger.jsonl").write_text("kept")
+    result = forget(trainer, method="retrain", config=RetrainConfig(model_init=lambda: bert(seed=4)))
+    assert trainer.memory is None and GradientMemory.load(tmp_path)  # nothing was saved yet
+    if crash:
+        removed = Path.unlink
+
+        def stopped(path: Path, *args: Any, **kwargs: Any) -> None:
+            if path.suffix == ".safetensors":
+                raise KeyboardInterrupt
+            removed(path, *args, **kwargs)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, "unlink", stopped)
+            trainer.save_model()
+        with pytest.raises(MemoryFileError, match="No gradient memory"):
+            GradientMemory.load(tmp_path)
+    trainer.save_model()
+    assert sorted(path.name for path in (tmp_path / "_iau").iterdir()) == ["card.json", "ledger.jsonl"]
+    assert make_trainer(tmp_path, model=trainer.model).memory is None
+    # A memory that was gathered at the new weights meanwhile is not touched.
+    gather(trainer.model, trainer.train_dataset, config=EXACT, data_collator=trainer.data_collator).save(
+        tmp_path / "_iau"
+    )
+    trainer.save_model()
+    GradientMemory.load(tmp_path).check_model(trainer.model)
+    result.revert()
+    assert_bits(trainer.model, before)
+    trainer.save_model()
+    GradientMemory.load(tmp_path).check_model(trainer.model)
 
 
 def test_a_checkpoint_of_training_carries_no_memory(tmp_path: Path) -> None:
