@@ -495,7 +495,8 @@ class UnlearningTrainer(Trainer):
         """Have rows forgotten together with others: they wait on disk until there are 16, and are then served at once.
 
         Small requests are better batched, for two versions of the weights differ by an image of the rows. Needs a key
-        and a memory that was gathered with it. What waits is kept as keyed fingerprints alone.
+        and a memory that was gathered with it. What waits is kept as keyed fingerprints alone; rows
+        that wait already are not queued again.
 
         Args:
             forget_dataset, row_indices: as for `unlearn`.

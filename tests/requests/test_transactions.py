@@ -504,6 +504,40 @@ def test_small_requests_wait_for_company(trainer: UnlearningTrainer, tmp_path: P
     assert not any("fewer than 16" in sentence for sentence in result.report.warnings)
 
 
+def test_copies_of_a_row_are_queued_and_served_as_often_as_they_are_asked_for(tmp_path: Path, caplog: Any) -> None:
+    rows = plain_rows(60)
+    rows[5] = rows[9] = dict(rows[3])  # three copies
+    trainer = make_trainer(tmp_path, "plain", rows=rows)
+    trainer.gather(WITH_CURVATURE)
+    trainer.save_model()
+
+    def waiting() -> int:
+        return len(json.loads((tmp_path / "_iau" / "queue.json").read_text())["rows"])
+
+    def content(*positions: int) -> Any:
+        return trainer.train_dataset.select(positions)
+
+    trainer.queue(row_indices=[7])
+    for again in (content(7), content(7, 7)):  # there is one such row
+        trainer.queue(again)
+        assert waiting() == 1
+    assert "1 of the 1 rows wait in the queue already" in caplog.text
+    for numbers, expected in (([3], 2), ([3], 2), ([3, 5], 3), ([5, 3], 3)):
+        trainer.queue(row_indices=numbers)
+        assert waiting() == expected, numbers
+    result = trainer.serve_queue(config=GIVEN)
+    assert result is not None and result.entry.rows == 3
+    assert waiting() == 0 and trainer.serve_queue() is None  # the third copy was not asked for
+    assert trainer.memory.row_identity.forgotten.nonzero()[0].tolist() == [3, 5, 7]
+    trainer.queue(content(9))
+    trainer.queue(content(9))
+    assert waiting() == 1
+    serve(trainer, [9])
+    assert waiting() == 0
+    with pytest.raises(AlreadyForgottenError):
+        trainer.queue(content(9))
+
+
 def test_the_queue_is_served_once_and_cannot_be_forged(trainer: UnlearningTrainer, tmp_path: Path) -> None:
     trainer.queue(row_indices=[10, 11])
     path = tmp_path / "_iau" / "queue.json"

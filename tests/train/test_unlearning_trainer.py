@@ -444,9 +444,10 @@ def test_an_ended_memory_is_removed_from_the_folder(
                 raise KeyboardInterrupt
             removed(path, *args, **kwargs)
 
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch:
             patch.setattr(Path, "unlink", stopped)
-            trainer.save_model()
+            with pytest.raises(KeyboardInterrupt):
+                trainer.save_model()
         with pytest.raises(MemoryFileError, match="No gradient memory"):
             GradientMemory.load(tmp_path)
     trainer.save_model()
