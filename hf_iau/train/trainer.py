@@ -32,6 +32,7 @@ from hf_iau.forget import (
     MethodOutcome,
     WeightTransaction,
     agree_on_request,
+    first_order_rise,
     moved_gradient_sum,
     settle_weights,
     step_norm,
@@ -877,6 +878,8 @@ class UnlearningTrainer(Trainer):
             rows, targets = len(context.forget), outcome.forget_targets
             if targets is None:
                 targets = context.count_forget_targets()
+            if outcome.forget_sum is not None:
+                diagnostics["forecast_forget_loss_rise"] = first_order_rise(outcome.forget_sum, move, targets)
             moved_sum = None
             if memory.gradient_sum is not None and memory.curvature is not None and outcome.forget_sum is not None:
                 moved_sum = moved_gradient_sum(
