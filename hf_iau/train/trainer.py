@@ -580,12 +580,12 @@ class UnlearningTrainer(Trainer):
             retained = context.retained_sample(_MEASURED_RETAINED_ROWS, self.args.seed)
             if retained is not None:
                 retained = retained.resized(self.args.per_device_eval_batch_size)
-            measured = context.forget.resized(self.args.per_device_eval_batch_size)
-            held_out = context.held_out
-            if held_out is not None and len(held_out) > _MEASURED_HELD_OUT_ROWS:
-                held_out = held_out.sample(_MEASURED_HELD_OUT_ROWS, self.args.seed)
+            measured, held_out = context.forget_to_predict, context.held_out_sample(_MEASURED_HELD_OUT_ROWS)
             splits = (measured, retained, held_out, test)
             before = measure_model(model, *splits)
+            context.predicted[measured] = before.forget
+            if held_out is not None and before.held_out is not None:
+                context.predicted[held_out] = before.held_out
         transaction = WeightTransaction(model, memory_device(None))
         undo: Callable[[], None] | None = None
         with transaction:
