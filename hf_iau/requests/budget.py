@@ -140,8 +140,10 @@ def record_budget(report: UnlearningReport, context: ForgetContext, memory: Grad
     sentence = budget.sentence()
     if sentence is not None:
         report.warnings.append(sentence)
-    verdict = {"retrain": RETRAIN, "rebase": CHECK}.get(budget.advice, SAFE)
-    if report.verdict is not None and _GRAVITY.index(verdict) > _GRAVITY.index(report.verdict):
+    if budget.advice == "go on" or report.verdict is None:
+        return
+    verdict = RETRAIN if budget.advice == "retrain" else CHECK
+    if _GRAVITY.index(verdict) >= _GRAVITY.index(report.verdict):
         earlier = [] if report.verdict == SAFE else report.diagnostics.get("reasons", [])
         report.verdict = verdict
         report.diagnostics["reasons"] = [*budget.reasons, *earlier]

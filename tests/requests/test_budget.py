@@ -28,7 +28,13 @@ def memory(**changes: object) -> GradientMemory:
         # A long path is a reason to look; what was measured says whether the first-order picture has ended.
         ({"relative_path": 0.7}, 2.1, 0.4, "rebase", "add up to 70%"),
         ({"relative_path": 1.5}, 1.9, 0.0, "rebase", "add up to 150%"),
-        ({"relative_path": 0.7}, 2.3, 0.1, "retrain", "beyond a first-order picture: the held-out loss has risen by 15%"),
+        (
+            {"relative_path": 0.7},
+            2.3,
+            0.1,
+            "retrain",
+            "beyond a first-order picture: the held-out loss has risen by 15%",
+        ),
         ({"relative_path": 0.7}, 2.0, 0.5, "retrain", "foresaw the effect of the last step with an error of 50%"),
         ({"relative_path": 0.7}, 2.0, 12.0, "retrain", "an error of 1200%"),
         ({"relative_path": 0.4}, 2.0, 12.0, "rebase", "add up to 40%"),
@@ -64,18 +70,15 @@ def test_the_forecast_is_the_gradient_times_the_step(method: str, config: object
     moved = parameters_of(trainer.model)
     foreseen = sum(float((gradient[name] * (moved[name] - before[name])).sum()) for name in gradient) / 20
     error = report.diagnostics["budget"]["forecast_error"]
-    if method == "iau-released":  # a step along signs: its memory knows no gradient of the request
-        assert error is None
-        return
     measured = report.after["forget_loss"] - report.before["forget_loss"]
     assert report.diagnostics["forecast_forget_loss_rise"] == pytest.approx(foreseen, rel=1e-6)
     assert error == pytest.approx(abs(measured - foreseen) / abs(measured), rel=1e-6)
 
 
 def test_a_long_path_on_which_nothing_was_lost_is_to_be_checked(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, "plain", rows=plain_rows(200))
+    trainer = make_trainer(tmp_path, "plain", rows=plain_rows(400))
     trainer.gather(WITH_CURVATURE)
-    config = IAUConfig(length=0.2, damping=1.0)
+    config = IAUConfig(length=0.02, damping=1.0)
 
     def served(start: int, path: float, **held_out: float) -> UnlearningReport:
         trainer.memory.relative_path = path
