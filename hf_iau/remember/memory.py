@@ -391,6 +391,22 @@ def is_memory_file(name: str) -> bool:
     return _PART_OF_MEMORY.fullmatch(name) is not None
 
 
+def remove_memory(directory: Path) -> None:
+    """Remove a saved memory: its header first, so that a crash in between leaves no memory that could be loaded.
+
+    Args:
+        directory: the folder that it was saved in; may hold none.
+    """
+    if not directory.is_dir():
+        return
+    (directory / MEMORY_HEADER).unlink(missing_ok=True)
+    sync_folder(directory)
+    for path in directory.iterdir():
+        if is_memory_file(path.name):
+            path.unlink()
+    sync_folder(directory)
+
+
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 

@@ -47,7 +47,7 @@ from hf_iau.methods import find_method
 from hf_iau.methods.base import UnlearningMethod
 from hf_iau.objective import RowLoss, RowSource, probe_additivity
 from hf_iau.objective.adapters import check_adapters
-from hf_iau.objective.evaluation_mode import RandomState
+from hf_iau.objective.evaluation_mode import RandomState, placed_on
 from hf_iau.objective.row_loss import TrainerRowLoss, UserLossFunction, describe_function
 from hf_iau.objective.rows import refuse_iterable, row_bytes, rows_are_deterministic, select_rows
 from hf_iau.objective.working import memory_device, working
@@ -57,6 +57,7 @@ from hf_iau.publish.card import UnlearningCard, card_metadata, task_of_model
 from hf_iau.publish.upload import hub_errors_explained
 from hf_iau.remember import MEMORY_FOLDER, GradientMemory, RowIdentity, find_key, keyed_fingerprints
 from hf_iau.remember.fingerprints import data_fingerprint, package_versions, weights_fingerprint
+from hf_iau.remember.memory import MEMORY_HEADER, read_header, remove_memory
 from hf_iau.remember.private import TRAINER_IGNORES, refuse_private_files
 from hf_iau.report import UnlearningReport
 from hf_iau.requests.budget import FEWEST_ROWS, record_budget
@@ -354,6 +355,7 @@ class UnlearningTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`; the memory that belongs to these weights is saved with them, under `_iau/`.
 
+        Where a request has ended the memory, an old one that lies there is removed, for it is of other weights.
         Checkpoints (saved by the training loop itself) carry no memory.
         """
         super().save_model(output_dir, _internal_call)
@@ -364,6 +366,8 @@ class UnlearningTrainer(Trainer):
         memory = self._memory_in_ram()
         if memory is not None:
             memory.save(folder)
+        elif self._memory_ended and _memory_is_of_other_weights(folder, self._bare_model()):
+            remove_memory(folder)
         if self._unlearning_card is not None:
             self._unlearning_card.save(folder, self._bare_model())
 
@@ -491,7 +495,8 @@ class UnlearningTrainer(Trainer):
         """Have rows forgotten together with others: they wait on disk until there are 16, and are then served at once.
 
         Small requests are better batched, for two versions of the weights differ by an image of the rows. Needs a key
-        and a memory that was gathered with it. What waits is kept as keyed fingerprints alone.
+        and a memory that was gathered with it. What waits is kept as keyed fingerprints alone; rows
+        that wait already are not queued again.
 
         Args:
             forget_dataset, row_indices: as for `unlearn`.
@@ -544,12 +549,12 @@ class UnlearningTrainer(Trainer):
             retained = context.retained_sample(_MEASURED_RETAINED_ROWS, self.args.seed)
             if retained is not None:
                 retained = retained.resized(self.args.per_device_eval_batch_size)
-            measured = context.forget.resized(self.args.per_device_eval_batch_size)
-            held_out = context.held_out
-            if held_out is not None and len(held_out) > _MEASURED_HELD_OUT_ROWS:
-                held_out = held_out.sample(_MEASURED_HELD_OUT_ROWS, self.args.seed)
+            measured, held_out = context.forget_to_predict, context.held_out_sample(_MEASURED_HELD_OUT_ROWS)
             splits = (measured, retained, held_out, test)
             before = measure_model(model, *splits)
+            context.predicted[measured] = before.forget
+            if held_out is not None and before.held_out is not None:
+                context.predicted[held_out] = before.held_out
         transaction = WeightTransaction(model, memory_device(None))
         undo: Callable[[], None] | None = None
         with transaction:
@@ -972,9 +977,9 @@ class UnlearningTrainer(Trainer):
         retrained = []
         if retrained_models:
             with context.timer.phase("measure_retrained"):
-                retrained = [
-                    measure_model(unwrapped(model).to(self.args.device), *splits) for model in retrained_models
-                ]
+                for given in retrained_models:
+                    with placed_on(unwrapped(given), self.args.device) as model:
+                        retrained.append(measure_model(model, *splits))
         memory = context.memory
         known = memory.n_rows if memory is not None else len(context.train) if context.train is not None else None
         counts = {"train_rows": known}
@@ -1019,6 +1024,13 @@ def _checked_positions(train_dataset: Any, row_indices: Any) -> tuple[Any, np.nd
             "name each row once."
         )
     return select_rows(train_dataset, positions), positions.astype(np.int64)
+
+
+def _memory_is_of_other_weights(folder: Path, model: nn.Module) -> bool:
+    try:
+        return bool(read_header(folder / MEMORY_HEADER)["model"]["weights"] != weights_fingerprint(model))
+    except (IAUError, KeyError, TypeError):  # none, half of one, or one that cannot be read
+        return True
 
 
 def _selected(dataset: Any) -> Any:
