@@ -19,6 +19,8 @@ from hf_iau.calibrate.trial import Trial, TrialRunner
 _TRIALS_PER_LENGTH = 5
 _TRIALS_AFTER_A_GUESS = 3
 _MOST_HALVINGS = 4
+# A length that was too short is raised at least so much, or the search would creep.
+_LEAST_FACTOR = 1.05
 MAX_DRIFT = 0.3
 """A step that raises the held-out loss by more than this share is too long, whatever it forgets."""
 
@@ -121,9 +123,7 @@ def find_length(
         else:
             high, high_value = length, min(trial.criterion, -start.criterion if not spared else 0.0)
         if high is None:
-            # Still too short: extrapolate the line through the start, at most fourfold.
-            fall = max(start.criterion - trial.criterion, 1e-12)
-            length = min(length * min(max(start.criterion / fall, 1.3), 4.0), limit)
+            length = min(length * _further(start.criterion, tried), limit)
         else:
             gap = low_value - high_value  # not positive where the rows look no better known than held-out ones at k = 0
             share = min(max(low_value / gap, 0.1), 0.9) if gap > 0 else 0.1
@@ -135,6 +135,25 @@ def find_length(
     if not sparing:
         return min(tried, key=lambda trial: trial.length), False
     return min(sparing, key=lambda trial: abs(trial.criterion)), False
+
+
+def _further(distance: float, tried: list[Trial]) -> float:
+    """The factor by which k is raised where every step tried was too short.
+
+    What a step brings grows like a power of k: with exponent 1 by the first step alone, else by the last two, and from
+    there at most fourfold at a time.
+
+    Args:
+        distance: the criterion of no step.
+        tried: steps that brought less than that, in rising length.
+    """
+    brought = [distance - trial.criterion for trial in tried[-2:]]
+    if not 0.0 < brought[-1] < distance:
+        return 4.0 if distance > 0.0 else _LEAST_FACTOR  # nothing was brought; or there is nothing to be brought
+    exponent = 1.0
+    if len(brought) == 2 and 0.0 < brought[0] < brought[1]:
+        exponent = math.log(brought[1] / brought[0]) / math.log(tried[-1].length / tried[-2].length)
+    return min(max((distance / brought[-1]) ** (1.0 / max(exponent, 0.25)), _LEAST_FACTOR), 4.0)
 
 
 def _first_guess(runner: TrialRunner, damping: float, start: Trial) -> float:

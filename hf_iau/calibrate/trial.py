@@ -100,6 +100,8 @@ class TrialRunner:
             exceeds that of a large sample of training rows by, before any step, is that luck of the draw, and it is
             not to be forgotten.
         kept: bool array over the held-out rows: those whose loss must not rise (all of them by default).
+        held_out_at: (k, λ, c) → what was made of the held-out rows there. Runners of the same directions and held-out
+            rows may share it, so that no step is looked at twice.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class TrialRunner:
         criterion: Callable[[RowPredictions | None, RowPredictions], float] | None = None,
         kept: np.ndarray | None = None,
         offset: float = 0.0,
+        held_out_at: dict[tuple[float, float, float], RowPredictions] | None = None,
     ) -> None:
         self.model = model
         self.directions = directions
@@ -121,6 +124,7 @@ class TrialRunner:
         self.criterion = criterion or auc_distance
         self.kept = kept
         self.trials: list[Trial] = []
+        self.held_out_at = {} if held_out_at is None else held_out_at
         self._names = list(directions.forget_sum)
         self._weights_norm = weights_norm(model, self._names)
         parameters = dict(model.named_parameters())
@@ -164,12 +168,16 @@ class TrialRunner:
     def run(self, length: float, damping: float, finish_weight: float = 0.0) -> Trial:
         """Apply the step, look, and undo it."""
         step = self.directions.step(length, damping, finish_weight)
-        try:
-            apply_step(self.model, step)
-            target = None if self.target is None else predict_rows(self.model, self.target)
-            held_out = predict_rows(self.model, self.held_out)
-        finally:
-            self._restore()
+        place = (length, damping, finish_weight)
+        target, held_out = None, self.held_out_at.get(place)
+        if self.target is not None or held_out is None:
+            try:
+                apply_step(self.model, step)
+                target = None if self.target is None else predict_rows(self.model, self.target)
+                held_out = predict_rows(self.model, self.held_out) if held_out is None else held_out
+            finally:
+                self._restore()
+        self.held_out_at[place] = held_out
         relative = step_norm(step) / max(self._weights_norm, 1e-300)
         self.trials.append(self._describe(length, damping, finish_weight, relative, target, held_out))
         return self.trials[-1]

@@ -36,9 +36,10 @@ from hf_iau.calibrate.calibration import MAX_DRIFT
 from hf_iau.curvature import Curvature
 from hf_iau.forget.step import Step, step_norm, weights_norm
 from hf_iau.objective import RowPredictions, RowSource, evaluation_mode, predict_rows, read_targets
+from hf_iau.objective.rows import sample_positions
 from hf_iau.objective.targets import Targets, TaskKind
 from hf_iau.objective.working import kept_copy, memory_device
-from hf_iau.parallel import is_main_process, sum_over_processes, together
+from hf_iau.parallel import gather_arrays, is_main_process, sum_over_processes, together
 
 DAMPING = 0.1
 """λ of a walk, relative to each layer's mean eigenvalue."""
@@ -57,6 +58,8 @@ _ANCHOR_ROWS, _ANCHOR_ROWS_A_STEP = 2048, 256
 # What is kept of them: for a large vocabulary a row's logits alone are many megabytes.
 _ANCHOR_BYTES, _FEWEST_ANCHOR_ROWS = 256 * 2**20, 8
 _WATCHED_ROWS = 1000
+# So near to the end, by the last step, a look that costs no gradient goes first.
+_NEAR = 1.5
 
 
 @dataclass
@@ -71,6 +74,7 @@ class Walk:
         remaining: the share that is left; 1 at the start.
         held_out_loss, relative_step: at that point.
         curve: a line for each step of the whole path.
+        forget, held_out: what is made of the forget and of the held-out rows at that point; None where it is the start.
     """
 
     step: Step
@@ -81,6 +85,8 @@ class Walk:
     held_out_loss: float
     relative_step: float
     curve: list[dict[str, Any]] = field(default_factory=list)
+    forget: RowPredictions | None = None
+    held_out: RowPredictions | None = None
 
 
 @dataclass(frozen=True)
@@ -117,9 +123,13 @@ class Shortfall:
         """q of each row, between 0 and 1."""
         return 1.0 / (1.0 + np.expm1(np.clip(losses / self.scale, 1e-7, 500.0)) ** (1.0 / _SOFTNESS))
 
-    def each(self, losses: np.ndarray) -> np.ndarray:
-        """s of each row, `(rows,)`; 0 where it has no target."""
-        return np.nan_to_num(np.maximum(self.known(losses) - self.known(self.targets), 0.0))
+    def each(self, losses: np.ndarray, positions: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """s of each row, or of those at `positions`, whose losses are given; 0 where it has no target."""
+        return np.nan_to_num(np.maximum(self.known(losses) - self.known(self.targets[positions]), 0.0))
+
+    def weights(self, losses: np.ndarray, positions: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """s/(1−p) of each row: what its plain gradient is multiplied by."""
+        return np.nan_to_num(self.each(losses, positions) / self.doubt(losses))
 
     def mean(self, losses: np.ndarray) -> float:
         """The same between the two distributions: sorted against sorted, so that rows may change places."""
@@ -143,6 +153,8 @@ def walk(
     shortfall: Shortfall,
     *,
     names: Sequence[str],
+    looked_at: RowSource | None = None,
+    before: tuple[RowPredictions, RowPredictions] | None = None,
     damping: float = DAMPING,
     max_relative_step: float,
     progress: bool = False,
@@ -157,6 +169,8 @@ def walk(
         held_out: rows never trained on, in batches that fit forward passes.
         shortfall: the forget rows' targets, made at these weights.
         names: the parameters that move.
+        looked_at: the forget rows in batches that fit forward passes.
+        before: what is made of all forget and all held-out rows at these weights, where that is known.
         damping: λ, relative to each layer's mean eigenvalue.
         max_relative_step: farthest ‖Δ‖/‖θ‖ allowed.
         progress: show a progress bar.
@@ -164,25 +178,50 @@ def walk(
     weights = {name: kept_copy(model.get_parameter(name)) for name in names}
     norm = max(weights_norm(model, list(names)), 1e-300)
     moved: Step = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in weights.items()}
-    watched = held_out.sample(_WATCHED_ROWS, 0).keep_batches()
-    looked_at = forget.resized(held_out.batch_size).keep_batches()
+    chosen = sample_positions(len(held_out), _WATCHED_ROWS, 0)
+    watched = held_out.select(chosen).keep_batches() if len(chosen) < len(held_out) else held_out.keep_batches()
+    looked_at = (looked_at or forget.resized(held_out.batch_size)).keep_batches()
     pushed = forget.keep_batches()
-    before = predict_rows(model, watched).mean_loss
-    losses = predict_rows(model, looked_at).loss
+    losses_at_start = (before[0] if before else predict_rows(model, looked_at)).loss
+    at_start = (before[1].select(chosen) if before else predict_rows(model, watched)).mean_loss
     anchors = _Anchors(model, retained)
-    best = Walk(dict(moved), damping, 0, False, shortfall.remaining(losses), before, 0.0)
+    best = Walk(dict(moved), damping, 0, False, shortfall.remaining(losses_at_start), at_start, 0.0)
+    losses: np.ndarray | None = losses_at_start
     curve: list[dict[str, Any]] = []
-    stride, last, length = _STRIDE, before, 0.0
+    stride, last, length, left, expected = _STRIDE, at_start, 0.0, best.remaining, best.remaining
     push: Step | None = None
+
+    def arrive(losses: np.ndarray, seen: RowPredictions | None) -> bool:
+        """Note what the last step brought; whether it was the last one."""
+        nonlocal best, left, expected
+        remaining = shortfall.remaining(losses)
+        left, expected = remaining, 2.0 * remaining - left
+        relative = step_norm(moved) / norm
+        curve.append(
+            {
+                "damping": damping,
+                "stride": stride,
+                "relative_step": relative,
+                "criterion": remaining,
+                "held_out_loss": last,
+            }
+        )
+        arrived = remaining <= ARRIVED
+        if arrived or (remaining < best.remaining and last <= at_start + DEAR * abs(at_start)):
+            best = Walk(moved, damping, len(curve), arrived, remaining, last, relative, forget=seen)
+        return arrived or not last <= at_start + MAX_DRIFT * abs(at_start)
+
     try:
         for number in tqdm(range(_MOST_STEPS), desc="walking", disable=not (progress and is_main_process())):
             if push is None:  # a step that was taken back leaves it as it was
-                missing = shortfall.each(losses)
-                if not missing.any():
-                    break
-                push = curvature.solve(
-                    weighted_gradient(model, pushed, missing / shortfall.doubt(losses), names), damping
-                )
+                if losses is None:
+                    gradient, losses = push_gradient(model, pushed, shortfall, names)
+                    if arrive(losses, None):
+                        losses = None
+                        break
+                else:
+                    gradient = weighted_gradient(model, pushed, shortfall.weights(losses), names)
+                push = curvature.solve(gradient, damping)
                 length = step_norm(push)
                 if not length > 0 or not np.isfinite(length):
                     break
@@ -192,37 +231,26 @@ def walk(
                 # Newton's step back, but no longer than the push.
                 back = min(1.0, stride * norm / max(step_norm(pull), 1e-300))
                 further = {name: place - back * pull[name].to(place) for name, place in further.items()}
-            relative = step_norm(further) / norm
-            if relative > max_relative_step:
+            if step_norm(further) / norm > max_relative_step:
                 break
             _place(model, weights, further)
             now = predict_rows(model, watched).mean_loss
-            if not now <= last + _JUMP * abs(before) and stride > _SHORTEST_STRIDE:
+            if not now <= last + _JUMP * abs(at_start) and stride > _SHORTEST_STRIDE:
                 stride *= 0.5
                 _place(model, weights, moved)
                 continue
-            moved, last, push = further, now, None
-            losses = predict_rows(model, looked_at).loss
-            remaining = shortfall.remaining(losses)
-            curve.append(
-                {
-                    "damping": damping,
-                    "stride": stride,
-                    "relative_step": relative,
-                    "criterion": remaining,
-                    "held_out_loss": now,
-                }
-            )
-            if not now <= before + MAX_DRIFT * abs(before):
-                break
-            arrived = remaining <= ARRIVED
-            if arrived or (remaining < best.remaining and now <= before + DEAR * abs(before)):
-                best = Walk(moved, damping, len(curve), arrived, remaining, now, relative)
-            if arrived:
-                break
+            moved, last, push, losses = further, now, None, None
+            ruined = not now <= at_start + MAX_DRIFT * abs(at_start)
+            if ruined or expected <= _NEAR * ARRIVED or number == _MOST_STEPS - 1:
+                # Perhaps the last step. Elsewhere the pass that takes the next gradient looks as well.
+                seen = predict_rows(model, looked_at)
+                losses = seen.loss
+                if arrive(losses, seen):
+                    break
         if best.steps:  # the whole held-out sample, for comparison with one step
             _place(model, weights, best.step)
-            best.held_out_loss = predict_rows(model, held_out).mean_loss
+            best.held_out = predict_rows(model, held_out)
+            best.held_out_loss = best.held_out.mean_loss
     finally:
         _place(model, weights, None)
     best.curve = curve
@@ -321,6 +349,42 @@ def weighted_gradient(
             yield (targets.losses() * weight[targets.rows]).sum(), len(targets)
 
     return _gradient(model, losses(), names, f"the weighted gradient of the {source.name}")[0]
+
+
+def push_gradient(
+    model: nn.Module, source: RowSource, shortfall: Shortfall, names: Sequence[str]
+) -> tuple[dict[str, Tensor], np.ndarray]:
+    """Σ_rows s/(1−p)·∇ℓ, s and p by each row's loss at the weights as they are: one pass for both.
+
+    Args:
+        model: the bare model.
+        source: the rows of `shortfall`; of several processes, each takes its share.
+        shortfall: their targets.
+        names: parameters to take gradients for.
+
+    Returns:
+        float64 tensors by parameter name; and every row's loss, a mean over its targets, `(rows,)` float64, NaN for a
+        row without targets.
+    """
+    own, start = source.share()
+    seen: list[np.ndarray] = [np.zeros(0)]
+
+    def losses() -> Iterator[tuple[Tensor, int]]:
+        for positions, inputs in own:
+            targets = read_targets(model, model(**inputs), inputs.get("labels"))
+            each = targets.losses()
+            counts = torch.bincount(targets.rows, minlength=targets.n_rows)
+            sums = torch.zeros(targets.n_rows, dtype=torch.float64, device=each.device)
+            sums.index_add_(0, targets.rows, each.detach().double())
+            seen.append((sums / counts).cpu().numpy())
+            weights = shortfall.weights(seen[-1], start + positions)
+            share = torch.from_numpy(weights).to(each.device) / counts.clamp(min=1)
+            yield (each * share.to(each.dtype)[targets.rows]).sum(), len(targets)
+
+    what = f"the push of the {source.name}"
+    gradient, _ = _gradient(model, losses(), names, what)
+    parts = gather_arrays({"loss": np.concatenate(seen)}, {}, what)
+    return gradient, np.concatenate([arrays["loss"] for arrays, _ in parts])
 
 
 def _gradient(

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from hf_iau.curvature.blocks import Block, DiagonalBlock
 from hf_iau.curvature.capture import Capture
-from hf_iau.curvature.fit import LOOP_ROWS, Fit
+from hf_iau.curvature.fit import LOOP_ROWS, _Fit
 from hf_iau.curvature.layers import Call, Layer, LayerPlan, MatrixLayer, sum_of_squared_gradients
 from hf_iau.curvature.spread import Owners, fetch_tensor, spread
 from hf_iau.errors import NonFiniteGradientError
@@ -32,8 +32,8 @@ from hf_iau.parallel import (
 )
 
 
-class ShardedFit(Fit):
-    """As `Fit`, but of each layer one process, its owner, holds the statistics.
+class ShardedFit(_Fit):
+    """As `_Fit`, but of each layer one process, its owner, holds the statistics.
 
     All processes pass through the model together, each with its own rows. After every batch their statistics of one
     layer after the other are added up at its owner and let go. Owners find the bases of their layers; for Λ, bases are
@@ -53,13 +53,14 @@ class ShardedFit(Fit):
 
     # --- passes -------------------------------------------------------------------------------------------------------
 
-    def _batches(self, what: str) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
-        own, start = self.source.share()
+    def _batches(self, what: str, start: int = 0) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+        assert start == 0  # nothing is cached
+        own, first = self.source.share()
         passes = self.source.passes(self.model)
         total = -(-len(own) // own.batch_size)
         for positions, inputs, counts in tqdm(passes, total=total, desc=what, disable=not self.progress):
             self._counts = counts
-            yield start + positions, inputs
+            yield first + positions, inputs
         self._counts = True
 
     def _loss(self, positions: np.ndarray, inputs: dict[str, Any]) -> tuple[Tensor, int]:
@@ -145,7 +146,10 @@ class ShardedFit(Fit):
             fetch_tensor(b, self.owner[layer.name], f"the eigenvectors of {layer.name}").to(found.device) for b in bases
         )
         for a, g in layer.expand_in_chunks(calls, rows) if calls else ():
-            found += sum_of_squared_gradients(a, g, inputs.to(g.device), outputs.to(g.device)).to(found.device)
+            squares = sum_of_squared_gradients(
+                a, g, inputs.to(g.device), outputs.to(g.device), temporary_bytes=layer.temporary_bytes
+            )
+            found += squares.to(found.device)
         return found
 
     # --- rows one by one ----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from hf_iau.errors import MissingMemoryError, RequestError
-from hf_iau.objective import RowLoss, RowSource
+from hf_iau.objective import RowLoss, RowPredictions, RowSource
 from hf_iau.objective.row_loss import batch_rows
 from hf_iau.objective.targets import count_targets
 from hf_iau.phases import PhaseTimer
@@ -37,6 +38,7 @@ class ForgetContext:
         forgotten: digests of the rows that earlier requests took out, with how often each occurs.
         forgotten_positions: numbers by which earlier requests named rows; looked at first, and trusted no further.
         trainer: the Trainer that serves the request, for methods that train anew with its settings.
+        predicted: what the model makes of some rows at the weights that the request finds, where that was looked at.
         seed, progress, timer: as their names say.
     """
 
@@ -55,14 +57,32 @@ class ForgetContext:
     forgotten_positions: tuple[int, ...] = ()
     label_counts: Mapping[str, int] | None = None
     trainer: Any = None
+    predicted: dict[RowSource, RowPredictions] = field(default_factory=dict)
     seed: int = 0
     progress: bool = False
     timer: PhaseTimer = field(default_factory=PhaseTimer)
+
+    def __post_init__(self) -> None:
+        self._held_out_samples: dict[int, RowSource] = {}
 
     @property
     def prediction_batch_size(self) -> int:
         """Rows a batch where no gradients are taken."""
         return self.held_out.batch_size if self.held_out is not None else self.forget.batch_size
+
+    @functools.cached_property
+    def forget_to_predict(self) -> RowSource:
+        """The forget rows, in batches for where no gradients are taken."""
+        return self.forget.resized(self.prediction_batch_size)
+
+    def held_out_sample(self, size: int) -> RowSource | None:
+        """At most `size` held-out rows, the same ones for whoever asks; None where there are none."""
+        if self.held_out is None:
+            return None
+        size = min(size, len(self.held_out))
+        if size not in self._held_out_samples:
+            self._held_out_samples[size] = self.held_out.sample(size, self.seed, "held-out rows")
+        return self._held_out_samples[size]
 
     def require_memory(self, method: str) -> GradientMemory:
         """The memory, or an error that says how to get one."""

@@ -194,17 +194,16 @@ class IAU:
         directions = Directions(curvature, forget.tensors, finish, remaining, forget.n_targets)
         with context.timer.phase("calibration"):
             known = context.retained_sample(_REFERENCE_ROWS, context.seed + 7)
-            held_out = None
-            if context.held_out is not None:
-                held_out = context.held_out.sample(config.held_out_rows, context.seed, "held-out rows").keep_batches()
+            held_out = context.held_out_sample(config.held_out_rows)
             outset = _Outset(context, held_out, known)
             duplicates = self._near_duplicates(context, outset.known_rows)
             calibration, notes = self._calibrate(context, config, memory, directions, outset)
             found = calibration
             path: Walk | None = None
+            after = _After()
             if held_out is not None and not config.is_given:
                 calibration = self._finish(context, config, directions, calibration, outset, notes)
-                path = self._walk(context, config, directions, calibration, outset, notes)
+                path, after = self._walk(context, config, directions, calibration, outset, notes)
             found_by_main = of_main_process(
                 [calibration.length, calibration.damping, calibration.finish_weight], "k, λ and c"
             )
@@ -216,9 +215,11 @@ class IAU:
                 notes["walk"] = {"steps": path.steps, "one_step": _summary(calibration)}
                 calibration = _of_walk(calibration, path)
             else:
+                length = calibration.length
                 step = self._bounded_step(context, config, directions, calibration)
+                after = after if calibration.length == length else _After()
             apply_step(context.model, step)
-        lost, lead = self._look_back(context, outset, notes)
+        lost, lead = self._look_back(context, outset, after, notes)
         notes["retained_accuracy_lost"] = lost
         notes["accuracy_lead_of_forget_rows"] = lead
         relative = step_norm(step) / max(weights_norm(context.model, names), 1e-300)
@@ -295,7 +296,9 @@ class IAU:
                     "The trainer has no train_dataset to draw proxy rows from, so the forget rows themselves set the "
                     "target; that is unreliable for few or unusual rows."
                 )
-            runner = TrialRunner(context.model, directions, outset.forget_rows, held_out)
+            runner = TrialRunner(
+                context.model, directions, outset.forget_rows, held_out, held_out_at=outset.held_out_at
+            )
             start = runner.outset(outset.forget, outset.held_out, advantage)
             return self._search(runner, "forget rows", config, start), notes
         return self._calibrate_on_proxies(context, config, memory, directions, outset, advantage), notes
@@ -393,7 +396,13 @@ class IAU:
         if int(own.sum()) < 10 or int((~own).sum()) < 10:
             return _uncalibrated(context, config, directions)
         runner = TrialRunner(
-            context.model, directions, None, held_out, criterion=class_share_distance(label), kept=~own
+            context.model,
+            directions,
+            None,
+            held_out,
+            criterion=class_share_distance(label),
+            kept=~own,
+            held_out_at=outset.held_out_at,
         )
         return calibrate(
             runner,
@@ -435,7 +444,15 @@ class IAU:
         kept = outset.held_out.label != notes["whole_class"] if "whole_class" in notes else None
         held_out = outset.held_out_rows
         assert held_out is not None
-        runner = TrialRunner(context.model, directions, None, held_out, criterion=lambda *_: 0.0, kept=kept)
+        runner = TrialRunner(
+            context.model,
+            directions,
+            None,
+            held_out,
+            criterion=lambda *_: 0.0,
+            kept=kept,
+            held_out_at=outset.held_out_at,
+        )
         return finish(
             runner,
             calibration,
@@ -446,18 +463,19 @@ class IAU:
         )
 
     def _look_back(
-        self, context: ForgetContext, outset: _Outset, notes: dict[str, Any]
+        self, context: ForgetContext, outset: _Outset, after: _After, notes: dict[str, Any]
     ) -> tuple[float | None, float | None]:
         """At the moved weights: accuracy lost on retained rows, and how much better the forget rows are still predicted
         than held-out rows, where they are like any others; None where that is not known, or the task has no accuracy."""
         lost, lead = None, None
         with context.timer.phase("calibration"):
             if outset.known_rows is not None:
-                now = predict_rows(context.model, outset.known_rows)
-                lost = _accuracy_lost(outset.known, now)
+                known = after.known or predict_rows(context.model, outset.known_rows)
+                lost = _accuracy_lost(outset.known, known)
             if self._like_any_others(context, notes) and outset.held_out_rows is not None:
-                forget = predict_rows(context.model, outset.forget_rows)
-                lead = _accuracy_lost(forget, predict_rows(context.model, outset.held_out_rows))
+                forget = after.forget or predict_rows(context.model, outset.forget_rows)
+                held_out = after.held_out or predict_rows(context.model, outset.held_out_rows)
+                lead = _accuracy_lost(forget, held_out)
         return lost, lead
 
     @staticmethod
@@ -474,9 +492,15 @@ class IAU:
         calibration: Calibration,
         outset: _Outset,
         notes: dict[str, Any],
-    ) -> Walk | None:
-        """Many short steps in place of one that does not arrive, or that costs the held-out rows too much."""
+    ) -> tuple[Walk | None, _After]:
+        """Many short steps in place of one that does not arrive, or that costs the held-out rows too much.
+
+        Returns:
+            The path, if it is to be taken; and what was seen of the rows at the end of it or, else, of the one step.
+        """
         before, after = calibration.held_out_loss_before, calibration.held_out_loss
+        place = (calibration.length, calibration.damping, calibration.finish_weight)
+        seen = _After(held_out=outset.held_out_at.get(place))
         if (
             not config.walk
             or config.length is not None
@@ -485,21 +509,19 @@ class IAU:
             or before is None
             or after is None
         ):
-            return None
+            return None, seen
         assert outset.known_rows is not None and outset.held_out_rows is not None
         shortfall = Shortfall.of(outset.forget, outset.known, outset.held_out)
         # Not kept: it holds a copy of the weights, and the walk makes one of its own.
         forget, known = TrialRunner(context.model, directions, outset.forget_rows, outset.held_out_rows).look(
-            (outset.forget_rows, outset.known_rows),
-            calibration.length,
-            calibration.damping,
-            calibration.finish_weight,
+            (outset.forget_rows, outset.known_rows), *place
         )
+        seen = replace(seen, forget=forget, known=known)
         left = shortfall.remaining(forget.loss)
         spared = (_accuracy_lost(outset.known, known) or 0.0) < _SPARED and after <= (1.0 + DEAR) * before
         notes["left_after_one_step"] = left
         if calibration.reached and spared and left <= _LEFT:
-            return None
+            return None, seen
         everything = outset.every_forget_row()
         path = walk(
             context.model,
@@ -509,6 +531,8 @@ class IAU:
             outset.held_out_rows,
             Shortfall.of(everything, outset.known, outset.held_out),
             names=list(directions.forget_sum),
+            looked_at=context.forget_to_predict,
+            before=(everything, outset.held_out),
             damping=DAMPING if config.damping is None else config.damping,
             max_relative_step=config.max_relative_step,
             progress=context.progress,
@@ -516,7 +540,10 @@ class IAU:
         # Arrived or nearer to the target, and no dearer than one step or than what may be paid.
         nearer = path.reached or path.remaining < left
         better = nearer and path.held_out_loss <= max(after, (1.0 + DEAR) * before)
-        return path if path.steps and better else None
+        if not path.steps or not better:
+            return None, seen
+        whole = outset.forget_rows is context.forget_to_predict
+        return path, _After(forget=path.forget if whole else None, held_out=path.held_out)
 
     def _bounded_step(
         self, context: ForgetContext, config: IAUConfig, directions: Directions, calibration: Calibration
@@ -563,6 +590,15 @@ def _summary(calibration: Calibration) -> dict[str, Any]:
     return {name: getattr(calibration, name) for name in names}
 
 
+@dataclass(frozen=True)
+class _After:
+    """What was made of calibration's rows at the weights that the request ends with, where that was looked at."""
+
+    forget: RowPredictions | None = None
+    known: RowPredictions | None = None
+    held_out: RowPredictions | None = None
+
+
 class _Outset:
     """The rows that calibration looks at, and what the model makes of them at the old weights; each looked at once.
 
@@ -574,35 +610,40 @@ class _Outset:
 
     def __init__(self, context: ForgetContext, held_out: RowSource | None, known: RowSource | None) -> None:
         self._model = context.model
-        self._every_row = context.forget.resized(context.prediction_batch_size)
-        self.held_out_rows = held_out
+        self._predicted = context.predicted
+        self._every_row = context.forget_to_predict
+        self.held_out_rows = None if held_out is None else held_out.keep_batches()
+        self.held_out_at: dict[tuple[float, float, float], RowPredictions] = {}
         self.known_rows = None if known is None else known.resized(context.prediction_batch_size).keep_batches()
         size = max(len(held_out) if held_out is not None else 0, ENOUGH_FORGET_ROWS)
-        self.forget_rows = self._every_row.sample(size, 0)
-        if len(self.forget_rows) == len(self._every_row):
-            self.forget_rows = self._every_row
+        self.forget_rows = self._every_row if size >= len(self._every_row) else self._every_row.sample(size, 0)
         self.forget_rows.keep_batches()
+
+    def _look(self, rows: RowSource) -> RowPredictions:
+        if rows not in self._predicted:
+            self._predicted[rows] = predict_rows(self._model, rows)
+        return self._predicted[rows]
 
     @functools.cached_property
     def forget(self) -> RowPredictions:
         """Of at most as many forget rows as there are held-out rows in the sample."""
-        return predict_rows(self._model, self.forget_rows)
+        return self._look(self.forget_rows)
 
     def every_forget_row(self) -> RowPredictions:
         """Of all forget rows, at the old weights."""
-        return self.forget if self.forget_rows is self._every_row else predict_rows(self._model, self._every_row)
+        return self._look(self._every_row)
 
     @functools.cached_property
     def known(self) -> RowPredictions:
         """Of the retained rows."""
         assert self.known_rows is not None
-        return predict_rows(self._model, self.known_rows)
+        return self._look(self.known_rows)
 
     @functools.cached_property
     def held_out(self) -> RowPredictions:
         """Of the held-out rows."""
         assert self.held_out_rows is not None
-        return predict_rows(self._model, self.held_out_rows)
+        return self._look(self.held_out_rows)
 
 
 def _for_prediction(rows: RowSource, held_out: RowSource) -> RowSource:

@@ -47,6 +47,25 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextlib.contextmanager
+def placed_on(model: nn.Module, device: torch.device) -> Iterator[nn.Module]:
+    """Have a whole model on `device`; afterwards, also after an exception, each of its modules is where it was.
+
+    Yields:
+        The same model.
+    """
+    homes: dict[nn.Module, torch.device] = {}
+    for module in model.modules():
+        own = next(iter([*module.parameters(recurse=False), *module.buffers(recurse=False)]), None)
+        if own is not None:
+            homes[module] = own.device
+    try:
+        yield model.to(device)
+    finally:
+        for module, home in homes.items():  # outer modules first, and then those inside that lie elsewhere
+            module.to(home)
+
+
+@contextlib.contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     training_flags = {module: module.training for module in model.modules()}
     caching = [(config, config.use_cache) for config in _configurations(model) if hasattr(config, "use_cache")]

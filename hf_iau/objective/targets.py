@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hf_iau.errors import UnsupportedModelError
 
 IGNORED_LABEL = -100
+_DRAW_UNITS = 2.0**52
 
 
 class TaskKind(enum.StrEnum):
@@ -119,15 +120,17 @@ def _draw_by_importance(p: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         `(targets,)` int64 labels and `(targets,)` float64 weights.
     """
-    squared_norm = p.square().sum(dim=1, keepdim=True) - 2.0 * p + 1.0  # ‖p − e_y‖²
-    importance = p * squared_norm.clamp_(min=0.0)
+    importance = (p.square().sum(dim=1, keepdim=True) - 2.0 * p + 1.0).clamp_(min=0.0).mul_(p)  # p_y ‖p − e_y‖²
     total = importance.sum(dim=1, keepdim=True)
     certain = total <= 0.0  # one class has all the probability there is: no curvature, any draw will do
     importance = torch.where(certain, p, importance)
-    cumulative = importance.cumsum(dim=1)
-    drawn = (cumulative < uniforms[:, :1] * cumulative[:, -1:]).sum(dim=1).clamp_(max=p.shape[1] - 1)
+    total = torch.where(certain, p.sum(dim=1, keepdim=True), total)
+    # Summed up in whole numbers, which are the same in any order: with floats, cumsum is not deterministic on GPUs.
+    cumulative = (importance / total).mul_(_DRAW_UNITS).round_().long().cumsum(dim=1)
+    threshold = (uniforms[:, :1] * cumulative[:, -1:]).floor().long()
+    drawn = (cumulative <= threshold).sum(dim=1).clamp_(max=p.shape[1] - 1)
     chosen = drawn[:, None]
-    ratio = p.gather(1, chosen) * cumulative[:, -1:] / importance.gather(1, chosen).clamp(min=1e-300)
+    ratio = p.gather(1, chosen) * total / importance.gather(1, chosen).clamp(min=1e-300)
     sign = torch.where(uniforms[:, 1:2] < 0.5, -1.0, 1.0)
     return drawn, (sign * ratio.sqrt()).squeeze(1)
 

@@ -295,6 +295,8 @@ class GradientMemory:
         blocks = {} if self.curvature is None else self.curvature.blocks
         owners = {key: block.owner for block in blocks.values() for key in block.tensors()}
         for name in file_order(tensors):
+            with together(f"saving {name}"):
+                pass  # what failed so far is told before anything is sent
             owner = owners.get(name)
             if owner is None:
                 yield name, whole_tensor(tensors[name])
@@ -447,6 +449,22 @@ def _header_digest(header: Mapping[str, Any]) -> str:
 def is_memory_file(name: str) -> bool:
     """Whether a file of that name holds tensors of a memory, or was left behind by writing one."""
     return _PART_OF_MEMORY.fullmatch(name) is not None
+
+
+def remove_memory(directory: Path) -> None:
+    """Remove a saved memory: its header first, so that a crash in between leaves no memory that could be loaded.
+
+    Args:
+        directory: the folder that it was saved in; may hold none.
+    """
+    if not directory.is_dir():
+        return
+    (directory / MEMORY_HEADER).unlink(missing_ok=True)
+    sync_folder(directory)
+    for path in directory.iterdir():
+        if is_memory_file(path.name):
+            path.unlink()
+    sync_folder(directory)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -126,7 +126,7 @@ class JournalFile:
         for number, name in enumerate(journal.files):
             source, target = self._inside(self.staged, name), self._inside(self.output_dir, name)
             if source.exists():
-                target.parent.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
+                self._make_folder(target.parent)
                 os.replace(source, target)
                 folders.add(target.parent)
             if number == 0:
@@ -152,6 +152,14 @@ class JournalFile:
         shutil.rmtree(self.staged, ignore_errors=True)
         for left in self.path.parent.glob(f".{JOURNAL_NAME}.*"):
             left.unlink(missing_ok=True)
+
+    def _make_folder(self, folder: Path) -> None:
+        """Make a folder that files are moved into: only those below `_iau/` are closed to others."""
+        private = self.output_dir / MEMORY_FOLDER
+        if folder == private or private in folder.parents:
+            folder.mkdir(exist_ok=True, mode=PRIVATE_FOLDER)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
 
     def _inside(self, folder: Path, name: str) -> Path:
         parts = PurePosixPath(name)

@@ -271,7 +271,10 @@ class RequestService:
     # --- queue ------------------------------------------------------------------------------------------------------
 
     def enqueue(self, forget_dataset: Any, row_indices: Any) -> int:
-        """Add rows to the queue; rows that wait there already are not added again.
+        """Add rows to the queue: none that waits there already, and no more copies of a row than are still in.
+
+        A row number that waits is not added again. Rows that are given by their content add a further copy as long as
+        there is one.
 
         Returns:
             How many rows wait now.
@@ -280,28 +283,38 @@ class RequestService:
             UnknownRowsError: rows that were never trained on.
             AlreadyForgottenError: rows that are out already.
         """
-        rows, _ = self.trainer._resolve_request(forget_dataset, row_indices)
+        rows, positions = self.trainer._resolve_request(forget_dataset, row_indices)
         with self.alone():
             self.recover()
             identity = self._known_rows()
-            asked = keyed_fingerprints(self.key, self.trainer._bare_model(), rows)
-            identity.check_request(asked)
+            fingerprints = keyed_fingerprints(self.key, self.trainer._bare_model(), rows)
+            identity.check_request(fingerprints)
 
-            def add() -> int:
-                waiting = np.concatenate([self.queue.read(), asked])
-                waiting = waiting[identity.still_in(waiting)]
+            def add() -> list[int]:
+                before = self.queue.read()
+                after = before.with_asked(self.queue.asked(fingerprints, positions), identity)
                 with _storage_errors("The rows could not be queued"):
-                    self.queue.write(waiting)
-                return len(waiting)
+                    self.queue.write(after)
+                return [len(after), len(after) - int(identity.still_in(before.fingerprints).sum())]
 
-            return int(on_main_process(add, "the queue"))
+            waiting, added = on_main_process(add, "the queue")
+        if added < len(rows) and is_main_process():
+            logger.warning(
+                "%d of the %d rows wait in the queue already and were not queued again.", len(rows) - added, len(rows)
+            )
+        return int(waiting)
 
     def queued_positions(self) -> np.ndarray:
         """Numbers in `train_dataset` of the rows that wait, int64."""
         with self.alone():
             self.recover()
             identity = self._known_rows()
-            waiting = on_main_process(lambda: self.queue.left(identity).tolist(), "the queue")
+
+            def read() -> list[list[int]]:
+                waiting = self.queue.read().fingerprints
+                return waiting[identity.still_in(waiting)].tolist()
+
+            waiting = on_main_process(read, "the queue")
             return identity.positions(np.asarray(waiting, dtype=np.uint8).reshape(-1, FINGERPRINT_BYTES))
 
     def _known_rows(self) -> RowIdentity:
@@ -385,14 +398,16 @@ class RequestService:
         try:
             with _storage_errors("The request could not be written"):
                 self.journal.clear_staged()
-                private.mkdir(parents=True, mode=PRIVATE_FOLDER)
+                for folder in (staged, private):
+                    folder.mkdir(mode=PRIVATE_FOLDER)
                 self._stage_weights(staged)
                 passed("weights staged")
                 if memory is not None:
                     memory.save(private)
                 card.save(private, context.model)
                 if memory is not None and memory.row_identity is not None and self.queue.path.exists():
-                    self.queue.write(self.queue.left(memory.row_identity), private / QUEUE_NAME)
+                    waiting = self.queue.read().without_served(fingerprints, memory.row_identity)
+                    self.queue.write(waiting, private / QUEUE_NAME)
                 passed("memory staged")
                 after = weights_fingerprint(context.model)
                 entry = self._stage_entry(journal, run_name, fingerprints, after, report, private)

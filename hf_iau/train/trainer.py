@@ -32,6 +32,7 @@ from hf_iau.forget import (
     MethodOutcome,
     WeightTransaction,
     agree_on_request,
+    first_order_rise,
     moved_gradient_sum,
     settle_weights,
     step_norm,
@@ -47,7 +48,7 @@ from hf_iau.methods import find_method
 from hf_iau.methods.base import UnlearningMethod
 from hf_iau.objective import RowLoss, RowSource, probe_additivity
 from hf_iau.objective.adapters import check_adapters
-from hf_iau.objective.evaluation_mode import RandomState
+from hf_iau.objective.evaluation_mode import RandomState, placed_on
 from hf_iau.objective.row_loss import TrainerRowLoss, UserLossFunction, describe_function
 from hf_iau.objective.rows import refuse_iterable, row_bytes, rows_are_deterministic, select_rows
 from hf_iau.objective.working import memory_device, working
@@ -57,6 +58,7 @@ from hf_iau.publish.card import UnlearningCard, card_metadata, task_of_model
 from hf_iau.publish.upload import hub_errors_explained
 from hf_iau.remember import MEMORY_FOLDER, GradientMemory, RowIdentity, find_key, keyed_fingerprints
 from hf_iau.remember.fingerprints import data_fingerprint, package_versions, weights_fingerprint
+from hf_iau.remember.memory import MEMORY_HEADER, read_header, remove_memory
 from hf_iau.remember.private import TRAINER_IGNORES, refuse_private_files
 from hf_iau.report import UnlearningReport
 from hf_iau.requests.budget import FEWEST_ROWS, record_budget
@@ -354,6 +356,7 @@ class UnlearningTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`; the memory that belongs to these weights is saved with them, under `_iau/`.
 
+        Where a request has ended the memory, an old one that lies there is removed, for it is of other weights.
         Checkpoints (saved by the training loop itself) carry no memory.
         """
         super().save_model(output_dir, _internal_call)
@@ -364,6 +367,8 @@ class UnlearningTrainer(Trainer):
         memory = self._memory_in_ram()
         if memory is not None:
             memory.save(folder)
+        elif self._memory_ended and _memory_is_of_other_weights(folder, self._bare_model()):
+            remove_memory(folder)
         if self._unlearning_card is not None:
             self._unlearning_card.save(folder, self._bare_model())
 
@@ -462,6 +467,9 @@ class UnlearningTrainer(Trainer):
     def unlearn_by_id(self, ids: Sequence[Any], **settings: Any) -> UnlearnOutput:
         """`unlearn` all rows of `train_dataset` whose `id_column` holds one of `ids`, as far as they are still in.
 
+        With a key the memory knows which rows are out, without one only the trainer that served the requests does. Rows
+        that are left out, and rows that may be out without this trainer knowing, are told in the report's warnings.
+
         Args:
             ids: values of that column, e.g. `["u17", "u23"]`.
             **settings: as for `unlearn`.
@@ -471,19 +479,46 @@ class UnlearningTrainer(Trainer):
             AlreadyForgottenError: all their rows are forgotten.
         """
         positions = rows_of_ids(self.train_dataset, self.id_column, ids)
+        still, notes = self._still_in(positions) if len(positions) else (positions, [])
+        if len(positions) and not len(still):
+            raise AlreadyForgottenError(
+                f"All {len(positions)} rows of these ids were already forgotten by an earlier request: there is nothing "
+                "left to do."
+            )
+        output = self.unlearn(row_indices=still, **settings)
+        output.report.warnings += notes
+        if is_main_process():
+            for sentence in notes:
+                logger.warning(sentence)
+        return output
+
+    def _still_in(self, positions: np.ndarray) -> tuple[np.ndarray, list[str]]:
+        """Those of the training rows at `positions` that no request took out, and what is to be said about the others."""
         memory, key = self.memory, find_key(self.args.output_dir)
-        if len(positions) and memory is not None and memory.row_identity is not None and key is not None:
-            memory.row_identity.check_key(key)
-            model = self._bare_model()
-            asked = keyed_fingerprints(key, model, select_rows(self.train_dataset, positions))
-            still = memory.row_identity.still_in(asked)
-            if not still.any():
-                raise AlreadyForgottenError(
-                    f"All {len(positions)} rows of these ids were already forgotten by an earlier request: there is "
-                    "nothing left to do."
+        identity = None if memory is None else memory.row_identity
+        notes = []
+        if identity is not None and key is not None:
+            identity.check_key(key)
+            asked = keyed_fingerprints(key, self._bare_model(), select_rows(self.train_dataset, positions))
+            still = positions[identity.still_in(asked)]
+        else:
+            still = positions
+            if self._forgotten:
+                source = self._rows(self.train_dataset, "training rows", self.args.per_device_train_batch_size)
+                still = positions[np.isin(positions, self._remaining(source))]
+            unknown = 0 if memory is None else memory.forgotten_rows - self._forgotten.total()
+            if unknown > 0:
+                notes.append(
+                    f"{unknown} rows were forgotten before this trainer was made, and the memory, which was gathered "
+                    "without a key (HF_IAU_KEY), does not know which: rows of these ids that are among them were "
+                    "forgotten a second time. Then revert() it, and name the others by row_indices=."
                 )
-            positions = positions[still]
-        return self.unlearn(row_indices=positions, **settings)
+        if len(still) < len(positions):
+            notes.append(
+                f"{len(positions) - len(still)} of the {len(positions)} rows of these ids were forgotten by an earlier "
+                f"request: this one is of the other {len(still)}."
+            )
+        return still, notes
 
     def queue(
         self, forget_dataset: Any = None, *, row_indices: Sequence[int] | None = None, ids: Any = None, **settings: Any
@@ -491,7 +526,8 @@ class UnlearningTrainer(Trainer):
         """Have rows forgotten together with others: they wait on disk until there are 16, and are then served at once.
 
         Small requests are better batched, for two versions of the weights differ by an image of the rows. Needs a key
-        and a memory that was gathered with it. What waits is kept as keyed fingerprints alone.
+        and a memory that was gathered with it. What waits is kept as keyed fingerprints alone; rows
+        that wait already are not queued again.
 
         Args:
             forget_dataset, row_indices: as for `unlearn`.
@@ -544,12 +580,12 @@ class UnlearningTrainer(Trainer):
             retained = context.retained_sample(_MEASURED_RETAINED_ROWS, self.args.seed)
             if retained is not None:
                 retained = retained.resized(self.args.per_device_eval_batch_size)
-            measured = context.forget.resized(self.args.per_device_eval_batch_size)
-            held_out = context.held_out
-            if held_out is not None and len(held_out) > _MEASURED_HELD_OUT_ROWS:
-                held_out = held_out.sample(_MEASURED_HELD_OUT_ROWS, self.args.seed)
+            measured, held_out = context.forget_to_predict, context.held_out_sample(_MEASURED_HELD_OUT_ROWS)
             splits = (measured, retained, held_out, test)
             before = measure_model(model, *splits)
+            context.predicted[measured] = before.forget
+            if held_out is not None and before.held_out is not None:
+                context.predicted[held_out] = before.held_out
         transaction = WeightTransaction(model, memory_device(None))
         undo: Callable[[], None] | None = None
         with transaction:
@@ -843,6 +879,8 @@ class UnlearningTrainer(Trainer):
             rows, targets = len(context.forget), outcome.forget_targets
             if targets is None:
                 targets = context.count_forget_targets()
+            if outcome.forget_sum is not None:
+                diagnostics["forecast_forget_loss_rise"] = first_order_rise(outcome.forget_sum, move, targets)
             moved_sum = None
             if memory.gradient_sum is not None and memory.curvature is not None and outcome.forget_sum is not None:
                 moved_sum = moved_gradient_sum(
@@ -973,9 +1011,9 @@ class UnlearningTrainer(Trainer):
         retrained = []
         if retrained_models:
             with context.timer.phase("measure_retrained"):
-                retrained = [
-                    measure_model(unwrapped(model).to(self.args.device), *splits) for model in retrained_models
-                ]
+                for given in retrained_models:
+                    with placed_on(unwrapped(given), self.args.device) as model:
+                        retrained.append(measure_model(model, *splits))
         memory = context.memory
         known = memory.n_rows if memory is not None else len(context.train) if context.train is not None else None
         counts = {"train_rows": known}
@@ -1020,6 +1058,13 @@ def _checked_positions(train_dataset: Any, row_indices: Any) -> tuple[Any, np.nd
             "name each row once."
         )
     return select_rows(train_dataset, positions), positions.astype(np.int64)
+
+
+def _memory_is_of_other_weights(folder: Path, model: nn.Module) -> bool:
+    try:
+        return bool(read_header(folder / MEMORY_HEADER)["model"]["weights"] != weights_fingerprint(model))
+    except (IAUError, KeyError, TypeError):  # none, half of one, or one that cannot be read
+        return True
 
 
 def _selected(dataset: Any) -> Any:

@@ -25,7 +25,7 @@ from hf_iau.calibrate import (
     finish,
     shift_test,
 )
-from hf_iau.calibrate.calibration import _first_guess, find_length, standard_error_of_auc
+from hf_iau.calibrate.calibration import _first_guess, _further, find_length, standard_error_of_auc
 from hf_iau.calibrate.trial import auc_distance, class_share_distance
 from hf_iau.gather.gradient_sum import sum_row_gradients
 from hf_iau.measure import attack_auc
@@ -117,6 +117,53 @@ def test_a_step_that_ruins_the_held_out_rows_is_too_long():
         fake, 0.1, 0.0, start=fake.run(0.0, 0.1), tolerance=0.005, max_relative_step=0.5, guess=0.9
     )
     assert not reached and 0.1 < trial.length <= 0.3
+
+
+@pytest.mark.parametrize("power", [0.5, 0.85, 1.0, 1.6])
+def test_a_length_that_is_too_short_is_raised_by_a_power_law(power):
+    """What the response is: so the third step arrives, wherever the first one was."""
+
+    class Fake:
+        n_target = 500
+
+        def longest(self, *_):
+            return 1e9
+
+        def run(self, k, damping, c=0.0):
+            return Trial(k, damping, c, 0.1, 0.1 * (1 - (k / 0.8) ** power), 1.0, 0.5)
+
+    fake = Fake()
+    start = fake.run(0.0, 0.1)
+    first = 0.8 * 0.45 ** (1 / power)  # brings 45 % of what is missing
+    trial, reached = find_length(
+        fake, 0.1, 0.0, start=start, tolerance=1e-3, max_relative_step=0.5, guess=first, trials=3
+    )
+    if power <= 1.0:  # else the second step, along a line, goes too far
+        assert reached and trial.length == pytest.approx(0.8, rel=0.02)
+
+
+def test_lengths_rise_by_5_percent_to_fourfold():
+    def tried(*pairs):
+        return [Trial(k, 0.1, 0.0, 0.1, criterion, 1.0, 0.5) for k, criterion in pairs]
+
+    assert _further(0.1, tried((0.1, 0.1))) == 4.0  # nothing was brought
+    assert _further(0.1, tried((0.1, 0.12))) == 4.0  # less than nothing
+    assert _further(0.1, tried((0.1, 0.05))) == pytest.approx(2.0)
+    assert _further(0.1, tried((0.1, 0.05), (0.3, 0.0999))) == 4.0  # it fell back
+    assert _further(0.1, tried((0.1, 0.0001))) == 1.05
+    assert _further(-0.1, tried((0.1, 0.01))) == 1.05  # there was nothing to be brought
+
+
+def test_a_step_is_looked_at_once_by_runners_that_share_what_they_saw(scene, runner, monkeypatch):
+    first = runner.run(0.1, 0.1)
+    sharing = TrialRunner(
+        scene.model, runner.directions, None, runner.held_out, criterion=lambda *_: 0.0, held_out_at=runner.held_out_at
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_iau.calibrate.trial.predict_rows", lambda *_: pytest.fail("looked again"))
+        again = sharing.run(0.1, 0.1)
+    assert again.held_out_loss == first.held_out_loss and again.relative_step == first.relative_step
+    assert sharing.run(0.2, 0.1).held_out_loss > first.held_out_loss
 
 
 def test_calibration_is_downhill_in_the_held_out_loss_and_cheap(runner):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +13,8 @@ import torch
 from hf_iau import CalibrationError, ConfigError, IAUConfig, MissingMemoryError, RequestError
 from hf_iau.calibrate import Calibration
 from hf_iau.methods.verdict import CHECK, RETRAIN, SAFE, judge
+from hf_iau.objective import predictions
+from hf_iau.objective.rows import row_bytes
 
 RANDOM = np.random.default_rng(5).choice(1200, 240, replace=False)
 
@@ -30,6 +34,26 @@ def test_many_random_rows_calibrate_on_themselves(scene, trainer_of):
     assert report.after["held_out_loss"] < report.before["held_out_loss"] * 1.1
     assert report.verdict in (SAFE, CHECK) and report.diagnostics["reasons"]
     assert len(found["curve"]) + len(found["finish_curve"]) <= 24
+
+
+def test_no_rows_are_looked_at_twice_at_the_same_weights(trainer_of, monkeypatch):
+    """But for the report's own look at the end, which trusts no method's."""
+    looks: list[tuple[bytes, bytes]] = []
+    look = predictions._predict_own_rows
+
+    def counted(model, source, keep):
+        weights = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
+        rows = b"".join(row_bytes(source.dataset[i]) for i in range(len(source)))
+        looks.append((hashlib.sha256(weights).digest(), hashlib.sha256(rows).digest()))
+        return look(model, source, keep)
+
+    monkeypatch.setattr(predictions, "_predict_own_rows", counted)
+    monkeypatch.setattr("hf_iau.methods.iau._REFERENCE_ROWS", 500)  # else they are those that the report looks at
+    report = trainer_of().unlearn(row_indices=RANDOM, config=IAUConfig(walk=False)).report
+    assert report.diagnostics["calibration"]["source"] == "forget rows"
+    after = looks[-1][0]
+    twice = {pair: count for pair, count in Counter(looks).items() if count > 1 and pair[0] != after}
+    assert len(looks) > 10 and not twice
 
 
 def test_proxies_give_about_the_same_length(trainer_of):

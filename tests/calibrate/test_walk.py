@@ -17,7 +17,7 @@ from transformers import default_data_collator
 
 from hf_iau import GatherConfig, IAUConfig, gather
 from hf_iau.calibrate import Directions, Shortfall, TrialRunner, Walk, walk
-from hf_iau.calibrate.walk import ARRIVED, DEAR, drift, weighted_gradient
+from hf_iau.calibrate.walk import ARRIVED, DEAR, drift, push_gradient, weighted_gradient
 from hf_iau.curvature import fit_curvature
 from hf_iau.forget import step_norm
 from hf_iau.gather.gradient_sum import sum_row_gradients
@@ -157,6 +157,32 @@ def test_the_weighted_gradient_is_that_of_a_loop_over_rows(scene, batch_size):
         model.float()
 
 
+@pytest.mark.parametrize("batch_size", [7, 64])
+def test_a_push_is_the_weighted_gradient_by_the_losses_of_the_same_pass(scene, batch_size):
+    model = scene.model.double()
+    try:
+        rows = scene.train.take(FORGET[:20])
+        rows.inputs = rows.inputs.double()
+        source, names = rows_of(rows, batch_size), list(scene.memory.parameters)
+        targets = np.random.default_rng(0).uniform(0.0, 2.0, 20)
+        targets[3] = np.nan
+        shortfall = Shortfall(targets, 1.0, 1.0)
+        found, losses = push_gradient(model, source, shortfall, names)
+        assert np.allclose(losses, predict_rows(model, source).loss, rtol=0, atol=1e-12)
+        p = np.exp(-losses)
+        weights = [
+            max(1 / (1 + ((1 - p_i) / p_i) ** 0.25) - 1 / (1 + (np.expm1(t)) ** 0.25), 0.0) / (1 - p_i)
+            for p_i, t in zip(p, targets, strict=True)
+        ]
+        weights[3] = 0.0  # it has no target to reach
+        assert sum(weight > 0 for weight in weights) > 5
+        expected = weighted_gradient(model, source, np.array(weights), names)
+        for name in names:
+            assert torch.allclose(found[name], expected[name], rtol=0, atol=1e-10)
+    finally:
+        model.float()
+
+
 @pytest.mark.parametrize("kind", [TaskKind.SINGLE_LABEL, TaskKind.MULTI_LABEL, TaskKind.REGRESSION])
 def test_drift_has_no_slope_at_the_start_and_the_fisher_matrix_as_its_hessian(kind):
     torch.manual_seed(0)
@@ -289,6 +315,34 @@ def test_steps_that_cost_too_much_are_taken_back(scene, monkeypatch):
     path = walked(scene)
     assert path.curve and all(point["stride"] <= WALK._SHORTEST_STRIDE for point in path.curve)
     assert path.steps <= len(path.curve)
+
+
+def test_where_the_forget_rows_are_looked_at_does_not_matter(scene, monkeypatch):
+    """In the pass that takes the next gradient, or in one of its own after every step."""
+    paths = []
+    for near in (0.0, 1e9):
+        monkeypatch.setattr(WALK, "_NEAR", near)
+        paths.append(walked(scene))
+    together, apart = paths
+    assert together.reached and together.steps == apart.steps > 2
+    assert together.forget is None and apart.forget is not None
+    assert together.remaining == pytest.approx(apart.remaining, abs=1e-5)
+    for name, change in together.step.items():
+        assert torch.allclose(change, apart.step[name], rtol=0, atol=1e-4 * float(change.abs().max()))
+
+
+def test_what_is_known_of_the_start_is_not_looked_at_again(scene, monkeypatch):
+    model, rows, held_out = scene.model, rows_of(scene.train.take(FORGET)), rows_of(scene.held_out)
+    before = (predict_rows(model, rows), predict_rows(model, held_out))
+    fresh = walked(scene)
+    looks = []
+    monkeypatch.setattr(WALK, "predict_rows", lambda model, rows: looks.append(rows) or predict_rows(model, rows))
+    told = walked(scene, looked_at=rows, before=before)
+    # One look at the watched rows a step, at the end one at all held-out rows, and those at the forget rows.
+    of_forget_rows = sum(source is rows for source in looks)
+    assert 0 < of_forget_rows < told.steps
+    assert len(looks) == len(told.curve) + 1 + of_forget_rows
+    assert all(torch.equal(change, fresh.step[name]) for name, change in told.step.items())
 
 
 def test_nothing_known_nothing_walked(scene):
@@ -472,7 +526,7 @@ def test_through_the_trainer_a_memorised_model_forgets(scene, tmp_path):
 def test_directions_are_not_made_again_for_a_shorter_stride(scene, monkeypatch):
     """One push a point; a pull only where something has moved."""
     counts = {"push": 0, "pull": 0}
-    push, pull = WALK.weighted_gradient, WALK._Anchors.drift_gradient
+    pull = WALK._Anchors.drift_gradient
 
     def count(name, function):
         def counted(*arguments):
@@ -481,7 +535,8 @@ def test_directions_are_not_made_again_for_a_shorter_stride(scene, monkeypatch):
 
         return counted
 
-    monkeypatch.setattr(WALK, "weighted_gradient", count("push", push))
+    for name in ("weighted_gradient", "push_gradient"):
+        monkeypatch.setattr(WALK, name, count("push", getattr(WALK, name)))
     monkeypatch.setattr(WALK._Anchors, "drift_gradient", count("pull", pull))
     monkeypatch.setattr(WALK, "_STRIDE", 2.0)  # halved before the first step stands
     path = walked(scene, max_relative_step=10.0)

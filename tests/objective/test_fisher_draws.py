@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_iau.objective.targets import Targets, TaskKind
+from hf_iau.objective.targets import Targets, TaskKind, _draw_by_importance
 
 
 def gradients(logits: torch.Tensor, rows: torch.Tensor, n_rows: int, seeds: range) -> torch.Tensor:
@@ -38,6 +38,29 @@ def test_second_moment_is_the_fisher_matrix(sharpness):
     expected = fisher(logits)
     for row in range(3):
         assert float((moment[row] - expected[row]).norm()) < 0.08 * float(expected[row].norm())
+
+
+def test_draws_are_those_of_a_plain_loop_and_sum_up_no_floats(monkeypatch):
+    """A sum of floats along a line is what `torch.use_deterministic_algorithms` refuses on GPUs."""
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.normal(size=(400, 7)) * rng.choice([0.1, 1, 5, 20], size=(400, 1)))
+    p, uniforms = logits.softmax(dim=1), torch.from_numpy(rng.random((400, 2)))
+    summed = torch.Tensor.cumsum
+
+    def whole_numbers_only(tensor, dim):
+        assert not tensor.is_floating_point()
+        return summed(tensor, dim)
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", whole_numbers_only)
+    drawn, weights = _draw_by_importance(p, uniforms)
+    for i in range(len(p)):
+        row = p[i].numpy()
+        importance = [row[y] * sum((row[j] - (j == y)) ** 2 for j in range(7)) for y in range(7)]
+        q = np.asarray(importance) / sum(importance)
+        y = int(np.searchsorted(q.cumsum(), uniforms[i, 0].item(), side="right"))
+        assert int(drawn[i]) == y
+        sign = -1 if uniforms[i, 1] < 0.5 else 1
+        assert float(weights[i]) == pytest.approx(sign * np.sqrt(row[y] / q[y]), rel=1e-9)
 
 
 def test_targets_of_one_row_stay_uncorrelated():

@@ -438,7 +438,10 @@ def troubles(folder: Path) -> dict[str, Any]:
             return super().__getitem__(position)
 
     unreadable = RowSource(Unreadable(rows), pad_right(), batch_size=2, name="some rows")
+    memory = gather(model, as_dataset(rows), config=WITH_CURVATURE)
+    (folder / "file").touch()
     calls: dict[str, Callable[[], Any]] = {
+        "save": lambda: memory.save(folder / "file"),
         "curvature": lambda: fit_curvature(model, source_of(bad)),
         "unreadable sum": lambda: sum_row_gradients(model, ModelRowLoss(), unreadable),
         "unreadable curvature": lambda: fit_curvature(model, unreadable),

@@ -116,6 +116,7 @@ def test_errors_during_passes(jobs: dict[str, Any]) -> None:
                 "OSError: a broken disk" if number else "ParallelError: Process 1 failed with OSError: a broken disk"
             )
             assert found[f"unreadable {name}"] == words
+        assert "FileExistsError" in found["save"]
         assert found["loss"] == "OSError: in the middle of a pass"
         assert found["gradients"] == [True] * 4
         assert "set_requires_gradient_sync(False)" in found["not reduced"]

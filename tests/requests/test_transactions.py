@@ -122,6 +122,30 @@ def test_other_kinds_of_models(family: str, tmp_path: Path) -> None:
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
+def test_only_what_lies_below_iau_is_closed_to_others(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "served", "lora", rows=rows_of("lora", 24))
+    trainer.model.add_adapter("second", trainer.model.peft_config["default"])  # saved in a folder of its own
+    trainer.gather(WITH_CURVATURE)
+    staged: dict[Path, int] = {}
+
+    def modes(folder: Path) -> dict[Path, int]:
+        return {path.relative_to(folder): stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*")}
+
+    milestones.observer = lambda name: staged.update(modes(tmp_path / "served" / "_iau"))
+    mask = os.umask(0o022)
+    try:
+        serve(trainer, [1, 2])
+        super(UnlearningTrainer, trainer).save_model(str(tmp_path / "plain"))
+    finally:
+        os.umask(mask)
+    assert staged[Path("staged")] == staged[Path("staged/_iau")] == staged[Path("staged/_iau/certificates")] == 0o700
+    served, plain = modes(tmp_path / "served"), modes(tmp_path / "plain")
+    private = {path for path in served if path.parts[0] == "_iau"}
+    assert all(served[path] == (0o700 if (tmp_path / "served" / path).is_dir() else 0o600) for path in private)
+    assert plain[Path("second")] == 0o755
+    assert {path: mode for path, mode in served.items() if path not in private} == plain
+
+
 def test_sharded_weights_change_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(tmp_path, "bert", rows=rows_of("bert", 24))
     trainer.gather(WITH_CURVATURE)
@@ -478,6 +502,40 @@ def test_small_requests_wait_for_company(trainer: UnlearningTrainer, tmp_path: P
     assert json.loads(path.read_text())["rows"] == []
     assert fresh.serve_queue() is None
     assert not any("fewer than 16" in sentence for sentence in result.report.warnings)
+
+
+def test_copies_of_a_row_are_queued_and_served_as_often_as_they_are_asked_for(tmp_path: Path, caplog: Any) -> None:
+    rows = plain_rows(60)
+    rows[5] = rows[9] = dict(rows[3])  # three copies
+    trainer = make_trainer(tmp_path, "plain", rows=rows)
+    trainer.gather(WITH_CURVATURE)
+    trainer.save_model()
+
+    def waiting() -> int:
+        return len(json.loads((tmp_path / "_iau" / "queue.json").read_text())["rows"])
+
+    def content(*positions: int) -> Any:
+        return trainer.train_dataset.select(positions)
+
+    trainer.queue(row_indices=[7])
+    for again in (content(7), content(7, 7)):  # there is one such row
+        trainer.queue(again)
+        assert waiting() == 1
+    assert "1 of the 1 rows wait in the queue already" in caplog.text
+    for numbers, expected in (([3], 2), ([3], 2), ([3, 5], 3), ([5, 3], 3)):
+        trainer.queue(row_indices=numbers)
+        assert waiting() == expected, numbers
+    result = trainer.serve_queue(config=GIVEN)
+    assert result is not None and result.entry.rows == 3
+    assert waiting() == 0 and trainer.serve_queue() is None  # the third copy was not asked for
+    assert trainer.memory.row_identity.forgotten.nonzero()[0].tolist() == [3, 5, 7]
+    trainer.queue(content(9))
+    trainer.queue(content(9))
+    assert waiting() == 1
+    serve(trainer, [9])
+    assert waiting() == 0
+    with pytest.raises(AlreadyForgottenError):
+        trainer.queue(content(9))
 
 
 def test_the_queue_is_served_once_and_cannot_be_forged(trainer: UnlearningTrainer, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -33,11 +34,14 @@ from hf_iau import (
     IAUPaperConfig,
     IAUReleasedConfig,
     UnlearningTrainer,
+    gather,
     register_method,
 )
-from hf_iau.errors import IAUError, MissingMemoryError, RequestError, StaleMemoryError
+from hf_iau.errors import IAUError, MemoryFileError, MissingMemoryError, RequestError, StaleMemoryError
 from hf_iau.forget import ForgetContext, MethodOutcome
+from hf_iau.methods import RetrainConfig
 from hf_iau.methods.base import _METHODS
+from hf_iau.objective.evaluation_mode import placed_on
 
 PAPER = IAUPaperConfig(eta=1e-3)
 GIVEN = IAUConfig(length=0.1, damping=1.0)
@@ -422,6 +426,45 @@ def test_save_model_writes_the_memory_of_the_saved_weights(tmp_path: Path) -> No
         GradientMemory.load(tmp_path).check_model(trainer.model)
 
 
+@pytest.mark.parametrize("crash", [False, True])
+def test_an_ended_memory_is_removed_from_the_folder(
+    crash: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trained(tmp_path)
+    trainer.save_model()
+    before = state_of(trainer.model)
+    (tmp_path / "_iau" / "ledger.jsonl").write_text("kept")
+    result = forget(trainer, method="retrain", config=RetrainConfig(model_init=lambda: bert(seed=4)))
+    assert trainer.memory is None and GradientMemory.load(tmp_path)  # nothing was saved yet
+    if crash:
+        removed = Path.unlink
+
+        def stopped(path: Path, *args: Any, **kwargs: Any) -> None:
+            if path.suffix == ".safetensors":
+                raise KeyboardInterrupt
+            removed(path, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", stopped)
+            with pytest.raises(KeyboardInterrupt):
+                trainer.save_model()
+        with pytest.raises(MemoryFileError, match="No gradient memory"):
+            GradientMemory.load(tmp_path)
+    trainer.save_model()
+    assert sorted(path.name for path in (tmp_path / "_iau").iterdir()) == ["card.json", "ledger.jsonl"]
+    assert make_trainer(tmp_path, model=trainer.model).memory is None
+    # A memory that was gathered at the new weights meanwhile is not touched.
+    gather(trainer.model, trainer.train_dataset, config=EXACT, data_collator=trainer.data_collator).save(
+        tmp_path / "_iau"
+    )
+    trainer.save_model()
+    GradientMemory.load(tmp_path).check_model(trainer.model)
+    result.revert()
+    assert_bits(trainer.model, before)
+    trainer.save_model()
+    GradientMemory.load(tmp_path).check_model(trainer.model)
+
+
 def test_a_checkpoint_of_training_carries_no_memory(tmp_path: Path) -> None:
     trainer = trained(tmp_path, settings={"save_strategy": "steps", "save_steps": 1})
     names = [path.name for folder in tmp_path.glob("checkpoint-*") for path in folder.rglob("*")]
@@ -521,3 +564,39 @@ def test_the_report_has_every_set_and_the_retrained_models(tmp_path: Path) -> No
     assert report.per_row_suppressed
     report.save(tmp_path / "report")
     assert (tmp_path / "report" / "report.json").is_file()
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_retrained_model_is_put_back_where_and_as_it_was(
+    failing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trained(tmp_path)
+    retrained = bert(seed=1).train()
+    retrained.classifier.eval()
+    modes, bits = [module.training for module in retrained.modules()], state_of(retrained)
+    moves, measured = [], trainer_module.measure_model
+
+    def moved(module: nn.Module, device: torch.device) -> nn.Module:
+        moves.append((module, torch.device(device)))
+        return module
+
+    def measure(model: nn.Module, *splits: Any) -> Any:
+        if model is retrained:
+            assert moves == [(retrained, torch.device("meta"))]  # as if that were the trainer's device
+            if failing:
+                raise RequestError("cannot be measured")
+        return measured(model, *splits)
+
+    monkeypatch.setattr(trainer_module, "measure_model", measure)
+    monkeypatch.setattr(trainer_module, "placed_on", lambda model, _: placed_on(model, torch.device("meta")))
+    monkeypatch.setattr(type(retrained), "to", moved)
+    for layer_class in {type(module) for module in retrained.modules()}:
+        monkeypatch.setattr(layer_class, "to", moved)
+    with pytest.raises(RequestError) if failing else contextlib.nullcontext():
+        forget(trainer, retrained_model=retrained)
+    own = [module for module in retrained.modules() if any(True for _ in module.parameters(recurse=False))]
+    assert [(module, device) for module, device in moves[1:] if module in own] == [
+        (m, torch.device("cpu")) for m in own
+    ]
+    assert [module.training for module in retrained.modules()] == modes
+    assert_bits(retrained, bits)
