@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from hf_iau.curvature import fit_curvature
 from hf_iau.curvature.capture import Capture
-from hf_iau.curvature.fit import CACHE_BYTES, LOOP_ROWS, cached_size
-from hf_iau.curvature.layers import LayerPlan, MatrixLayer, plan_layers
+from hf_iau.curvature.fit import LOOP_ROWS, cached_size, eigenvector_bytes, usual_cache_bytes
+from hf_iau.curvature.layers import LayerPlan, MatrixLayer, plan_layers, spare_bytes
 from hf_iau.errors import ConfigError
 from hf_iau.forget.transaction import model_state
 from hf_iau.gather.config import GatherConfig
@@ -29,9 +29,8 @@ from hf_iau.phases import peak_allocated_bytes
 
 PROBE_BATCHES = 3
 # Float64 vectors as large as the trained weights that a request of `iau` holds at once: always, for Σ_D, and for a walk.
-# And float64 matrices of the largest factor's size that its eigendecomposition takes. Counted with the allocator; the
-# tests count again.
-_VECTORS, _VECTORS_OF_SUM, _VECTORS_OF_WALK, _MATRICES = 7, 2, 3, 5
+# Counted with the allocator; the tests count again.
+_VECTORS, _VECTORS_OF_SUM, _VECTORS_OF_WALK = 7, 2, 3
 # Evaluations of the calibration rows that a request takes, solves with the curvature, and rows that its report measures.
 _TRIALS, _SOLVES, _RETAINED, _HELD_OUT = 22, 6, 2000, 4000
 
@@ -141,19 +140,19 @@ def estimate(
     with working(config.precision, config.memory_device):
         seconds, activations, cached = _probe(model, source, loss, config, wishes, plan, rows) if probe else ({}, 0, 0)
         predictions = _prediction_bytes(model, source, prediction_batch_size) if probe else 0
-    largest = max((layer.layout.groups * layer.largest_factor**2 for layer in plan.kronecker), default=0)
-    sizes = _sizes(model, config, factors, largest, activations, cached, predictions)
+    sizes = _sizes(model, config, plan, factors, activations, cached, predictions, source.batch_size)
     return Estimate(sizes, seconds, rows, coverage)
 
 
 def _sizes(
     model: nn.Module,
     config: GatherConfig,
+    plan: LayerPlan,
     factors: int,
-    largest: int,
     activations: int,
     cached: int,
     predictions: int,
+    batch_size: int,
 ) -> dict[str, int]:
     parameters = trainable_parameters(model)
     numel = sum(p.numel() for p in parameters.values())
@@ -162,9 +161,14 @@ def _sizes(
     vector = 8 * numel
     total = 0 if config.gradient_sum == "none" else vector
     # While the sum is made there are no factors yet, and while the factors are made no gradients. The eigenvalues are
-    # made after the eigenvectors, but those of the diagonal layers are there.
-    working = max(activations, 8 * _MATRICES * largest)
-    gathering = max((gradients + activations) * bool(total), cached + working)
+    # made after the eigenvectors, from each row's gradients.
+    matrices = [(layer.layout.group_outputs * layer.layout.columns * layer.layout.groups) for layer in plan.kronecker]
+    eigenvalues, largest = 4 * sum(matrices), 4 * max(matrices, default=0)
+    temporary = min(batch_size * largest, spare_bytes(parameters.values()))
+    curved = max(
+        cached + eigenvector_bytes(plan) - eigenvalues, cached + activations - eigenvalues, activations + temporary
+    )
+    gathering = max((gradients + activations - factors) * bool(total), curved * bool(factors), 0)
     # The transaction's copy of all weights, the calibration's of the trained ones, and float64 vectors: one fewer while
     # rows are predicted than while directions are made.
     vectors = (_VECTORS + _VECTORS_OF_SUM * bool(total)) * vector
@@ -224,8 +228,11 @@ def _probe(
 
     curvature, solve, cached = 0.0, 0.0, 0
     if rows["curvature"]:
-        cached = _cached_bytes(model, loss, one, plan) * rows["curvature"] // batch
-        overflows = cached > CACHE_BYTES
+        cached, limit = (
+            _cached_bytes(model, loss, one, plan) * rows["curvature"] // batch,
+            usual_cache_bytes(model, plan),
+        )
+        overflows = cached > limit
         looped = 0.0
         if plan.loose:
             single = one.select(range(min(3, batch))).resized(1)
@@ -241,7 +248,7 @@ def _probe(
                 seed=config.seed,
                 max_factor_size=config.max_factor_size,
                 factor_device=config.factor_device or config.memory_device,
-                cache_bytes=0 if overflows else CACHE_BYTES,
+                cache_bytes=0 if overflows else limit,
             )
 
         first = _seconds(lambda: fit(one), source.device) - looped * min(LOOP_ROWS, batch)
@@ -252,7 +259,7 @@ def _probe(
         curvature = constant + each * rows["curvature"] / batch + looped * min(LOOP_ROWS, rows["curvature"])
         zeros = {name: torch.ones_like(p, dtype=torch.float64) for name, p in trainable_parameters(model).items()}
         solve = _seconds(lambda: fitted[0].solve(zeros, 0.1), source.device)
-        cached = min(cached, CACHE_BYTES)
+        cached = min(cached, limit)
     total = gradient * rows["gradient_sum"]
 
     asked = rows["request"]

@@ -23,6 +23,7 @@ from hf_iau.curvature.layers import (
     live_positions,
     plan_layers,
     row_gradients,
+    spare_bytes,
     sum_of_squared_gradients,
     sum_of_squares,
 )
@@ -46,7 +47,9 @@ LOOP_ROWS = 128
 """Rows on which parameters without a closed form are measured, one at a time."""
 
 PROBE_ROWS = 3
-CACHE_BYTES = 256 * 2**20
+
+EIGENVECTOR_COPIES = 3
+"""Float64 matrices of a factor's size that are held while its eigenvectors are found."""
 
 BASIS_POSITIONS = 131_072
 """About so many positions of a convolution make its bases, which are covariances of a few hundred columns and need no
@@ -65,7 +68,7 @@ def fit_curvature(
     row_loss: RowLoss | None = None,
     max_factor_size: int = 4096,
     factor_device: torch.device | str | None = None,
-    cache_bytes: int = CACHE_BYTES,
+    cache_bytes: int | None = None,
     optimizer: Any = None,
     weight_decay: float = 0.0,
     progress: bool = False,
@@ -91,8 +94,8 @@ def fit_curvature(
     the result says which and why. Every closed form is first compared with rows taken one by one on three rows; a layer
     that disagrees (its module is bypassed, or mixes rows) is measured by the loop, and says so.
 
-    The two statistics (bases, then Λ) need two passes over the rows, or one if what the second needs fits in
-    `cache_bytes`.
+    The two statistics (bases, then Λ) need two passes over the rows. The second leaves out the batches of which what it
+    needs fits in `cache_bytes`.
 
     Of several processes, each takes its share of the rows; all get the same factors, and all raise if one has to.
 
@@ -107,7 +110,8 @@ def fit_curvature(
         row_loss: the summed loss; for "empirical" only.
         max_factor_size: largest side of a Kronecker factor; larger layers are diagonal.
         factor_device: where statistics are kept; each layer's own device if None.
-        cache_bytes: memory for sparing the second pass; 0 forces it.
+        cache_bytes: memory for sparing the second pass; 0 forces it. None: as much as the trained weights' gradients
+            take (which training holds and a fit does not), at least 4 MiB, less what finding eigenvectors takes.
         optimizer: for "adam".
         weight_decay: coefficient of a coupled L2 regulariser on the mean loss, added to every eigenvalue of "ekfac" and
             "diagonal".
@@ -135,7 +139,7 @@ def fit_curvature(
         raise ConfigError(f"fisher={fisher!r}: give 'true' or 'empirical'.")
     if fisher == "empirical" and row_loss is None:
         raise ConfigError("fisher='empirical' needs row_loss=, the summed loss whose gradients are squared.")
-    if max_factor_size < 1 or cache_bytes < 0 or not weight_decay >= 0:
+    if max_factor_size < 1 or (cache_bytes is not None and cache_bytes < 0) or not weight_decay >= 0:
         raise ConfigError(
             f"max_factor_size={max_factor_size}, cache_bytes={cache_bytes}, weight_decay={weight_decay}: give a size "
             "of at least 1 and non-negative numbers."
@@ -152,6 +156,7 @@ def fit_curvature(
         source, start = source.share()
         ids = ids[start : start + len(source)]
         looped = looped[(looped >= start) & (looped < start + len(source))] - start
+    plan = plan_layers(model, kronecker=kind == "ekfac", max_factor_size=max_factor_size)
     fit = _Fit(
         model,
         source,
@@ -159,12 +164,12 @@ def fit_curvature(
         total_rows=total_rows,
         looped=looped,
         owners=process_count() if reduce is None else 1,
-        plan=plan_layers(model, kronecker=kind == "ekfac", max_factor_size=max_factor_size),
+        plan=plan,
         row_ids=ids,
         seed=seed,
         row_loss=row_loss if fisher == "empirical" else None,
         factor_device=None if factor_device is None else torch.device(factor_device),
-        cache_bytes=cache_bytes,
+        cache_bytes=usual_cache_bytes(model, plan) if cache_bytes is None else cache_bytes,
         progress=progress and is_main_process(),
         reduce=reduce or _over_processes,
     )
@@ -269,8 +274,10 @@ class _Fit:
         self.n_targets = 0
         self._batch_targets = 0
         self.passes = 1
-        self.cache: list[tuple[str, Tensor | None, Tensor]] | None = []
+        self.cache: list[tuple[str, Tensor | None, Tensor]] = []
         self.cached_bytes = 0
+        self.cached_rows = 0  # the first rows, of whose batches all is cached
+        self.caching = True
         self.covariances: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self.bounds: dict[str, float] = {}
         self.bases: dict[str, tuple[Tensor, Tensor]] = {}
@@ -399,9 +406,12 @@ class _Fit:
                 self._demote(layer, "its gradients differ from those of rows taken one by one")
             layer.accepts_merged_rows = layer.saw_merged_rows and scales[layer.name] > 0
 
-    def _batches(self, what: str) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
-        total = -(-len(self.source) // self.source.batch_size)
-        yield from tqdm(self.source, total=total, desc=what, disable=not self.progress)
+    def _batches(self, what: str, start: int = 0) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+        """The batches from row `start` on, which is the first of one."""
+        rows = self.source if start == 0 else self.source.select(range(start, len(self.source)))
+        total = -(-len(rows) // rows.batch_size)
+        for positions, inputs in tqdm(rows, total=total, desc=what, disable=not self.progress):
+            yield start + positions, inputs
 
     def _first_pass(self) -> None:
         """Covariances of the Kronecker layers and squared gradients of the diagonal ones."""
@@ -416,6 +426,7 @@ class _Fit:
             for positions, inputs in self._batches("curvature: factors"):
                 calls = self._capture(capture, positions, inputs)
                 self._count(positions, self._batch_targets)
+                cached = len(self.cache)
                 for layer in self.plan.layers:
                     if layer.name not in calls:
                         continue
@@ -431,6 +442,10 @@ class _Fit:
                                 first += a.shape[1]
                     except NotSeparableError as error:
                         self._demote(layer, str(error))
+                if self.caching:
+                    self.cached_rows += len(positions)
+                else:
+                    del self.cache[cached:]  # of a batch all layers or none
 
     def _count(self, positions: np.ndarray, n_targets: int) -> None:
         self.n_rows += len(positions)
@@ -488,13 +503,13 @@ class _Fit:
 
     def _keep(self, layer: MatrixLayer, a: Tensor, g: Tensor) -> None:
         """Cache what Λ needs: a row's gradient or, where that is smaller, its factors."""
-        if self.cache is None:
+        if not self.caching:
             return
         positions, columns, outputs = a.shape[2], a.shape[3], g.shape[3]
         as_matrices = _kept_as_matrices(positions, columns, outputs)
         self.cached_bytes += cached_size(a.shape[:3], columns, outputs) * a.element_size()
         if self.cached_bytes > self.cache_bytes:
-            self.cache = None
+            self.caching = False
         elif as_matrices:
             self.cache.append((layer.name, None, row_gradients(a, g)))
         else:
@@ -515,15 +530,15 @@ class _Fit:
     def _rotate(self) -> None:
         """Eigenbases of the covariances; of several processes, each works out those of some layers for all."""
         for number, layer in enumerate(self.plan.kronecker):
+            own = number % self.owners == process_number() % self.owners
             *sums, bound = self._covariance(layer)
-            totals = [self._reduced(total) for total in sums]
+            self.covariances.pop(layer.name, None)
             self.bounds[layer.name] = float(self._reduced(bound))
-            if number % self.owners == process_number() % self.owners:
-                totals = [_eigenvectors(total, layer.name) for total in totals]
-            self.bases[layer.name] = (totals[0], totals[1])
-            groups, columns, rows = layer.layout.groups, layer.layout.columns, layer.layout.group_outputs
-            self.kronecker_sums[layer.name] = totals[0].new_zeros(groups, rows, columns)
-            del self.covariances[layer.name]
+            bases = []
+            while sums:  # a covariance is freed as its eigenvectors take its place
+                total = self._reduced(sums.pop(0))
+                bases.append(_eigenvectors(total, layer.name) if own else total)
+            self.bases[layer.name] = (bases[0], bases[1])
         if self.owners > 1:
             for number, layer in enumerate(self.plan.kronecker):
                 for basis in self.bases[layer.name]:
@@ -533,21 +548,26 @@ class _Fit:
         """Λ of the Kronecker layers."""
         if not self.plan.kronecker:
             return
-        if self.cache is not None:
-            for name, a, g in self.cache:
-                if name not in self.bases:
-                    continue
-                inputs, outputs = (basis.to(g.device) for basis in self.bases[name])
-                if a is None:
-                    found = sum_of_squares(g, inputs, outputs)
-                else:
-                    found = sum_of_squared_gradients(a, g, inputs, outputs)
-                self.kronecker_sums[name] += found.to(self.kronecker_sums[name].device)
-            self.cache = None
+        for layer in self.plan.kronecker:
+            groups, columns, rows = layer.layout.groups, layer.layout.columns, layer.layout.group_outputs
+            self.kronecker_sums[layer.name] = self.bases[layer.name][0].new_zeros(groups, rows, columns)
+        layers = {layer.name: layer for layer in self.plan.kronecker}
+        for name, a, g in self.cache:
+            if name not in layers:
+                continue
+            inputs, outputs = (basis.to(g.device) for basis in self.bases[name])
+            limit = layers[name].temporary_bytes
+            if a is None:
+                found = sum_of_squares(g, inputs, outputs, temporary_bytes=limit)
+            else:
+                found = sum_of_squared_gradients(a, g, inputs, outputs, temporary_bytes=limit)
+            self.kronecker_sums[name] += found.to(self.kronecker_sums[name].device)
+        self.cache = []
+        if self.cached_rows == len(self.source):
             return
         self.passes = 2
         with Capture(self.model, self.plan.kronecker) as capture:
-            for positions, inputs_of_batch in self._batches("curvature: eigenvalues"):
+            for positions, inputs_of_batch in self._batches("curvature: eigenvalues", self.cached_rows):
                 calls = self._capture(capture, positions, inputs_of_batch)
                 for layer in self.plan.kronecker:
                     if layer.name not in calls:
@@ -555,7 +575,8 @@ class _Fit:
                     total = self.kronecker_sums[layer.name]
                     for a, g in layer.expand_in_chunks(calls.pop(layer.name), len(positions)):
                         inputs, outputs = (basis.to(g.device) for basis in self.bases[layer.name])
-                        total += sum_of_squared_gradients(a, g, inputs, outputs).to(total.device)
+                        found = sum_of_squared_gradients(a, g, inputs, outputs, temporary_bytes=layer.temporary_bytes)
+                        total += found.to(total.device)
 
     def _loop(self) -> tuple[dict[str, Tensor], int]:
         """Squared gradients of the loose parameters, summed over some rows, and those rows' targets."""
@@ -593,7 +614,7 @@ class _Fit:
     def _blocks(self, weight_decay: float) -> list[Block]:
         blocks: list[Block] = []
         for layer in self.plan.kronecker:
-            values = self._reduced(self.kronecker_sums[layer.name])
+            values = self._reduced(self.kronecker_sums.pop(layer.name))
             if (
                 float(values.sum(dtype=torch.float64))
                 <= (100 * torch.finfo(layer.dtype).eps) ** 2 * self.bounds[layer.name]
@@ -604,7 +625,7 @@ class _Fit:
             inputs, outputs = self.bases[layer.name]
             blocks.append(KroneckerBlock(layer.name, layer.layout, inputs, outputs, values))
         for other in self.plan.diagonal:
-            totals = self.diagonal_sums[other.name]
+            totals = self.diagonal_sums.pop(other.name)
             found = {name: self._reduced(total) / self.n_targets + weight_decay for name, total in totals.items()}
             blocks.append(DiagonalBlock(other.name, found, other.reason))
         if self.plan.loose:
@@ -645,6 +666,17 @@ class _Fit:
         return {name: total.to(self.factor_device or total.device) for name, total in sums.items()}
 
 
+def eigenvector_bytes(plan: LayerPlan) -> int:
+    """Bytes that are held while the eigenvectors of the largest factor are found."""
+    largest = max((layer.layout.groups * layer.largest_factor**2 for layer in plan.kronecker), default=0)
+    return 8 * EIGENVECTOR_COPIES * largest
+
+
+def usual_cache_bytes(model: nn.Module, plan: LayerPlan) -> int:
+    """What `cache_bytes=None` comes to: the cache is there while eigenvectors are found."""
+    return max(spare_bytes(model.parameters()) - eigenvector_bytes(plan), 0)
+
+
 def cached_size(shape: Sequence[int], columns: int, outputs: int) -> int:
     """Scalars that are kept of some rows' inputs `(groups, rows, positions, columns)` and output gradients."""
     groups, rows, positions = shape
@@ -666,16 +698,31 @@ def _eigenvectors(covariance: Tensor, name: str) -> Tensor:
     if covariance.shape[-1] == 1:
         return torch.ones_like(covariance)
     where = torch.device("cpu") if covariance.device.type == "mps" else covariance.device
-    matrix = covariance.to(where, torch.float64)
-    matrix = (matrix + matrix.mT) / 2
-    scale = matrix.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[:, None, None]
-    matrix = torch.where(scale > 0, matrix / scale, torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=where))
+    scale = covariance.diagonal(dim1=-2, dim2=-1).mean(dim=-1, dtype=torch.float64)[:, None, None].to(where)
+    scale = torch.where(scale > 0, scale, 1.0)
+
+    def scaled() -> Tensor:
+        # Column by column, as LAPACK wants it. Only the lower triangle is read, so rounding in the other is no matter.
+        matrix = torch.empty_like(covariance, dtype=torch.float64, device=where).mT
+        return matrix.copy_(covariance).div_(scale)
+
     try:
-        vectors = torch.linalg.eigh(matrix).eigenvectors
+        vectors = _overwrite_with_eigenvectors(scaled())
     except torch.linalg.LinAlgError:
         # A multiple of the identity does not move eigenvectors; another driver on the CPU often converges.
-        vectors = torch.linalg.eigh(matrix.cpu() + torch.eye(matrix.shape[-1], dtype=matrix.dtype)).eigenvectors
-    return vectors.to(covariance.device, covariance.dtype).contiguous()
+        matrix = scaled().cpu()
+        matrix.diagonal(dim1=-2, dim2=-1).add_(1.0)
+        vectors = _overwrite_with_eigenvectors(matrix)
+    return torch.empty_like(covariance).copy_(vectors)
+
+
+def _overwrite_with_eigenvectors(matrix: Tensor) -> Tensor:
+    """The eigenvectors of float64 matrices, in their place where that is possible: LAPACK holds two more copies."""
+    if matrix.device.type != "cpu":
+        return torch.linalg.eigh(matrix).eigenvectors
+    values = matrix.new_empty(matrix.shape[:-1])
+    torch.linalg.eigh(matrix, out=(values, matrix))
+    return matrix
 
 
 def _over_processes(tensor: Tensor) -> Tensor:

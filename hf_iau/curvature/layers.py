@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +14,17 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_iau.curvature.blocks import MatrixLayout
 
-TEMPORARY_BYTES = 256 * 2**20
+FEWEST_SPARE_BYTES = 4 * 2**20
 
 Call = tuple[Tensor, Tensor]
 """One call of a module in a forward pass: its input and the gradient of its output."""
+
+
+def spare_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    """Bytes that a fit may take for its convenience: those of the trained weights' gradients, which training holds and a
+    fit does not; at least `FEWEST_SPARE_BYTES`."""
+    gradients = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    return max(gradients, FEWEST_SPARE_BYTES)
 
 
 class NotSeparableError(Exception):
@@ -36,6 +43,9 @@ class Layer(abc.ABC):
 
     reason: str | None = None
     """Why the layer is not in Kronecker form."""
+
+    temporary_bytes: int = FEWEST_SPARE_BYTES
+    """What temporary tensors stay near."""
 
     def __init__(self, name: str, module: nn.Module, parameters: Mapping[str, str], dtype: torch.dtype) -> None:
         self.name = name
@@ -118,11 +128,11 @@ class MatrixLayer(Layer):
         return torch.cat(inputs, dim=2), torch.cat(gradients, dim=2)
 
     def expand_in_chunks(self, calls: list[Call], n_rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """`expand` for some rows at a time, so that the patches of a convolution stay near `TEMPORARY_BYTES`."""
+        """`expand` for some rows at a time, so that the patches of a convolution stay near `temporary_bytes`."""
         per_position = (self.layout.columns + self.layout.group_outputs) * self.layout.groups * self.dtype.itemsize
         positions = sum(g.numel() for _, g in calls) / (self.layout.outputs * n_rows)
         whole = all(x.dim() and x.shape[0] == g.shape[0] and x.shape[0] % n_rows == 0 for x, g in calls)
-        chunks = _chunks(n_rows, int(positions * per_position)) if whole else [(0, n_rows)]
+        chunks = _chunks(n_rows, int(positions * per_position), self.temporary_bytes) if whole else [(0, n_rows)]
         for start, stop in chunks:
             part = [
                 tuple(t[start * (t.shape[0] // n_rows) : stop * (t.shape[0] // n_rows)] for t in call)
@@ -134,7 +144,9 @@ class MatrixLayer(Layer):
 
     def add_squares(self, calls: list[Call], n_rows: int, sums: dict[str, Tensor]) -> None:
         for a, g in self.expand_in_chunks(calls, n_rows):
-            for name, values in self.layout.split(sum_of_squared_gradients(a, g)).items():
+            for name, values in self.layout.split(
+                sum_of_squared_gradients(a, g, temporary_bytes=self.temporary_bytes)
+            ).items():
                 sums[name] += values.to(sums[name].device)
 
     @property
@@ -359,6 +371,7 @@ def plan_layers(model: nn.Module, *, kronecker: bool, max_factor_size: int) -> L
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    temporary_bytes = spare_bytes(model.parameters())
     plan = LayerPlan([], [], [])
     planned: set[int] = set()
     for module_name, module in model.named_modules():
@@ -379,6 +392,7 @@ def plan_layers(model: nn.Module, *, kronecker: bool, max_factor_size: int) -> L
         double = any(p.dtype == torch.float64 for p in free.values())
         dtype = torch.float64 if double else torch.float32
         layer = layer_type(module_name or ROOT, module, {key: names[id(p)] for key, p in free.items()}, dtype)
+        layer.temporary_bytes = temporary_bytes
         if not isinstance(layer, MatrixLayer):
             plan.diagonal.append(layer)
         elif not kronecker:
@@ -405,7 +419,12 @@ def _layer_type(module: nn.Module) -> type[Layer] | None:
 
 
 def sum_of_squared_gradients(
-    a: Tensor, g: Tensor, input_basis: Tensor | None = None, output_basis: Tensor | None = None
+    a: Tensor,
+    g: Tensor,
+    input_basis: Tensor | None = None,
+    output_basis: Tensor | None = None,
+    *,
+    temporary_bytes: int,
 ) -> Tensor:
     """Σ_rows (Q_Sᵀ G_row Q_A)², elementwise, with G_row = Σ_positions g aᵀ.
 
@@ -414,9 +433,10 @@ def sum_of_squared_gradients(
         g: `(groups, rows, positions, outputs)`.
         input_basis: Q_A, `(groups, columns, columns)`; the identity if None.
         output_basis: Q_S, `(groups, outputs, outputs)`; the identity if None.
+        temporary_bytes: what temporaries stay near.
 
     Returns:
-        `(groups, outputs, columns)`. Temporaries stay near `TEMPORARY_BYTES`.
+        `(groups, outputs, columns)`.
     """
     groups, rows, positions, columns = a.shape
     outputs = g.shape[-1]
@@ -424,8 +444,9 @@ def sum_of_squared_gradients(
         rotate_first = positions * (columns**2 + outputs**2) <= outputs * columns * (outputs + columns)
         if positions > 1 and not rotate_first:
             total = a.new_zeros(groups, outputs, columns)
-            for start, stop in _chunks(rows, groups * outputs * columns * a.element_size() * 2):
-                total += sum_of_squares(row_gradients(a[:, start:stop], g[:, start:stop]), input_basis, output_basis)
+            for start, stop in _chunks(rows, groups * outputs * columns * a.element_size() * 2, temporary_bytes):
+                matrices = row_gradients(a[:, start:stop], g[:, start:stop])
+                total += sum_of_squares(matrices, input_basis, output_basis, temporary_bytes=temporary_bytes)
             return total
         a = (a.reshape(groups, -1, columns) @ input_basis).reshape(a.shape)
         g = (g.reshape(groups, -1, outputs) @ output_basis).reshape(g.shape)
@@ -433,18 +454,19 @@ def sum_of_squared_gradients(
         return g[:, :, 0].square().mT @ a[:, :, 0].square()
     total = a.new_zeros(groups, outputs, columns)
     # One row's matrix may itself be too large (a vocabulary): then take some of its outputs at a time.
-    for low, high in _chunks(outputs, groups * columns * a.element_size()):
-        for start, stop in _chunks(rows, groups * (high - low) * columns * a.element_size()):
+    for low, high in _chunks(outputs, groups * columns * a.element_size(), temporary_bytes):
+        for start, stop in _chunks(rows, groups * (high - low) * columns * a.element_size(), temporary_bytes):
             matrices = row_gradients(a[:, start:stop], g[:, start:stop, :, low:high])
             total[:, low:high] += matrices.square_().sum(dim=1)
     return total
 
 
-def sum_of_squares(matrices: Tensor, input_basis: Tensor, output_basis: Tensor) -> Tensor:
-    """Σ_rows (Q_Sᵀ G_row Q_A)² from `matrices` G, `(groups, rows, outputs, columns)`."""
+def sum_of_squares(matrices: Tensor, input_basis: Tensor, output_basis: Tensor, *, temporary_bytes: int) -> Tensor:
+    """Σ_rows (Q_Sᵀ G_row Q_A)² from `matrices` G, `(groups, rows, outputs, columns)`; temporaries stay near
+    `temporary_bytes`."""
     total = torch.zeros_like(matrices[:, 0])
     size = math.prod(matrices.shape) // max(matrices.shape[1], 1) * matrices.element_size() * 2
-    for start, stop in _chunks(matrices.shape[1], size):
+    for start, stop in _chunks(matrices.shape[1], size, temporary_bytes):
         rotated = output_basis[:, None].mT @ matrices[:, start:stop] @ input_basis[:, None]
         total += rotated.square_().sum(dim=1)
     return total
@@ -465,7 +487,7 @@ def row_gradients(a: Tensor, g: Tensor) -> Tensor:
     return g.mT @ a
 
 
-def _chunks(length: int, bytes_each: int) -> list[tuple[int, int]]:
-    """Ranges that cover `length` items, each within `TEMPORARY_BYTES`."""
-    size = max(1, TEMPORARY_BYTES // max(bytes_each, 1))
+def _chunks(length: int, bytes_each: int, most_bytes: int) -> list[tuple[int, int]]:
+    """Ranges that cover `length` items, each within `most_bytes`."""
+    size = max(1, most_bytes // max(bytes_each, 1))
     return [(start, min(start + size, length)) for start in range(0, length, size)]

@@ -12,10 +12,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from hf_iau.errors import RequestError, UnsupportedModelError
+from hf_iau.objective.working import memory_device
 from hf_iau.parallel import is_parallel, share_of
 
 Batch = dict[str, Any]
 Collator = Callable[[list[Any]], Mapping[str, Any]]
+
+KEPT_BYTES = 64 * 2**20
+"""The most that a source keeps of its batches: collating larger ones anew costs little beside passing them through."""
 
 
 class RowSource:
@@ -65,7 +69,7 @@ class RowSource:
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, Batch]]:
         if self._kept is not None:
-            yield from ((positions, dict(inputs)) for positions, inputs in self._kept)
+            yield from ((positions, to_device(dict(inputs), self.device)) for positions, inputs in self._kept)
             return
         loader: DataLoader[Any] = DataLoader(
             self.dataset,
@@ -123,10 +127,10 @@ class RowSource:
             self._share = self.select(positions), positions.start
         return self._share
 
-    def keep_batches(self, max_bytes: int = 256 * 2**20) -> RowSource:
+    def keep_batches(self, max_bytes: int = KEPT_BYTES) -> RowSource:
         """This source, with its collated batches kept for further passes as far as `max_bytes` allow (else unchanged).
 
-        Of several processes, each keeps those of its share.
+        They are kept on the memory device, where there is one. Of several processes, each keeps those of its share.
         """
         self.share()[0]._keep(max_bytes)
         return self
@@ -139,7 +143,7 @@ class RowSource:
                 size += sum(v.numel() * v.element_size() for v in inputs.values() if isinstance(v, torch.Tensor))
                 if size > max_bytes:
                     return
-                kept.append((positions, inputs))
+                kept.append((positions, to_device(inputs, memory_device(self.device) or self.device)))
             self._kept = kept
 
     def first_batch(self) -> Batch:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -19,7 +22,10 @@ from curvature_loop import (
 from torch import nn
 
 from hf_iau.curvature import Curvature, DiagonalBlock, KroneckerBlock, fit_curvature
+from hf_iau.curvature.fit import _eigenvectors, _Fit, eigenvector_bytes
+from hf_iau.curvature.layers import plan_layers
 from hf_iau.objective import ModelRowLoss, UserRowLoss
+from hf_iau.phases import peak_allocated_bytes
 
 MODELS = ["mlp", "frozen", "cnn", "twice", "positions", "bypassed", "gpt2", "llama", "bert", "bert-mlm", "lora", "vit"]
 
@@ -143,12 +149,45 @@ def test_cache_and_second_pass_agree(name: str) -> None:
         torch.testing.assert_close(again.tensors()[key], tensor, rtol=1e-10, atol=1e-14)
 
 
+def test_some_batches_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second pass begins behind what the cache could hold, whole batches of it."""
+    model, rows = build("bert")
+    expected = fit_curvature(model, make_source(rows))
+    seen: list[int] = []
+    batches = _Fit._batches
+
+    def watched(fit: _Fit, what: str, start: int = 0) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+        seen.append(start)
+        return batches(fit, what, start)
+
+    monkeypatch.setattr(_Fit, "_batches", watched)
+    for size in (1, 16_000, 36_000):
+        found = fit_curvature(model, make_source(rows), cache_bytes=size)
+        assert found.details["passes"] == 2
+        for key, tensor in expected.tensors().items():
+            torch.testing.assert_close(found.tensors()[key], tensor, rtol=1e-10, atol=1e-14)
+    starts = seen[1::2]
+    assert starts[0] == 0 < starts[1] < starts[2] < len(rows) and not any(seen[::2])
+
+
+def test_bytes_of_finding_eigenvectors() -> None:
+    size = 300
+    covariance = torch.randn(1, size, size)
+    covariance = covariance @ covariance.mT
+    plan = plan_layers(nn.Linear(size, 5, bias=False), kronecker=True, max_factor_size=size)
+    found: list[torch.Tensor] = []
+    peak = peak_allocated_bytes(lambda: found.append(_eigenvectors(covariance, "layer")))
+    assert peak == pytest.approx(eigenvector_bytes(plan), rel=0.05)
+    rotated = found[0].mT @ covariance @ found[0]
+    torch.testing.assert_close(rotated, rotated.diagonal(dim1=1, dim2=2).diag_embed(), rtol=1e-4, atol=1e-2)
+
+
 def test_small_temporaries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("cnn", "gpt2", "twice"):
         model, rows = build(name)
         expected = fit_curvature(model, make_source(rows), cache_bytes=0)
         for size in (1, 3000):
-            monkeypatch.setattr("hf_iau.curvature.layers.TEMPORARY_BYTES", size)
+            monkeypatch.setattr("hf_iau.curvature.layers.spare_bytes", lambda _, size=size: size)
             for kind in ("ekfac", "diagonal"):
                 found = fit_curvature(model, make_source(rows), kind=kind, cache_bytes=0)
                 check_against_loop(model, rows, found)
