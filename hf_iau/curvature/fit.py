@@ -51,6 +51,9 @@ PROBE_ROWS = 3
 EIGENVECTOR_COPIES = 3
 """Float64 matrices of a factor's size that are held while its eigenvectors are found."""
 
+FEWEST_CACHE_BYTES = 24 * 2**20
+"""The eigenvectors and what spares a second pass may always take so much together."""
+
 BASIS_POSITIONS = 131_072
 """About so many positions of a convolution make its bases, which are covariances of a few hundred columns and need no
 more; Λ is measured on the positions of all rows."""
@@ -111,7 +114,7 @@ def fit_curvature(
         max_factor_size: largest side of a Kronecker factor; larger layers are diagonal.
         factor_device: where statistics are kept; each layer's own device if None.
         cache_bytes: memory for sparing the second pass; 0 forces it. None: as much as the trained weights' gradients
-            take (which training holds and a fit does not), at least 4 MiB, less what finding eigenvectors takes.
+            take (which training holds and a fit does not), at least 24 MiB, less what finding eigenvectors takes.
         optimizer: for "adam".
         weight_decay: coefficient of a coupled L2 regulariser on the mean loss, added to every eigenvalue of "ekfac" and
             "diagonal".
@@ -708,7 +711,9 @@ def eigenvector_bytes(plan: LayerPlan) -> int:
 
 def usual_cache_bytes(model: nn.Module, plan: LayerPlan) -> int:
     """What `cache_bytes=None` comes to: the cache is there while eigenvectors are found."""
-    return max(spare_bytes(model.parameters()) - eigenvector_bytes(plan), 0)
+    return max(
+        spare_bytes(model.parameters()) - eigenvector_bytes(plan), FEWEST_CACHE_BYTES - eigenvector_bytes(plan), 0
+    )
 
 
 def cached_size(shape: Sequence[int], columns: int, outputs: int) -> int:
