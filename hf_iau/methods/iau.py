@@ -45,7 +45,8 @@ _REFERENCE_ROWS = 2000
 _OVERLAP_ROWS = 2000
 # Proxies are at most a tenth of the training rows: the step for more would be long, and no guide to a small request's.
 _PROXY_SHARE = 10
-_FEWEST_WALKED_ROWS = 20
+FEWEST_WALKED_ROWS = 20
+"""A request of fewer rows is never walked."""
 # A step after which more of the way to the held-out rows is left than this is followed by a look at a walk.
 _LEFT = 0.15
 # So is one that costs retained rows this much accuracy.
@@ -482,7 +483,7 @@ class IAU:
     def _like_any_others(context: ForgetContext, notes: dict[str, Any]) -> bool:
         """Whether the forget rows passed the shift test and are not too few to tell."""
         shift = notes.get("shift_test")
-        return shift is not None and shift["passed"] and len(context.forget) >= _FEWEST_WALKED_ROWS
+        return shift is not None and shift["passed"] and len(context.forget) >= FEWEST_WALKED_ROWS
 
     def _walk(
         self,
