@@ -143,7 +143,7 @@ class IAU:
 
     With k = c = 1 and C the Hessian of the retained rows this is the Newton step to their optimum. C is the EK-FAC
     approximation of the true Fisher (George et al. 2018; Grosse et al. 2023); a request costs one pass over its rows,
-    and calibration about 20 evaluations of a few thousand rows.
+    and calibration 5 to 14 evaluations of a few thousand rows.
     """
 
     name: ClassVar[str] = "iau"
