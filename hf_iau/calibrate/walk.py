@@ -51,7 +51,10 @@ DEAR = 0.10
 
 _SOFTNESS = 4.0  # τ
 _STRIDE, _SHORTEST_STRIDE = 0.03, 0.002
-_MOST_STEPS = 40
+MOST_STEPS = 40
+"""After so many steps, those that were taken back among them, a walk ends."""
+USUAL_STEPS = 8
+"""Median of the walks in the benchmarks, of 1 to 40 steps."""
 # A step that raises the held-out loss by more than this share of it went beyond what its gradients could see: it is
 # taken back and the stride is halved.
 _JUMP = 0.02
@@ -213,7 +216,7 @@ def walk(
         return arrived or not last <= at_start + MAX_DRIFT * abs(at_start)
 
     try:
-        for number in tqdm(range(_MOST_STEPS), desc="walking", disable=not (progress and is_main_process())):
+        for number in tqdm(range(MOST_STEPS), desc="walking", disable=not (progress and is_main_process())):
             if push is None:  # a step that was taken back leaves it as it was
                 if losses is None:
                     gradient, losses = push_gradient(model, pushed, shortfall, names)
@@ -242,7 +245,7 @@ def walk(
                 continue
             moved, last, push, losses = further, now, None, None
             ruined = not now <= at_start + MAX_DRIFT * abs(at_start)
-            if ruined or expected <= _NEAR * ARRIVED or number == _MOST_STEPS - 1:
+            if ruined or expected <= _NEAR * ARRIVED or number == MOST_STEPS - 1:
                 # Perhaps the last step. Elsewhere the pass that takes the next gradient looks as well.
                 seen = predict_rows(model, looked_at)
                 losses = seen.loss
@@ -258,6 +261,44 @@ def walk(
     return best
 
 
+@dataclass(frozen=True)
+class WalkWork:
+    """What a walk does, counted in rows.
+
+    Attributes:
+        gradients: rows whose gradient is taken.
+        forwards: rows that are only looked at.
+        solves: divisions by the curvature.
+    """
+
+    gradients: int
+    forwards: int
+    solves: int
+
+    @classmethod
+    def of(cls, steps: int, *, forget: int, held_out: int, known: int, anchors: int) -> WalkWork:
+        """The work of `steps` steps, and of what is looked at before and after them.
+
+        Args:
+            steps: how many.
+            forget, held_out: rows of the request and of the held-out sample.
+            known: rows of the sample of retained rows, which one step is judged by before.
+            anchors: rows of it that are kept as anchors, see `anchor_rows`.
+        """
+        pulls = max(steps - 1, 0)
+        return cls(
+            gradients=steps * forget + pulls * min(anchors, _ANCHOR_ROWS_A_STEP),
+            forwards=steps * min(held_out, _WATCHED_ROWS) + 2 * forget + known + anchors + held_out,
+            solves=steps + pulls,
+        )
+
+
+def anchor_rows(model: nn.Module, retained: RowSource) -> int:
+    """How many of the retained rows a walk keeps as anchors: no more than are affordable, but at least 8."""
+    affordable = max(int(_ANCHOR_BYTES / _kept_bytes(model, retained)), _FEWEST_ANCHOR_ROWS)
+    return min(_ANCHOR_ROWS, affordable, len(retained))
+
+
 class _Anchors:
     """Retained rows with what the model made of them at the start, in groups that take turns.
 
@@ -269,8 +310,7 @@ class _Anchors:
     """
 
     def __init__(self, model: nn.Module, retained: RowSource) -> None:
-        affordable = max(int(_ANCHOR_BYTES / _kept_bytes(model, retained)), _FEWEST_ANCHOR_ROWS)
-        rows = retained.sample(min(_ANCHOR_ROWS, affordable), 1, "anchor rows")
+        rows = retained.sample(anchor_rows(model, retained), 1, "anchor rows")
         self.groups: list[RowSource] = []
         self.outputs: list[list[Tensor]] = []
         for start in range(0, len(rows), _ANCHOR_ROWS_A_STEP):

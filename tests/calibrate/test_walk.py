@@ -396,7 +396,7 @@ def test_models_of_tokens_are_walked_alike(family, monkeypatch):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     shortfall = Shortfall.of(*(predict_rows(model, rows) for rows in (forget, known, unseen)))
     assert shortfall.at_start > 0.02
-    monkeypatch.setattr(WALK, "_MOST_STEPS", 15)
+    monkeypatch.setattr(WALK, "MOST_STEPS", 15)
     path = walk(
         model, memory.curvature, forget, known, unseen, shortfall, names=list(memory.parameters), max_relative_step=0.5
     )
