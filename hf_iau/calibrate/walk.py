@@ -40,6 +40,7 @@ from hf_iau.objective.rows import sample_positions
 from hf_iau.objective.targets import Targets, TaskKind
 from hf_iau.objective.working import kept_copy, memory_device
 from hf_iau.parallel import gather_arrays, is_main_process, sum_over_processes, together
+from hf_iau.vectors import GradientAccumulator, kept_dtype, pieces
 
 DAMPING = 0.1
 """λ of a walk, relative to each layer's mean eigenvalue."""
@@ -67,7 +68,7 @@ class Walk:
     """A path and the point on it that was chosen.
 
     Attributes:
-        step: Δ from the old weights to that point, float64.
+        step: Δ from the old weights to that point.
         damping: λ of every step.
         steps: how many steps lead there.
         reached: whether no more than `ARRIVED` of the way to the targets is left there.
@@ -177,7 +178,7 @@ def walk(
     """
     weights = {name: kept_copy(model.get_parameter(name)) for name in names}
     norm = max(weights_norm(model, list(names)), 1e-300)
-    moved: Step = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in weights.items()}
+    moved: Step = {name: torch.zeros_like(value, dtype=kept_dtype(value.dtype)) for name, value in weights.items()}
     chosen = sample_positions(len(held_out), _WATCHED_ROWS, 0)
     watched = held_out.select(chosen).keep_batches() if len(chosen) < len(held_out) else held_out.keep_batches()
     looked_at = (looked_at or forget.resized(held_out.batch_size)).keep_batches()
@@ -230,7 +231,9 @@ def walk(
                 pull = curvature.solve(anchors.drift_gradient(model, number, names), damping)
                 # Newton's step back, but no longer than the push.
                 back = min(1.0, stride * norm / max(step_norm(pull), 1e-300))
-                further = {name: place - back * pull[name].to(place) for name, place in further.items()}
+                for name, place in further.items():
+                    place -= back * pull[name].to(place)
+                del pull
             if step_norm(further) / norm > max_relative_step:
                 break
             _place(model, weights, further)
@@ -336,7 +339,7 @@ def weighted_gradient(
         names: parameters to take gradients for.
 
     Returns:
-        float64 tensors by parameter name.
+        Tensors by parameter name.
     """
 
     own, start = source.share()
@@ -363,7 +366,7 @@ def push_gradient(
         names: parameters to take gradients for.
 
     Returns:
-        float64 tensors by parameter name; and every row's loss, a mean over its targets, `(rows,)` float64, NaN for a
+        Tensors by parameter name; and every row's loss, a mean over its targets, `(rows,)` float64, NaN for a
         row without targets.
     """
     own, start = source.share()
@@ -390,25 +393,28 @@ def push_gradient(
 def _gradient(
     model: nn.Module, losses: Iterable[tuple[Tensor, int]], names: Sequence[str], what: str
 ) -> tuple[dict[str, Tensor], int]:
-    """Σ ∇loss, float64, and the number of targets, in evaluation mode and over all processes."""
-    parameters = [model.get_parameter(name) for name in names]
-    sums = [torch.zeros_like(p, dtype=torch.float64, device=memory_device(p.device)) for p in parameters]
-    counted = torch.zeros(1, dtype=torch.float64, device=sums[0].device)
+    """Σ ∇loss, and the number of targets, in evaluation mode and over all processes."""
+    parameters = {name: model.get_parameter(name) for name in names}
     with together(what):
+        counted = 0
         with evaluation_mode(model), torch.enable_grad():
+            accumulator = GradientAccumulator(parameters, memory_device(None))
             for loss, targets in losses:
                 loss.backward()
                 counted += targets
-                for total, parameter in zip(sums, parameters, strict=True):
-                    if parameter.grad is not None:
-                        total += parameter.grad.to(total.device)
-                        parameter.grad = None
-        sum_over_processes([*sums, counted], what)
-    return dict(zip(names, sums, strict=True)), round(float(counted))
+                accumulator.add()
+            sums = accumulator.finish()
+        count = torch.tensor([counted], dtype=torch.float64, device=next(iter(sums.values())).device)
+        sum_over_processes([*sums.values(), count], what)
+    return sums, round(float(count))
 
 
 def _place(model: nn.Module, weights: Mapping[str, Tensor], moved: Step | None) -> None:
     with torch.no_grad():
         for name, value in weights.items():
             parameter = model.get_parameter(name)
-            parameter.copy_(value if moved is None else value.double() + moved[name].to(value.device))
+            if moved is None:
+                parameter.copy_(value)
+                continue
+            for part, old, change in pieces(parameter, value, moved[name]):
+                part.copy_(old.double() + change.to(old.device))

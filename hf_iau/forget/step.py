@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_iau.curvature import Curvature
+from hf_iau.vectors import norm, pieces
 
 Step = dict[str, Tensor]
 
@@ -17,19 +18,19 @@ def apply_step(model: nn.Module, step: Mapping[str, Tensor], scale: float = 1.0)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, change in step.items():
-            parameter = parameters[name]
-            parameter.copy_(parameter.double() + scale * change.to(parameter.device, torch.float64))
+            for part, added in pieces(parameters[name], change):
+                part.copy_(part.double() + scale * added.to(part.device, torch.float64))
 
 
 def step_norm(step: Mapping[str, Tensor]) -> float:
     """Euclidean length of a step."""
-    return float(sum(float(change.double().square().sum()) for change in step.values()) ** 0.5)
+    return norm(step.values())
 
 
 def weights_norm(model: nn.Module, names: list[str]) -> float:
     """Euclidean norm of the named parameters."""
     parameters = dict(model.named_parameters())
-    return float(sum(float(parameters[name].detach().double().square().sum()) for name in names) ** 0.5)
+    return norm(parameters[name] for name in names)
 
 
 def finish_forgetting_step(forget: Step, finish: Step | None, length: float, finish_weight: float) -> Step:
@@ -49,14 +50,18 @@ def moved_gradient_sum(
     """Σ′_D = Σ_D − Σ_f + n_r·C·Δ: the gradient sum of the retained rows at the moved weights, to first order.
 
     Args:
-        gradient_sum: Σ_D before the step, float64.
+        gradient_sum: Σ_D before the step.
         forget_sum: Σ_f before the step.
         curvature: C, of the mean row loss.
         step: Δ.
         remaining_targets: n_r.
     """
-    bent = curvature.multiply(step)
-    return {
-        name: total.double() - forget_sum[name].to(total.device).double() + remaining_targets * bent[name].to(total)
-        for name, total in gradient_sum.items()
-    }
+    moved: dict[str, Tensor] = {}
+    for block in curvature.blocks.values():  # one at a time, for Δ may be made as it is asked for
+        bent = curvature.multiply({name: step[name] for name in block.shapes if name in gradient_sum})
+        for name, change in bent.items():
+            total = gradient_sum[name]
+            found = change.to(total.device, torch.float64).mul_(remaining_targets)
+            found.add_(total).sub_(forget_sum[name].to(total.device))
+            moved[name] = found.to(total.dtype)
+    return {name: moved[name] for name in gradient_sum}

@@ -293,7 +293,7 @@ def _gather_sum(
     share = len(source) / sample.n_rows
     error = share * _standard_error(sample) * (1 - 1 / share) ** 0.5
     scaled = GradientSum(
-        {name: tensor * share for name, tensor in sample.tensors.items()},
+        {name: tensor.mul_(share) for name, tensor in sample.tensors.items()},
         len(source),
         round(sample.n_targets * share),
         sample.loss * share,

@@ -1,4 +1,4 @@
-"""Sums of row-loss gradients, exact to accumulation in float64."""
+"""Sums of row-loss gradients, exact to rounding."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ from hf_iau.errors import NonFiniteGradientError, UnsupportedModelError
 from hf_iau.objective import RowLoss, RowSource, evaluation_mode
 from hf_iau.objective.working import memory_device
 from hf_iau.parallel import gather_arrays, is_main_process, sum_over_processes, together, whole_parameters
-
-# Batches whose float32 gradients are added up by autograd itself before they are moved to the float64 sum. Eight
-# float32 additions lose less than one part in a million, and the sum costs an eighth.
-_BATCHES_PER_FLUSH = 8
+from hf_iau.vectors import GradientAccumulator, norm
 
 
 @dataclass
@@ -26,7 +23,7 @@ class GradientSum:
     """Σ ∇ℓ over some rows.
 
     Attributes:
-        tensors: parameter name → float64 tensor of the parameter's shape.
+        tensors: parameter name → tensor of the parameter's shape, float32 (float64 for float64 parameters).
         n_rows: rows summed over.
         n_targets: targets (tokens of a language model) summed over.
         loss: Σ ℓ.
@@ -43,7 +40,7 @@ class GradientSum:
 
     def norm(self) -> float:
         """Euclidean norm over all parameters."""
-        return float(sum(float(t.square().sum()) for t in self.tensors.values()) ** 0.5)
+        return norm(self.tensors.values())
 
     def minus(self, other: GradientSum) -> GradientSum:
         """The sum over the rows of this one that are not in `other`."""
@@ -105,7 +102,7 @@ def sum_row_gradients(
         track_batches: keep `‖batch sum‖²` of every batch, for a standard error.
 
     Returns:
-        The sums, float64, on each parameter's device.
+        The sums, on each parameter's device or the memory device.
 
     Raises:
         NonFiniteGradientError: a row's loss or gradient is NaN or infinite; the message says which row.
@@ -132,25 +129,9 @@ def _sum_own_rows(
     progress: bool,
     track_batches: bool,
 ) -> GradientSum:
-    sums = {
-        name: torch.zeros_like(p, dtype=torch.float64, device=memory_device(p.device)) for name, p in parameters.items()
-    }
-    result = GradientSum(sums, 0, 0)
-    pending = 0
-    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in parameters.values())
-    flush_every = 1 if track_batches or half else _BATCHES_PER_FLUSH
+    sums = GradientAccumulator(parameters, memory_device(None))
+    result = GradientSum({}, 0, 0)
     losses: list[Tensor] = []
-
-    def flush() -> float:
-        squared = torch.zeros((), dtype=torch.float64)
-        for name, parameter in parameters.items():
-            if parameter.grad is None:
-                continue
-            sums[name] += parameter.grad.to(sums[name].device)
-            if track_batches:
-                squared += parameter.grad.double().square().sum().cpu()
-            parameter.grad = None
-        return float(squared)
 
     with evaluation_mode(model), torch.enable_grad():
         batches = tqdm(source, total=-(-len(source) // source.batch_size), desc=source.name, disable=not progress)
@@ -165,13 +146,11 @@ def _sum_own_rows(
                 continue
             loss.backward()
             losses.append(loss.detach())
-            pending += 1
-            if pending == flush_every:
-                squared = flush()
-                pending = 0
-                if track_batches:
-                    result.batches.append((len(positions), squared))
-        flush()
+            if track_batches:
+                found = (parameter.grad for parameter in parameters.values() if parameter.grad is not None)
+                result.batches.append((len(positions), norm(found) ** 2))
+            sums.add(at_once=track_batches)
+        result.tensors = sums.finish()
     result.loss = float(torch.stack(losses).double().sum()) if losses else 0.0
     return result
 

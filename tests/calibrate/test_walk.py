@@ -259,7 +259,7 @@ def test_no_more_anchors_are_kept_than_there_is_room_for(scene, monkeypatch):
 def test_the_weights_are_put_back_bit_for_bit(scene):
     path = walked(scene)
     assert path.steps > 0 and unchanged(scene)
-    assert all(change.dtype == torch.float64 for change in path.step.values())
+    assert all(change.dtype == torch.float32 for change in path.step.values())
 
 
 @pytest.mark.parametrize("call", [1, 3, 4])
