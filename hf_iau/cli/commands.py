@@ -34,7 +34,7 @@ from hf_iau.report import UnlearningReport, tables
 from hf_iau.requests import Ledger
 from hf_iau.requests.id_column import rows_of_ids
 from hf_iau.tasks import Task, load_rows, load_task, read_ids, rows_where
-from hf_iau.tasks.task import local_folder
+from hf_iau.tasks.task import KINDS, local_folder
 from hf_iau.train import UnlearningTrainer
 
 app = typer.Typer(
@@ -47,7 +47,9 @@ app = typer.Typer(
 
 # --- options that several commands share ------------------------------------------------------------------------------
 
-ModelArgument = Annotated[str, typer.Argument(help="The fine-tuned model: a folder, or a name on the Hub.")]
+ModelArgument = Annotated[
+    str, typer.Argument(help="The fine-tuned model or PEFT adapter: a folder, or a name on the Hub.")
+]
 TrainOption = Annotated[
     str, typer.Option("--train", help="The rows it was trained on, in their order: a file, folder or Hub name[:split].")
 ]
@@ -60,7 +62,9 @@ InputOption = Annotated[
 ]
 LabelOption = Annotated[str, typer.Option("--label-column", help="Column of the labels, numbers or names.")]
 LengthOption = Annotated[int | None, typer.Option("--max-length", help="Longest text in tokens.", min=1)]
-TaskOption = Annotated[str | None, typer.Option("--task", help="text or image; default: what the model says.")]
+TaskOption = Annotated[
+    str | None, typer.Option("--task", help="text, image or language; default: what the model says.")
+]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", help="Rows a batch.", min=1)]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of samples.", min=0)]
@@ -108,13 +112,13 @@ def _load(
     trust_remote_code: bool,
 ) -> _Loaded:
     transformers_logging.set_verbosity_error()
-    if kind not in (None, "text", "image"):
-        raise ConfigError(f"--task {kind}: choose text or image.")
+    if kind is not None and kind not in KINDS:
+        raise ConfigError(f"--task {kind}: choose {', '.join(KINDS[:-1])} or {KINDS[-1]}.")
     raw = load_rows(train)
     others = [None if source is None else load_rows(source) for source in (held_out, test)]
     task = load_task(
         model,
-        kind=kind,  # type: ignore[arg-type]
+        kind=kind,
         input_columns=tuple(input_column or ()),
         label_column=label_column,
         max_length=max_length,
@@ -215,6 +219,7 @@ def gather_command(
             loaded.task.model.to(device),
             loaded.train,
             processing_class=loaded.task.processor,
+            data_collator=loaded.task.collator,
             config=GatherConfig(
                 gradient_sum=gradient_sum,  # type: ignore[arg-type]
                 curvature=curvature,  # type: ignore[arg-type]
@@ -271,6 +276,7 @@ def estimate_command(
             request_rows=request_rows,
             held_out_rows=held_out_rows,
             processing_class=loaded.task.processor,
+            data_collator=loaded.task.collator,
         )
         out.result(expected.to_dict(), str(expected))
 
@@ -327,6 +333,7 @@ def unlearn_command(
                 train_dataset=loaded.train,
                 eval_dataset=loaded.held_out,
                 processing_class=loaded.task.processor,
+                data_collator=loaded.task.collator,
                 memory=None if in_place else _memory_of(home, memory),
                 id_column=id_column,
             )
@@ -412,7 +419,7 @@ def evaluate_command(
             if rows is None or len(rows) == 0:
                 return None
             kept = keep_input_columns(bare, rows, name)
-            collator = default_collator(loaded.task.processor)
+            collator = loaded.task.collator or default_collator(loaded.task.processor)
             return RowSource(kept, collator, batch_size=batch_size, device=device, name=name)
 
         forget = source(loaded.train.select(chosen), "forget rows")

@@ -460,26 +460,27 @@ class _Fit:
             rows: `(rows,)` int, their positions in the source.
         """
         self._keep(layer, a, g)
-        share = 1.0
+        share, groups, positions = 1.0, a.shape[0], a.shape[2]
         if isinstance(layer, ConvolutionLayer):  # of a fixed number of positions, whatever the padding of a text
-            share = min(1.0, BASIS_POSITIONS / (a.shape[2] * max(self.total_rows, 1)))
+            share = min(1.0, BASIS_POSITIONS / (positions * max(self.total_rows, 1)))
+        chosen = torch.arange(len(rows), device=g.device)
         if share < 1.0:
             places = self.start + rows
-            chosen = torch.from_numpy(np.flatnonzero(np.floor((places + 1) * share) > np.floor(places * share)))
+            chosen = chosen[torch.from_numpy(np.floor((places + 1) * share) > np.floor(places * share)).to(g.device)]
             if not len(chosen):
                 return
-            a, g = a[:, chosen.to(a.device)], g[:, chosen.to(g.device)]
+            g = g[:, chosen]
         live = live_positions(g)[..., None]
-        groups, positions = a.shape[0], a.shape[2]
         inputs, outputs = a.reshape(groups, -1, a.shape[-1]), g.reshape(groups, -1, g.shape[-1])
+        # Behind a max-pooling most positions are dead: work on the others alone.
+        used = (
+            live.reshape(groups, -1)[0] if groups == 1 and positions > 1 else torch.ones_like(outputs[0, :, 0]).bool()
+        )
+        if len(chosen) < len(rows) or not bool(used.all()):
+            index = (chosen[:, None] * positions + torch.arange(positions, device=g.device)).reshape(-1)
+            inputs, outputs = inputs[:, index[used]], outputs[:, used]
         weighted = inputs
-        if groups == 1 and positions > 1:
-            # Behind a max-pooling most positions are dead: work on the others alone.
-            alive = live.reshape(-1).nonzero().squeeze(1)
-            if len(alive) < inputs.shape[1]:
-                inputs, outputs = inputs[:, alive], outputs[:, alive]
-            weighted = inputs
-        elif not bool(live.all()):
+        if (groups > 1 or positions == 1) and not bool(live.all()):
             weighted = inputs * live.reshape(groups, -1, 1)
         input_sum, output_sum, bound = self._covariance(layer)
         if positions > 1:

@@ -99,9 +99,8 @@ class MatrixLayer(Layer):
     layout: MatrixLayout
 
     @abc.abstractmethod
-    def expand_call(self, call: Call, n_rows: int) -> tuple[Tensor | None, Tensor]:
-        """Inputs `(groups, rows, positions, weight columns)` (None if not needed) and output gradients
-        `(groups, rows, positions, group outputs)` of one call."""
+    def expand_call(self, call: Call, n_rows: int) -> tuple[Tensor, Tensor]:
+        """`expand` for one call, with gradients as they come."""
 
     def expand(self, calls: list[Call], n_rows: int) -> tuple[Tensor, Tensor]:
         """Inputs a and output gradients g at every position of every call, so that a row's gradient is Σ g aᵀ.
@@ -120,13 +119,9 @@ class MatrixLayer(Layer):
         inputs, gradients = [], []
         for call in calls:
             a, g = self.expand_call(call, n_rows)
-            g = g.to(self.dtype)
-            parts = [] if a is None else [a.to(self.dtype)]
-            if self.layout.bias is not None:
-                parts.append(g.new_ones(()).expand(*g.shape[:-1], 1))
-            if len(parts) == 2 and parts[0].shape[:-1] != g.shape[:-1]:
+            if a.shape[:-1] != g.shape[:-1]:
                 raise NotSeparableError(f"its input {tuple(call[0].shape)} and output {tuple(call[1].shape)} differ")
-            inputs.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
+            inputs.append(a)
             gradients.append(g)
         if len(inputs) == 1:
             return inputs[0], gradients[0]
@@ -175,11 +170,19 @@ class LinearLayer(MatrixLayer):
             transposed=transposed,
         )
 
-    def expand_call(self, call: Call, n_rows: int) -> tuple[Tensor | None, Tensor]:
+    def expand_call(self, call: Call, n_rows: int) -> tuple[Tensor, Tensor]:
         if call[0].dim() < 2:
             raise NotSeparableError(f"its input has shape {tuple(call[0].shape)}, without a dimension for rows")
         a, g = (self.by_row(tensor, n_rows).reshape(n_rows, -1, tensor.shape[-1])[None] for tensor in call)
-        return (a if self.layout.weight is not None else None), g
+        a, g = a.to(self.dtype), g.to(self.dtype)
+        if self.layout.bias is None:
+            return a, g
+        ones = g.new_ones(()).expand(*g.shape[:-1], 1)
+        if self.layout.weight is None:
+            return ones, g
+        if a.shape[:-1] != g.shape[:-1]:
+            return a, g  # refused by the caller
+        return torch.cat([a, ones], dim=-1), g
 
 
 class ConvolutionLayer(MatrixLayer):
@@ -197,28 +200,40 @@ class ConvolutionLayer(MatrixLayer):
             groups=self.module.groups,
         )
 
-    def expand_call(self, call: Call, n_rows: int) -> tuple[Tensor | None, Tensor]:
+    def expand_call(self, call: Call, n_rows: int) -> tuple[Tensor, Tensor]:
         x, g = call
-        module, groups = self.module, self.layout.groups
-        dimensions = len(module.kernel_size)
+        layout, dimensions = self.layout, len(self.module.kernel_size)
         if x.dim() != dimensions + 2:
             raise NotSeparableError(f"its input has {x.dim()} dimensions instead of {dimensions + 2}")
         merged = x.shape[0]
         self.by_row(x, n_rows)
-        g = g.reshape(n_rows, merged // n_rows, groups, self.layout.group_outputs, -1)
-        g = g.permute(2, 0, 1, 4, 3).reshape(groups, n_rows, -1, self.layout.group_outputs)
-        if self.layout.weight is None:
-            return None, g
+        g = g.reshape(n_rows, merged // n_rows, layout.groups, layout.group_outputs, -1)
+        g = g.permute(2, 0, 1, 4, 3).reshape(layout.groups, n_rows, -1, layout.group_outputs).to(self.dtype)
+        if layout.weight is None:
+            return g.new_ones(()).expand(*g.shape[:-1], 1), g
+        windows = self._windows(x)
+        channels, kernel, places = windows.shape[1] // layout.groups, windows.shape[4:], windows.shape[2:4]
+        # Columns first: so each is copied in long runs, and the 1 of the bias is a column of its own.
+        columns = x.new_empty(layout.groups, layout.columns, merged, math.prod(places), dtype=self.dtype)
+        patches = columns[:, : layout.weight_columns].view(layout.groups, channels, *kernel, merged, *places)
+        patches.copy_(windows.unflatten(1, (layout.groups, channels)).permute(1, 2, 5, 6, 0, 3, 4))
+        columns[:, layout.weight_columns :] = 1.0
+        return columns.view(layout.groups, layout.columns, n_rows, -1).permute(0, 2, 3, 1), g
+
+    def _windows(self, x: Tensor) -> Tensor:
+        """A view of what the kernel sees at each place, `(rows, channels, height, width, *kernel)`."""
+        module = self.module
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         padding = module._reversed_padding_repeated_twice
         if any(padding):
             x = F.pad(x, padding, mode=mode)
         kernel, dilation, stride = module.kernel_size, module.dilation, module.stride
-        if dimensions == 1:
+        if len(kernel) == 1:
             x, kernel, dilation, stride = x[:, :, None], (1, *kernel), (1, *dilation), (1, *stride)
-        patches = F.unfold(x, kernel, dilation=dilation, stride=stride)  # (rows, channels * kernel, positions)
-        patches = patches.reshape(n_rows, merged // n_rows, groups, self.layout.weight_columns, -1)
-        return patches.permute(2, 0, 1, 4, 3).reshape(groups, n_rows, -1, self.layout.weight_columns), g
+        for dimension in (0, 1):
+            span = (kernel[dimension] - 1) * dilation[dimension] + 1
+            x = x.unfold(2 + dimension, span, stride[dimension])
+        return x[..., :: dilation[0], :: dilation[1]]
 
 
 class NormalisationLayer(Layer):

@@ -2,7 +2,15 @@
 
 from hf_iau.forget.request import ForgetContext, MethodOutcome
 from hf_iau.forget.settle import agree_on_request, settle_weights
-from hf_iau.forget.step import Step, apply_step, finish_forgetting_step, moved_gradient_sum, step_norm, weights_norm
+from hf_iau.forget.step import (
+    Step,
+    apply_step,
+    finish_forgetting_step,
+    first_order_rise,
+    moved_gradient_sum,
+    step_norm,
+    weights_norm,
+)
 from hf_iau.forget.transaction import WeightTransaction
 
 __all__ = [
@@ -13,6 +21,7 @@ __all__ = [
     "agree_on_request",
     "apply_step",
     "finish_forgetting_step",
+    "first_order_rise",
     "moved_gradient_sum",
     "settle_weights",
     "step_norm",

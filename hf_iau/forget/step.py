@@ -33,6 +33,16 @@ def weights_norm(model: nn.Module, names: list[str]) -> float:
     return norm(parameters[name] for name in names)
 
 
+def first_order_rise(gradient_sum: Mapping[str, Tensor], step: Mapping[str, Tensor], targets: int) -> float:
+    """Rise of the mean loss a target of some rows that their gradient foresees for a step: Σ·Δ / targets."""
+    products = (
+        float((change.double() * gradient_sum[name].to(change.device, torch.float64)).sum())
+        for name, change in step.items()
+        if name in gradient_sum
+    )
+    return sum(products) / max(targets, 1)
+
+
 def finish_forgetting_step(forget: Step, finish: Step | None, length: float, finish_weight: float) -> Step:
     """k·forget − c·finish: the two preconditioned directions put together."""
     if finish is None or finish_weight == 0.0:

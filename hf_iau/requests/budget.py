@@ -7,9 +7,11 @@ from typing import Any
 
 from hf_iau.forget import ForgetContext
 from hf_iau.methods.verdict import (
+    CHECK,
     DRIFT,
     LONG_STEP,
     RETRAIN,
+    SAFE,
     TOO_LARGE_SHARE,
     TOO_LONG_STEP,
     TOO_MUCH_DRIFT,
@@ -20,14 +22,24 @@ from hf_iau.report import UnlearningReport
 FEWEST_ROWS = 16
 """Requests of fewer rows are better served together: see `RequestQueue`."""
 
+# What first order leaves unexplained of a step's effect, as a share of it. From a half on, it is no longer first order
+# that says what a step does.
+_TOO_MUCH_UNEXPLAINED = 0.5
+_GRAVITY = (SAFE, CHECK, RETRAIN)
+
 
 @dataclass(frozen=True)
 class Budget:
     """What has been used up since the memory was gathered.
 
+    A long path alone is a reason to look, and to gather anew. That the first-order picture has ended is said where
+    what was measured agrees, or was not measured.
+
     Attributes:
         relative_path: summed length of all steps since gathering, relative to the weights' norm.
         held_out_drift: rise of the held-out loss since gathering, as a share of it; None where it is not known.
+        forecast_error: how far the measured rise of the forget rows' loss was from what their gradient foresaw for the
+            last step (Σ_f·Δ a target), as a share of the measured one; None where either is not known.
         share_forgotten: of all training rows.
         advice: "go on", "rebase" (gather anew at the present weights) or "retrain".
         reasons: for anything but "go on".
@@ -35,17 +47,21 @@ class Budget:
 
     relative_path: float
     held_out_drift: float | None
+    forecast_error: float | None
     share_forgotten: float
     advice: str = "go on"
     reasons: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, memory: GradientMemory, held_out_loss: float | None = None) -> Budget:
+    def of(
+        cls, memory: GradientMemory, held_out_loss: float | None = None, forecast_error: float | None = None
+    ) -> Budget:
         """The budget after the requests that `memory` has seen.
 
         Args:
             memory: after the request.
             held_out_loss: at the present weights, on the rows of `memory.held_out`.
+            forecast_error: of the last step, see the attributes.
         """
         share = memory.forgotten_rows / max(memory.forgotten_rows + memory.n_rows, 1)
         drift = None
@@ -54,8 +70,9 @@ class Budget:
             drift = (held_out_loss - then) / max(abs(then), 1e-12)
         grave, mild = [], []
         path = f"the steps since gathering add up to {memory.relative_path:.0%} of the weights' norm"
-        if memory.relative_path >= TOO_LONG_STEP:
-            grave.append(f"{path}, beyond a first-order picture")
+        signs = _signs(drift, forecast_error)
+        if memory.relative_path >= TOO_LONG_STEP and signs:
+            grave.append(f"{path}, beyond a first-order picture: {' and '.join(signs)}")
         elif memory.relative_path >= LONG_STEP:
             mild.append(path)
         if drift is not None and not drift < TOO_MUCH_DRIFT:
@@ -65,7 +82,7 @@ class Budget:
         if share >= TOO_LARGE_SHARE:
             grave.append(f"{share:.0%} of the training rows are forgotten")
         advice = "retrain" if grave else "rebase" if mild else "go on"
-        return cls(memory.relative_path, drift, share, advice, grave + mild)
+        return cls(memory.relative_path, drift, forecast_error, share, advice, grave + mild)
 
     def sentence(self) -> str | None:
         """The advice in words; None for "go on"."""
@@ -79,6 +96,20 @@ class Budget:
     def to_dict(self) -> dict[str, Any]:
         """The budget as plain JSON."""
         return asdict(self)
+
+
+def _signs(drift: float | None, forecast_error: float | None) -> list[str]:
+    """What was measured, or was not, that agrees with a long path in that first order says little by now."""
+    signs = []
+    if drift is None:
+        signs.append("what it did to the held-out loss is not known")
+    elif not drift < DRIFT:
+        signs.append(f"the held-out loss has risen by {drift:.0%}")
+    if forecast_error is None:
+        signs.append("there was no forecast of the last step")
+    elif not forecast_error < _TOO_MUCH_UNEXPLAINED:
+        signs.append(f"the gradient foresaw the effect of the last step with an error of {forecast_error:.0%}")
+    return signs
 
 
 def record_budget(report: UnlearningReport, context: ForgetContext, memory: GradientMemory | None) -> None:
@@ -104,11 +135,24 @@ def record_budget(report: UnlearningReport, context: ForgetContext, memory: Grad
             memory.held_out = {"loss": float(report.before["held_out_loss"]), "content": content}
         if memory.held_out is not None and memory.held_out["content"] == content:
             known = report.after.get("held_out_loss")
-    budget = Budget.of(memory, known)
+    budget = Budget.of(memory, known, _forecast_error(report))
     report.diagnostics["budget"] = budget.to_dict()
     sentence = budget.sentence()
     if sentence is not None:
         report.warnings.append(sentence)
-    if budget.advice == "retrain" and report.verdict is not None and report.verdict != RETRAIN:
-        report.verdict = RETRAIN
-        report.diagnostics["reasons"] = [*budget.reasons, *report.diagnostics.get("reasons", [])]
+    if budget.advice == "go on" or report.verdict is None:
+        return
+    verdict = RETRAIN if budget.advice == "retrain" else CHECK
+    if _GRAVITY.index(verdict) >= _GRAVITY.index(report.verdict):
+        earlier = [] if report.verdict == SAFE else report.diagnostics.get("reasons", [])
+        report.verdict = verdict
+        report.diagnostics["reasons"] = [*budget.reasons, *earlier]
+
+
+def _forecast_error(report: UnlearningReport) -> float | None:
+    forecast = report.diagnostics.get("forecast_forget_loss_rise")
+    before, after = (moment.get("forget_loss") for moment in (report.before, report.after))
+    if forecast is None or before is None or after is None:
+        return None
+    rise = after - before
+    return abs(rise - forecast) / max(abs(rise), 1e-12)

@@ -32,6 +32,7 @@ from hf_iau.forget import (
     MethodOutcome,
     WeightTransaction,
     agree_on_request,
+    first_order_rise,
     moved_gradient_sum,
     settle_weights,
     step_norm,
@@ -466,6 +467,9 @@ class UnlearningTrainer(Trainer):
     def unlearn_by_id(self, ids: Sequence[Any], **settings: Any) -> UnlearnOutput:
         """`unlearn` all rows of `train_dataset` whose `id_column` holds one of `ids`, as far as they are still in.
 
+        With a key the memory knows which rows are out, without one only the trainer that served the requests does. Rows
+        that are left out, and rows that may be out without this trainer knowing, are told in the report's warnings.
+
         Args:
             ids: values of that column, e.g. `["u17", "u23"]`.
             **settings: as for `unlearn`.
@@ -475,19 +479,46 @@ class UnlearningTrainer(Trainer):
             AlreadyForgottenError: all their rows are forgotten.
         """
         positions = rows_of_ids(self.train_dataset, self.id_column, ids)
+        still, notes = self._still_in(positions) if len(positions) else (positions, [])
+        if len(positions) and not len(still):
+            raise AlreadyForgottenError(
+                f"All {len(positions)} rows of these ids were already forgotten by an earlier request: there is nothing "
+                "left to do."
+            )
+        output = self.unlearn(row_indices=still, **settings)
+        output.report.warnings += notes
+        if is_main_process():
+            for sentence in notes:
+                logger.warning(sentence)
+        return output
+
+    def _still_in(self, positions: np.ndarray) -> tuple[np.ndarray, list[str]]:
+        """Those of the training rows at `positions` that no request took out, and what is to be said about the others."""
         memory, key = self.memory, find_key(self.args.output_dir)
-        if len(positions) and memory is not None and memory.row_identity is not None and key is not None:
-            memory.row_identity.check_key(key)
-            model = self._bare_model()
-            asked = keyed_fingerprints(key, model, select_rows(self.train_dataset, positions))
-            still = memory.row_identity.still_in(asked)
-            if not still.any():
-                raise AlreadyForgottenError(
-                    f"All {len(positions)} rows of these ids were already forgotten by an earlier request: there is "
-                    "nothing left to do."
+        identity = None if memory is None else memory.row_identity
+        notes = []
+        if identity is not None and key is not None:
+            identity.check_key(key)
+            asked = keyed_fingerprints(key, self._bare_model(), select_rows(self.train_dataset, positions))
+            still = positions[identity.still_in(asked)]
+        else:
+            still = positions
+            if self._forgotten:
+                source = self._rows(self.train_dataset, "training rows", self.args.per_device_train_batch_size)
+                still = positions[np.isin(positions, self._remaining(source))]
+            unknown = 0 if memory is None else memory.forgotten_rows - self._forgotten.total()
+            if unknown > 0:
+                notes.append(
+                    f"{unknown} rows were forgotten before this trainer was made, and the memory, which was gathered "
+                    "without a key (HF_IAU_KEY), does not know which: rows of these ids that are among them were "
+                    "forgotten a second time. Then revert() it, and name the others by row_indices=."
                 )
-            positions = positions[still]
-        return self.unlearn(row_indices=positions, **settings)
+        if len(still) < len(positions):
+            notes.append(
+                f"{len(positions) - len(still)} of the {len(positions)} rows of these ids were forgotten by an earlier "
+                f"request: this one is of the other {len(still)}."
+            )
+        return still, notes
 
     def queue(
         self, forget_dataset: Any = None, *, row_indices: Sequence[int] | None = None, ids: Any = None, **settings: Any
@@ -847,6 +878,8 @@ class UnlearningTrainer(Trainer):
             rows, targets = len(context.forget), outcome.forget_targets
             if targets is None:
                 targets = context.count_forget_targets()
+            if outcome.forget_sum is not None:
+                diagnostics["forecast_forget_loss_rise"] = first_order_rise(outcome.forget_sum, move, targets)
             moved_sum = None
             if memory.gradient_sum is not None and memory.curvature is not None and outcome.forget_sum is not None:
                 moved_sum = moved_gradient_sum(

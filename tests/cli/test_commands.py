@@ -238,7 +238,7 @@ def test_ledger_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (("--dry-run", "--where", "number < 110", "--label-column", "colour"), 3, "no column 'colour'"),
         (("--dry-run", "--where", "number < 110", "--label-column", "user_id"), 3, "does not know"),
         (("--dry-run", "--where", "number < 110", "--input-column", "body"), 3, "no column 'body'"),
-        (("--dry-run", "--where", "number < 110", "--task", "audio"), 3, "choose text or image"),
+        (("--dry-run", "--where", "number < 110", "--task", "audio"), 3, "choose text, image or language"),
         (("--dry-run", "--where", "number < 110", "--held-out", "/absent.csv"), 3, "cannot be loaded"),
         (("--dry-run", "--where", "number < 110", "--max-length", "3", *STEP), 5, "gathered from"),
         (("--dry-run", "--where", "number < 110", "--max-length", "0"), 2, None),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import as_dataset, plain, plain_rows
-from unlearning_trainers import WITH_CURVATURE, make_trainer
+from unlearning_trainers import WITH_CURVATURE, assert_bits, make_trainer, state_of
 
 from hf_iau import (
     AlreadyForgottenError,
@@ -250,10 +250,34 @@ def test_rows_are_found_by_id(kind: str, with_key: None, tmp_path: Path) -> None
     first, other = (["u0", "u3"], ["u3", "u5"]) if kind == "datasets" else ([0, 3], [3, 5])
     trainer.unlearn_by_id(first, config=GIVEN)
     assert np.flatnonzero(trainer.memory.row_identity.forgotten).tolist() == [0, 1, 6, 7]
-    trainer.unlearn_by_id(other, config=GIVEN)  # what is left of them
+    result = trainer.unlearn_by_id(other, config=GIVEN)  # what is left of them
+    assert result.report.warnings[-1].startswith("2 of the 4 rows of these ids were forgotten by an earlier request")
     assert np.flatnonzero(trainer.memory.row_identity.forgotten).tolist() == [0, 1, 6, 7, 10, 11]
     with pytest.raises(AlreadyForgottenError, match="All 2 rows"):
         trainer.unlearn_by_id(first[:1], config=GIVEN)
+
+
+def test_rows_of_ids_are_followed_without_a_key_as_far_as_the_trainer_knows(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, id_column="user_id")
+    assert not any("ids" in note for note in trainer.unlearn_by_id(["u0"], config=GIVEN).report.warnings)
+    forget(trainer, [7])
+    result = trainer.unlearn_by_id(["u0", "u3", "u5"], config=GIVEN)
+    assert result.report.counts["forget_rows"] == 3
+    left_out = "3 of the 6 rows of these ids were forgotten by an earlier request: this one is of the other 3."
+    assert result.report.warnings[-1] == left_out
+    moved = state_of(trainer.model)
+    result.revert()
+    forget(trainer, [6, 10, 11])
+    assert_bits(trainer.model, moved)
+    with pytest.raises(AlreadyForgottenError, match="All 2 rows of these ids"):
+        trainer.unlearn_by_id(["u3"], config=GIVEN)
+    # Of the equal rows 3 and 5, row 3 is out, and that of the other user is not.
+    forget(trainer, [3])
+    assert trainer.unlearn_by_id(["u2"], config=GIVEN).report.counts["forget_rows"] == 2
+    # Another process cannot know which rows they were, and says so.
+    fresh = restarted(trainer, tmp_path, id_column="user_id")
+    (note,) = [note for note in fresh.unlearn_by_id(["u4"], config=GIVEN).report.warnings if "ids" in note]
+    assert note.startswith("9 rows were forgotten before this trainer was made") and "HF_IAU_KEY" in note
 
 
 def test_unknown_ids_are_refused(tmp_path: Path) -> None:
