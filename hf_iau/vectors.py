@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-PIECE = 2**18
+PIECE = 2**16
 """Scalars of which a float64 copy is made at a time."""
 
 # Batches whose gradients are added up by autograd itself before they are moved to the sum. Eight float32 additions lose
@@ -40,10 +40,11 @@ def inner_product(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> flo
 
 def norm(tensors: Iterable[Tensor]) -> float:
     """Euclidean norm over all scalars of some tensors, added up in float64."""
-    total = 0.0
-    for tensor in tensors:
-        total += float(sum(_dot(part, part) for (part,) in pieces(tensor.detach())))
-    return total**0.5
+    return float(sum(map(_squares, tensors))) ** 0.5  # which holds no tensor while the next is made
+
+
+def _squares(tensor: Tensor) -> float:
+    return float(sum(_dot(part, part) for (part,) in pieces(tensor.detach())))
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

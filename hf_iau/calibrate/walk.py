@@ -159,6 +159,7 @@ def walk(
     damping: float = DAMPING,
     max_relative_step: float,
     progress: bool = False,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Walk:
     """Walk from the model's weights until the forget rows are known as held-out rows are; the weights are put back.
 
@@ -175,8 +176,9 @@ def walk(
         damping: λ, relative to each layer's mean eigenvalue.
         max_relative_step: farthest ‖Δ‖/‖θ‖ allowed.
         progress: show a progress bar.
+        weights: copies of the parameters as they are, by name; made here if None.
     """
-    weights = {name: kept_copy(model.get_parameter(name)) for name in names}
+    weights = {name: weights[name] if weights else kept_copy(model.get_parameter(name)) for name in names}
     norm = max(weights_norm(model, list(names)), 1e-300)
     moved: Step = {name: torch.zeros_like(value, dtype=kept_dtype(value.dtype)) for name, value in weights.items()}
     chosen = sample_positions(len(held_out), _WATCHED_ROWS, 0)
@@ -223,6 +225,7 @@ def walk(
                 else:
                     gradient = weighted_gradient(model, pushed, shortfall.weights(losses), names)
                 push = curvature.solve(gradient, damping)
+                del gradient
                 length = step_norm(push)
                 if not length > 0 or not np.isfinite(length):
                     break

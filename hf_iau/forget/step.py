@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_iau.curvature import Curvature
-from hf_iau.vectors import norm, pieces
+from hf_iau.vectors import inner_product, norm, pieces
 
 Step = dict[str, Tensor]
 
@@ -35,12 +35,7 @@ def weights_norm(model: nn.Module, names: list[str]) -> float:
 
 def first_order_rise(gradient_sum: Mapping[str, Tensor], step: Mapping[str, Tensor], targets: int) -> float:
     """Rise of the mean loss a target of some rows that their gradient foresees for a step: Σ·Δ / targets."""
-    products = (
-        float((change.double() * gradient_sum[name].to(change.device, torch.float64)).sum())
-        for name, change in step.items()
-        if name in gradient_sum
-    )
-    return sum(products) / max(targets, 1)
+    return inner_product(step, {name: gradient_sum[name] for name in step if name in gradient_sum}) / max(targets, 1)
 
 
 def finish_forgetting_step(forget: Step, finish: Step | None, length: float, finish_weight: float) -> Step:
@@ -68,10 +63,12 @@ def moved_gradient_sum(
     """
     moved: dict[str, Tensor] = {}
     for block in curvature.blocks.values():  # one at a time, for Δ may be made as it is asked for
-        bent = curvature.multiply({name: step[name] for name in block.shapes if name in gradient_sum})
-        for name, change in bent.items():
-            total = gradient_sum[name]
-            found = change.to(total.device, torch.float64).mul_(remaining_targets)
-            found.add_(total).sub_(forget_sum[name].to(total.device))
-            moved[name] = found.to(total.dtype)
+        product = curvature.multiply(
+            {name: step[name].to(gradient_sum[name].dtype) for name in block.shapes if name in gradient_sum}
+        )
+        for name, bent in product.items():
+            moved[name] = torch.empty_like(gradient_sum[name])
+            for new, *old in pieces(moved[name], gradient_sum[name], forget_sum[name], bent):
+                total, forget, change = (tensor.to(new.device, torch.float64) for tensor in old)
+                new.copy_(total - forget + remaining_targets * change)
     return {name: moved[name] for name in gradient_sum}

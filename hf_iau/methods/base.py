@@ -14,7 +14,11 @@ from hf_iau.gather.gradient_sum import GradientSum, sum_row_gradients
 
 @runtime_checkable
 class UnlearningMethod(Protocol):
-    """One way to forget. A new method is one file with a class of this shape and `@register_method` above it."""
+    """One way to forget. A new method is one file with a class of this shape and `@register_method` above it.
+
+    A class that also has `moves_only_trained = True` promises to leave frozen parameters alone; a request then keeps no
+    copy of them.
+    """
 
     name: ClassVar[str]
     config_class: ClassVar[type]

@@ -586,7 +586,9 @@ class UnlearningTrainer(Trainer):
             context.predicted[measured] = before.forget
             if held_out is not None and before.held_out is not None:
                 context.predicted[held_out] = before.held_out
-        transaction = WeightTransaction(model, memory_device(None))
+        only_trained = getattr(method, "moves_only_trained", False)
+        transaction = WeightTransaction(model, memory_device(None), only_trained=only_trained)
+        context.weights = transaction.copies
         undo: Callable[[], None] | None = None
         with transaction:
             with together("the update"):  # what fails in one process is rolled back in all
@@ -885,6 +887,7 @@ class UnlearningTrainer(Trainer):
                 moved_sum = moved_gradient_sum(
                     memory.gradient_sum, outcome.forget_sum, memory.curvature, move, memory.n_targets - targets
                 )
+            outcome.forget_sum = None  # as large as the weights, and not needed any more
             newer = memory.after_step(
                 context.model,
                 rows=rows,
@@ -915,9 +918,10 @@ class UnlearningTrainer(Trainer):
         if context.forget_positions is not None:
             self._forgotten_positions += tuple(context.forget_positions.tolist())
         self._unlearning_card = card
+        model = context.model  # and nothing else of the context, which holds batches
 
         def undo() -> None:
-            with whole_parameters(context.model):
+            with whole_parameters(model):
                 revert_weights()
             self._memory_of_request, self._memory_ended, self._forgotten, self._unlearning_card = earlier
 
