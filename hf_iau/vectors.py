@@ -30,21 +30,23 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     yield from zip(*(tensor.split(length) for tensor in tensors), strict=True)
 
 
+def dot(one: Tensor, other: Tensor) -> float:
+    """Σ one·other over the scalars of two tensors of one shape, added up in float64."""
+    return float(sum(_dot(a.to(b.device), b) for a, b in pieces(one.detach(), other.detach())))
+
+
 def inner_product(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     """Σ one·other over the parameters of `other`, added up in float64."""
-    total = 0.0
-    for name, tensor in other.items():
-        total += sum(float(_dot(a.to(b.device), b)) for a, b in pieces(one[name].detach(), tensor.detach()))
-    return total
+    return sum(dot(one[name], tensor) for name, tensor in other.items())
 
 
 def norm(tensors: Iterable[Tensor]) -> float:
     """Euclidean norm over all scalars of some tensors, added up in float64."""
-    return float(sum(map(_squares, tensors))) ** 0.5  # which holds no tensor while the next is made
+    return sum(map(_squares, tensors)) ** 0.5  # which holds no tensor while the next is made
 
 
 def _squares(tensor: Tensor) -> float:
-    return float(sum(_dot(part, part) for (part,) in pieces(tensor.detach())))
+    return dot(tensor, tensor)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -61,25 +63,29 @@ class GradientAccumulator:
     Args:
         parameters: by name; the caller takes care of their `.grad` before and after.
         device: where the sums are kept; beside each parameter if None.
+        compensated: False makes all sums in float64.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], device: torch.device | None = None) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], device: torch.device | None = None, *, compensated: bool = True
+    ) -> None:
         self.parameters = parameters
-        self._pending = 0
+        self.pending = 0  # batches in `.grad`
         self._half = any(p.dtype in (torch.float16, torch.bfloat16) for p in parameters.values())
         self._compensated = {
-            name: p.dtype == kept_dtype(p.dtype) and (device is None or _is_same(p.device, device))
+            name: compensated and p.dtype == kept_dtype(p.dtype) and (device is None or _is_same(p.device, device))
             for name, p in parameters.items()
         }
+        types = {name: p.dtype if self._compensated[name] else torch.float64 for name, p in parameters.items()}
         self._sums = {
-            name: torch.zeros_like(
-                p,
-                dtype=p.dtype if self._compensated[name] else torch.float64,
-                device=device or p.device,
-                memory_format=torch.contiguous_format,
-            ).detach()
+            name: torch.zeros_like(p, dtype=types[name]).detach().to(device or p.device)
             for name, p in parameters.items()
         }
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the next `add` empties `.grad`."""
+        return self._half or self.pending + 1 == _BATCHES_PER_FLUSH
 
     def add(self, *, at_once: bool = False) -> None:
         """Take account of a batch whose gradients autograd has added to `.grad`.
@@ -87,13 +93,14 @@ class GradientAccumulator:
         Args:
             at_once: empty `.grad` now, and not after a few batches.
         """
-        self._pending += 1
-        if at_once or self._half or self._pending == _BATCHES_PER_FLUSH:
+        now = at_once or self.is_full
+        self.pending += 1
+        if now:
             self._flush()
 
     @torch.no_grad()
     def _flush(self) -> None:
-        self._pending = 0
+        self.pending = 0
         for name, parameter in self.parameters.items():
             gradient = parameter.grad
             if gradient is None:

@@ -127,9 +127,11 @@ class Block(abc.ABC):
     Attributes:
         name: the layer's name in the model (a parameter's own name for parameters outside of known layers).
         reason: why the layer is not in Kronecker form, or None.
+        owner: the number of the process that holds it for all; None where every process does.
     """
 
     kind: str = "block"
+    owner: int | None = None
 
     def __init__(self, name: str, reason: str | None) -> None:
         self.name = name

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_iau.curvature.blocks import PREFIX, Block, read_block
+from hf_iau.curvature.spread import RemoteBlock, fetch, scale_by_owner
 from hf_iau.errors import ConfigError, MemoryFileError, MemoryMismatchError, MissingMemoryError
 
 CurvatureKind = Literal["ekfac", "diagonal", "adam", "identity"]
@@ -133,16 +134,36 @@ class Curvature:
         return sum(tensor.numel() * tensor.element_size() for tensor in stored)
 
     def to(self, device: torch.device | str) -> Curvature:
-        """The same curvature on another device."""
+        """The same curvature on another device; blocks that other processes hold stay where they are."""
         blocks = [block.to(device) for block in self.blocks.values()]
+        for moved, block in zip(blocks, self.blocks.values(), strict=True):
+            moved.owner = block.owner
+        return Curvature(self.kind, blocks, n_rows=self.n_rows, n_targets=self.n_targets, details=self.details)
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether each process holds some of the blocks only."""
+        return any(block.owner is not None for block in self.blocks.values())
+
+    def whole(self) -> Curvature:
+        """The curvature with all blocks in every process. Called by all of them."""
+        if not self.is_spread:
+            return self
+        blocks = [fetch(block) for block in self.blocks.values()]
         return Curvature(self.kind, blocks, n_rows=self.n_rows, n_targets=self.n_targets, details=self.details)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All stored tensors, contiguous and without shared storage; keys are prefixed `curvature.`."""
+        """All stored tensors, contiguous and without shared storage; keys are prefixed `curvature.`.
+
+        Those of blocks that other processes hold are without content, on the device "meta".
+        """
         tensors: dict[str, Tensor] = {}
         for block in self.blocks.values():
             for key, tensor in block.tensors().items():
                 tensor = tensor.detach()
+                if tensor.is_meta:
+                    tensors[key] = tensor
+                    continue
                 whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
                 tensors[key] = tensor if tensor.is_contiguous() and whole else tensor.contiguous().clone()
         return tensors
@@ -207,7 +228,7 @@ class Curvature:
                 NaN, infinite or negative curvature, naming the layer.
         """
         for block in self.blocks.values():
-            for tensor in block.tensors().values():
+            for tensor in () if isinstance(block, RemoteBlock) else block.tensors().values():
                 if not bool(tensor.isfinite().all()):
                     raise MissingMemoryError(
                         f"The curvature of layer {block.name!r} holds NaN or infinite values. Fit it again; if that "
@@ -244,6 +265,14 @@ class Curvature:
 
     @staticmethod
     def _apply(
+        block: Block, part: dict[str, Tensor], operation: Callable[[Block, dict[str, Tensor]], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        if block.owner is not None:
+            return scale_by_owner(block, part, lambda own, whole: Curvature._apply_here(own, whole, operation))
+        return Curvature._apply_here(block, part, operation)
+
+    @staticmethod
+    def _apply_here(
         block: Block, part: dict[str, Tensor], operation: Callable[[Block, dict[str, Tensor]], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
         moved = {

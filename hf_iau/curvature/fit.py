@@ -33,7 +33,7 @@ from hf_iau.objective.working import is_narrow
 from hf_iau.parallel import (
     from_one_process,
     is_main_process,
-    on_whole_parameters,
+    is_sharded,
     process_count,
     process_number,
     sum_over_processes,
@@ -51,12 +51,14 @@ PROBE_ROWS = 3
 EIGENVECTOR_COPIES = 3
 """Float64 matrices of a factor's size that are held while its eigenvectors are found."""
 
+FEWEST_CACHE_BYTES = 24 * 2**20
+"""The eigenvectors and what spares a second pass may always take so much together."""
+
 BASIS_POSITIONS = 131_072
 """About so many positions of a convolution make its bases, which are covariances of a few hundred columns and need no
 more; Λ is measured on the positions of all rows."""
 
 
-@on_whole_parameters
 def fit_curvature(
     model: nn.Module,
     source: RowSource,
@@ -97,10 +99,11 @@ def fit_curvature(
     The two statistics (bases, then Λ) need two passes over the rows. The second leaves out the batches of which what it
     needs fits in `cache_bytes`.
 
-    Of several processes, each takes its share of the rows; all get the same factors, and all raise if one has to.
+    Of several processes, each takes its share of the rows; all get the same factors, and all raise if one has to. Of a
+    model sharded by `fully_shard`, each layer's factors are held by one process (`Block.owner`).
 
     Args:
-        model: the bare model (no DDP or FSDP wrapper).
+        model: the bare model (no DDP or FSDP1 wrapper).
         source: the rows, with labels.
         kind: see above.
         row_ids: `(rows,)` int, the rows' numbers in the training data, which seed their draws; positions in `source`
@@ -111,7 +114,7 @@ def fit_curvature(
         max_factor_size: largest side of a Kronecker factor; larger layers are diagonal.
         factor_device: where statistics are kept; each layer's own device if None.
         cache_bytes: memory for sparing the second pass; 0 forces it. None: as much as the trained weights' gradients
-            take (which training holds and a fit does not), at least 4 MiB, less what finding eigenvectors takes.
+            take (which training holds and a fit does not), at least 24 MiB, less what finding eigenvectors takes.
         optimizer: for "adam".
         weight_decay: coefficient of a coupled L2 regulariser on the mean loss, added to every eigenvalue of "ekfac" and
             "diagonal".
@@ -149,15 +152,20 @@ def fit_curvature(
         raise RequestError(f"row_ids has {len(ids)} numbers for {len(source)} {source.name}: give one a row.")
     if len(source) == 0 and reduce is None:
         raise RequestError(f"There are no {source.name} to fit the curvature to: give at least one row.")
-    total_rows = len(source)
+    total_rows, sharded = len(source), is_sharded(model)
+    if sharded and reduce is not None:
+        raise ConfigError("reduce= is for one part of the rows in one process, and the model is sharded over several.")
     looped = np.unique(np.linspace(0, len(source) - 1, num=min(LOOP_ROWS, len(source)), dtype=int))
     start = 0
-    if reduce is None:
+    if reduce is None and not sharded:
         source, start = source.share()
         ids = ids[start : start + len(source)]
         looped = looped[(looped >= start) & (looped < start + len(source))] - start
     plan = plan_layers(model, kronecker=kind == "ekfac", max_factor_size=max_factor_size)
-    fit = _Fit(
+    kind_of_fit = _Fit
+    if sharded:
+        from hf_iau.curvature.sharded_fit import ShardedFit as kind_of_fit  # which is made of the class below
+    fit = kind_of_fit(
         model,
         source,
         start=start,
@@ -169,7 +177,7 @@ def fit_curvature(
         seed=seed,
         row_loss=row_loss if fisher == "empirical" else None,
         factor_device=None if factor_device is None else torch.device(factor_device),
-        cache_bytes=usual_cache_bytes(model, plan) if cache_bytes is None else cache_bytes,
+        cache_bytes=0 if sharded else usual_cache_bytes(model, plan) if cache_bytes is None else cache_bytes,
         progress=progress and is_main_process(),
         reduce=reduce or _over_processes,
     )
@@ -360,36 +368,39 @@ class _Fit:
         if not len(positions):
             return
         rows = len(positions)
-        inputs = self.source.select(positions).resized(rows).first_batch()
+        _, inputs = next(self.source.select(positions).resized(rows).passes_of_all(self.model))
         if self.row_loss is not None:
             with torch.no_grad():
                 self.row_loss(self.model, inputs)  # lets the loss find its own scale outside of the hooks
         layers = self.plan.layers
         sums: dict[str, dict[str, Tensor]] = {}
+        scales: dict[str, float] = {}
+        maxima: dict[str, float] = {}
         with Capture(self.model, layers) as capture:
             calls = self._capture(capture, positions, inputs)
             unreadable = capture.unreadable
         called = set(calls)
         for layer in layers:
             layer.accepts_merged_rows = True
-            sums[layer.name] = layer.new_sums()
+            squares = layer.new_sums()
             try:
                 if layer.name in unreadable:
                     raise NotSeparableError(unreadable[layer.name])
                 if layer.name in calls:
-                    layer.add_squares(calls.pop(layer.name), rows, sums[layer.name])
+                    layer.add_squares(calls.pop(layer.name), rows, squares)
             except NotSeparableError as error:
                 self._demote(layer, str(error))
+                continue
+            maxima[layer.name] = max(float(total.max()) for total in squares.values())
+            scales[layer.name] = _norm(squares)
+            sums[layer.name] = self._own_part(layer, squares)
         layers = self.plan.layers
-        largest = max((float(t.max()) for layer in layers for t in sums[layer.name].values()), default=0.0)
-        scales = {layer.name: _norm(sums[layer.name]) for layer in layers}
+        largest = max(maxima.values(), default=0.0)
         names = [(layer, attribute, name) for layer in layers for attribute, name in layer.parameters.items()]
         parameters = [layer.module._parameters[attribute] for layer, attribute, _ in names]
         for index in range(rows if names else 0):
             loss, _ = self._loss(positions[index : index + 1], _one_row(inputs, index, rows))
-            gradients = parameter_gradients(
-                loss, [p for p in parameters if p is not None], backward=self.needs_backward
-            )
+            gradients = self._row_gradients(loss, [p for p in parameters if p is not None])
             for (layer, _, name), gradient in zip(names, gradients, strict=True):
                 if gradient is not None:
                     total = sums[layer.name][name]
@@ -398,13 +409,25 @@ class _Fit:
         half = is_narrow(self.model)
         for layer in layers:
             rounding = (100 * torch.finfo(layer.dtype).eps) ** 2 * largest
-            size = sum(total.numel() for total in sums[layer.name].values())
+            size = sum(layer.parameter(attribute).numel() for attribute in layer.parameters)
             tolerance = (0.2 if half else 0.01) * scales[layer.name] + rounding * size**0.5
             if layer.name not in called:  # its parameters may still be used without calling it
                 tolerance = 0.0
-            if _norm(sums[layer.name]) > tolerance:
+            if self._norm_of_parts(layer, sums[layer.name]) > tolerance:
                 self._demote(layer, "its gradients differ from those of rows taken one by one")
             layer.accepts_merged_rows = layer.saw_merged_rows and scales[layer.name] > 0
+
+    def _row_gradients(self, loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
+        """Gradients of a row's loss for some parameters."""
+        return parameter_gradients(loss, parameters, backward=self.needs_backward)
+
+    def _own_part(self, layer: Layer, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What `_row_gradients` will give this process of a layer's parameters: all of each."""
+        return sums
+
+    def _norm_of_parts(self, layer: Layer, parts: dict[str, Tensor]) -> float:
+        """Euclidean norm over a layer's parameters, of which each process has its own part."""
+        return _norm(parts)
 
     def _batches(self, what: str, start: int = 0) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
         """The batches from row `start` on, which is the first of one."""
@@ -420,32 +443,36 @@ class _Fit:
                 with torch.no_grad():
                     self._count(positions, self._loss(positions, inputs)[1])
             return
-        for layer in self.plan.diagonal:
-            self.diagonal_sums[layer.name] = self._on_factor_device(layer.new_sums())
         with Capture(self.model, self.plan.layers) as capture:
             for positions, inputs in self._batches("curvature: factors"):
                 calls = self._capture(capture, positions, inputs)
                 self._count(positions, self._batch_targets)
                 cached = len(self.cache)
                 for layer in self.plan.layers:
-                    if layer.name not in calls:
-                        continue
-                    pairs = calls.pop(layer.name)
                     try:
-                        if layer.name in self.diagonal_sums:
-                            layer.add_squares(pairs, len(positions), self.diagonal_sums[layer.name])
-                        else:
-                            assert isinstance(layer, MatrixLayer)
-                            first = 0
-                            for a, g in layer.expand_in_chunks(pairs, len(positions)):
-                                self._add_covariances(layer, a, g, positions[first : first + a.shape[1]])
-                                first += a.shape[1]
+                        self._add_calls(layer, calls.pop(layer.name, []), positions)
                     except NotSeparableError as error:
                         self._demote(layer, str(error))
+                    self._layer_done(layer)
                 if self.caching:
                     self.cached_rows += len(positions)
                 else:
                     del self.cache[cached:]  # of a batch all layers or none
+
+    def _add_calls(self, layer: Layer, calls: list[Call], positions: np.ndarray) -> None:
+        if not calls:
+            return
+        if layer in self.plan.diagonal:
+            layer.add_squares(calls, len(positions), self._diagonal(layer))
+            return
+        assert isinstance(layer, MatrixLayer)
+        first = 0
+        for a, g in layer.expand_in_chunks(calls, len(positions)):
+            self._add_covariances(layer, a, g, positions[first : first + a.shape[1]])
+            first += a.shape[1]
+
+    def _layer_done(self, layer: Layer) -> None:
+        """A batch is done with this layer."""
 
     def _count(self, positions: np.ndarray, n_targets: int) -> None:
         self.n_rows += len(positions)
@@ -500,6 +527,12 @@ class _Fit:
                 torch.zeros(1, **options).double(),
             )
         return self.covariances[layer.name]
+
+    def _diagonal(self, layer: Layer) -> dict[str, Tensor]:
+        """Sums of squared gradients."""
+        if layer.name not in self.diagonal_sums:
+            self.diagonal_sums[layer.name] = self._on_factor_device(layer.new_sums())
+        return self.diagonal_sums[layer.name]
 
     def _keep(self, layer: MatrixLayer, a: Tensor, g: Tensor) -> None:
         """Cache what Λ needs: a row's gradient or, where that is smaller, its factors."""
@@ -625,7 +658,8 @@ class _Fit:
             inputs, outputs = self.bases[layer.name]
             blocks.append(KroneckerBlock(layer.name, layer.layout, inputs, outputs, values))
         for other in self.plan.diagonal:
-            totals = self.diagonal_sums.pop(other.name)
+            totals = self._diagonal(other)
+            del self.diagonal_sums[other.name]
             found = {name: self._reduced(total) / self.n_targets + weight_decay for name, total in totals.items()}
             blocks.append(DiagonalBlock(other.name, found, other.reason))
         if self.plan.loose:
@@ -637,13 +671,16 @@ class _Fit:
                 values = self._reduced(sums[entry.name]) / n_targets + weight_decay
                 reason = f"{entry.reason}; measured on at most {LOOP_ROWS} rows"
                 blocks.append(DiagonalBlock(entry.name, {entry.name: values}, reason))
+        self._refuse_overflow(blocks)
+        return blocks
+
+    def _refuse_overflow(self, blocks: list[Block]) -> None:
         for block in blocks:
             if not all(bool(tensor.isfinite().all()) for tensor in block.tensors().values()):
                 raise NonFiniteGradientError(
                     f"The curvature of layer {block.name!r} overflows although every row's gradient is finite. "
                     "Compute in a wider type, or scale the loss down."
                 )
-        return blocks
 
     def _demote(self, layer: Layer, reason: str) -> None:
         self.plan.demote(layer, reason)
@@ -674,7 +711,9 @@ def eigenvector_bytes(plan: LayerPlan) -> int:
 
 def usual_cache_bytes(model: nn.Module, plan: LayerPlan) -> int:
     """What `cache_bytes=None` comes to: the cache is there while eigenvectors are found."""
-    return max(spare_bytes(model.parameters()) - eigenvector_bytes(plan), 0)
+    return max(
+        spare_bytes(model.parameters()) - eigenvector_bytes(plan), FEWEST_CACHE_BYTES - eigenvector_bytes(plan), 0
+    )
 
 
 def cached_size(shape: Sequence[int], columns: int, outputs: int) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_iau.curvature.blocks import MatrixLayout
+from hf_iau.parallel import class_name
 
 FEWEST_SPARE_BYTES = 4 * 2**20
 
@@ -73,10 +74,8 @@ class Layer(abc.ABC):
 
     def new_sums(self) -> dict[str, Tensor]:
         """Zeros for `add_squares`."""
-        return {
-            name: torch.zeros_like(self.parameter(attribute), dtype=self.dtype, memory_format=torch.contiguous_format)
-            for attribute, name in self.parameters.items()
-        }
+        parameters = {name: self.parameter(attribute) for attribute, name in self.parameters.items()}
+        return {name: torch.zeros(p.shape, dtype=self.dtype, device=p.device) for name, p in parameters.items()}
 
     def by_row(self, tensor: Tensor, n_rows: int) -> Tensor:
         """`tensor` with its first dimension split into `(rows, rest)` where rows and positions were merged."""
@@ -386,7 +385,7 @@ def plan_layers(model: nn.Module, *, kronecker: bool, max_factor_size: int) -> L
             continue
         layer_type = _layer_type(module)
         if layer_type is None or not set(free) <= {"weight", "bias"} or module._parameters.get("weight") is None:
-            reason = f"no closed form for {type(module).__name__}"
+            reason = f"no closed form for {class_name(module)}"
             plan.loose.extend(LooseParameter(names[id(p)], p, reason) for p in free.values())
             continue
         double = any(p.dtype == torch.float64 for p in free.values())

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_iau.errors import IAUError
 from hf_iau.gather.gather import choose_row_loss, default_collator, keep_input_columns
@@ -17,6 +18,7 @@ from hf_iau.objective.adapters import check_adapters
 from hf_iau.objective.row_loss import UserLossFunction
 from hf_iau.objective.rows import Collator
 from hf_iau.objective.wrappers import unwrapped
+from hf_iau.parallel import inner_product, is_sharded, process_count, reshard
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def check_row_gradients(
     """
     model = unwrapped(model)
     check_adapters(model)
+    reshard(model)
     loss = choose_row_loss(
         row_loss=row_loss, compute_loss_func=compute_loss_func, label_smoothing_factor=label_smoothing_factor
     )
@@ -89,24 +92,35 @@ def check_row_gradients(
     if tolerance is None:
         dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}  # adapters are wider than their base
         tolerance = 1e-10 if dtypes == {torch.float64} else 1e-5 if dtypes <= {torch.float32, torch.float64} else 2e-2
-    reference = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
-    scale = 0.0
-    with evaluation_mode(model):
-        for _, inputs in source:
-            value, _ = loss(model, inputs)
-            gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-            squared = 0.0
-            for name, gradient in zip(parameters, gradients, strict=True):
-                if gradient is not None:
-                    reference[name] += gradient
-                    squared += float(gradient.double().square().sum())
-            scale += squared**0.5
-    scale = max(scale, 1e-300)
+    reference, scale = _loop(model, loss, source, parameters)
     errors: dict[int, float] = {}
     failing: dict[str, None] = {}
     for batch_size in batch_sizes:
         fast = sum_row_gradients(model, loss, source.resized(batch_size)).tensors
-        distances = {name: float((fast[name] - reference[name]).norm()) for name in reference}
+        differences = {name: fast[name] - reference[name] for name in reference}
+        distances = {name: inner_product([(d, d)]) ** 0.5 for name, d in differences.items()}
         errors[batch_size] = sum(d**2 for d in distances.values()) ** 0.5 / scale
         failing |= {name: None for name, distance in distances.items() if distance > tolerance * scale}
     return GradientCheck(errors, tuple(failing), tolerance, len(source))
+
+
+def _loop(
+    model: nn.Module, loss: RowLoss, source: RowSource, parameters: dict[str, nn.Parameter]
+) -> tuple[dict[str, Tensor], float]:
+    """Σ∇ℓ_i, taken one row after the other, and Σ‖∇ℓ_i‖; every process does all rows."""
+    sharded = is_sharded(model)
+    reference = {name: torch.zeros_like(p, dtype=torch.float64).detach() for name, p in parameters.items()}
+    scale = 0.0
+    with evaluation_mode(model), torch.enable_grad():
+        for _, inputs in source.passes_of_all(model):
+            value, _ = loss(model, inputs)
+            value.backward()
+            of_row = {name: p.grad.double() for name, p in parameters.items() if p.grad is not None}
+            for name, gradient in of_row.items():
+                if sharded and isinstance(gradient, DTensor):  # as many copies were added up as there are processes
+                    of_row[name] = gradient / process_count()
+                reference[name] += of_row[name]
+            scale += inner_product((g, g) for g in of_row.values()) ** 0.5
+            for parameter in parameters.values():
+                parameter.grad = None
+    return reference, max(scale, 1e-300)

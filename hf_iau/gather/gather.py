@@ -33,7 +33,7 @@ from hf_iau.objective.row_loss import UserLossFunction
 from hf_iau.objective.rows import Collator, refuse_iterable, rows_are_deterministic, sample_positions
 from hf_iau.objective.working import working
 from hf_iau.objective.wrappers import unwrapped
-from hf_iau.parallel import SAME_START, agree, is_sharded, refuse_wrapped, together, whole_parameters
+from hf_iau.parallel import SAME_START, agree, is_sharded, refuse_wrapped, sharded_passes, together
 from hf_iau.remember import GradientMemory, RowIdentity, data_fingerprint, find_key, model_fingerprint
 from hf_iau.remember.fingerprints import input_columns
 from hf_iau.remember.keys import say_that_there_is_no_key
@@ -124,7 +124,7 @@ def build_memory(
             "GatherConfig(curvature='adam') reads the optimizer's second moments, which fully_shard has spread over the "
             "processes. Use curvature='ekfac' or 'diagonal'."
         )
-    with together("gathering"), working(config.precision, config.memory_device), whole_parameters(model):
+    with together("gathering"), working(config.precision, config.memory_device), sharded_passes(model):
         return _build_memory(model, source, row_loss, config, optimizer, decay)
 
 
@@ -318,7 +318,7 @@ def _count_targets(model: nn.Module, row_loss: RowLoss, source: RowSource, curva
         return max(1, round(curvature.n_targets * len(source) / curvature.n_rows))
     sample = source.sample(256, seed=0)
     with torch.no_grad(), evaluation_mode(model):
-        targets = sum(row_loss(model, inputs)[1] for _, inputs in sample)
+        targets = sum(row_loss(model, inputs)[1] for _, inputs in sample.passes_of_all(model))
     return max(1, round(targets * len(source) / len(sample)))
 
 

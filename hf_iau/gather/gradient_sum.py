@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from hf_iau.errors import NonFiniteGradientError, UnsupportedModelError
 from hf_iau.objective import RowLoss, RowSource, evaluation_mode
 from hf_iau.objective.working import memory_device
-from hf_iau.parallel import gather_arrays, is_main_process, sum_over_processes, together, whole_parameters
-from hf_iau.vectors import GradientAccumulator, norm
+from hf_iau.parallel import (
+    gather_arrays,
+    inner_product,
+    is_main_process,
+    is_sharded,
+    local_part,
+    replicas,
+    sharded_passes,
+    sum_over_processes,
+    together,
+)
+from hf_iau.vectors import GradientAccumulator, dot
 
 
 @dataclass
@@ -40,7 +51,7 @@ class GradientSum:
 
     def norm(self) -> float:
         """Euclidean norm over all parameters."""
-        return norm(self.tensors.values())
+        return float(inner_product((t, t) for t in self.tensors.values()) ** 0.5)
 
     def minus(self, other: GradientSum) -> GradientSum:
         """The sum over the rows of this one that are not in `other`."""
@@ -107,21 +118,22 @@ def sum_row_gradients(
     Raises:
         NonFiniteGradientError: a row's loss or gradient is NaN or infinite; the message says which row.
     """
-    with together(f"the gradient sum over the {source.name}"), whole_parameters(model):
+    what = f"the gradient sum over the {source.name}"
+    with together(what), sharded_passes(model):
         parameters = trainable_parameters(model, names)
-        own, start = source.share()
-        result = _sum_own_rows(model, row_loss, own, parameters, progress and is_main_process(), track_batches)
-        if not _is_finite(result):
-            _raise_for_row(model, row_loss, own, start, parameters)
-        _add_up(result, source.name)
-        if not _is_finite(result):
+        sharded = is_sharded(model)
+        result = _sum_rows(model, row_loss, source, parameters, progress and is_main_process(), track_batches)
+        if _any_process(not _is_finite(result), what, sharded):
+            (_raise_for_sharded_row if sharded else _raise_for_row)(model, row_loss, source, parameters)
+        _add_up(result, source.name, sharded)
+        if _any_process(not _is_finite(result), what, sharded):
             raise NonFiniteGradientError(
                 f"The gradient sum over the {source.name} is not finite although each process's is: it overflowed."
             )
     return result
 
 
-def _sum_own_rows(
+def _sum_rows(
     model: nn.Module,
     row_loss: RowLoss,
     source: RowSource,
@@ -129,54 +141,124 @@ def _sum_own_rows(
     progress: bool,
     track_batches: bool,
 ) -> GradientSum:
-    sums = GradientAccumulator(parameters, memory_device(None))
+    """Σ over this process's share of the rows; of a sharded model, this process's part of Σ over all of them."""
+    sharded = is_sharded(model)
+    sums = GradientAccumulator(parameters, memory_device(None), compensated=not sharded)
     result = GradientSum({}, 0, 0)
     losses: list[Tensor] = []
 
     with evaluation_mode(model), torch.enable_grad():
-        batches = tqdm(source, total=-(-len(source) // source.batch_size), desc=source.name, disable=not progress)
-        for positions, inputs in batches:
+        own, _ = source.share()
+        batches = tqdm(
+            source.passes(model), total=-(-len(own) // own.batch_size), desc=source.name, disable=not progress
+        )
+        for positions, inputs, counts in batches:
             loss, n_targets = row_loss(model, inputs)
-            result.n_rows += len(positions)
-            result.n_targets += n_targets
+            counted = len(positions) if counts else 0
+            result.n_rows += counted
+            result.n_targets += n_targets if counts else 0
             if n_targets == 0:
-                result.rows_without_targets += len(positions)
-                if track_batches:  # sampled like any other, with a gradient of zero
-                    result.batches.append((len(positions), 0.0))
-                continue
-            loss.backward()
-            losses.append(loss.detach())
-            if track_batches:
-                found = (parameter.grad for parameter in parameters.values() if parameter.grad is not None)
-                result.batches.append((len(positions), norm(found) ** 2))
+                result.rows_without_targets += counted
+                if not sharded:
+                    if track_batches:  # sampled like any other, with a gradient of zero
+                        result.batches.append((counted, 0.0))
+                    continue
+            # All processes of a sharded model pass through it backward too, whether or not they have something to add.
+            matters = counts and n_targets > 0
+            (loss if matters else loss * 0.0).backward()
+            if matters:
+                losses.append(loss.detach())
+            if sums.is_full or track_batches:
+                if sharded:
+                    _add_up_whole_gradients(parameters, source.name)
+                if track_batches:
+                    result.batches.append((counted, _squared_gradients(parameters, sharded)))
             sums.add(at_once=track_batches)
+        if sharded and sums.pending:
+            _add_up_whole_gradients(parameters, source.name)
         result.tensors = sums.finish()
     result.loss = float(torch.stack(losses).double().sum()) if losses else 0.0
     return result
 
 
+def _squared_gradients(parameters: Mapping[str, nn.Parameter], sharded: bool) -> float:
+    """‖batch sum‖² as far as this process holds it; of what several hold, each counts its share."""
+    squared = 0.0
+    for parameter in parameters.values():
+        if parameter.grad is not None:
+            part = local_part(parameter.grad)
+            squared += dot(part, part) / (replicas(parameter.grad) if sharded else 1)
+    return squared
+
+
+def _add_up_whole_gradients(parameters: dict[str, nn.Parameter], name: str) -> None:
+    """Of a sharded model, sum over the processes what FSDP2 leaves alone: gradients of parameters that are not sharded."""
+    left = [parameter for parameter in parameters.values() if not isinstance(parameter, DTensor)]
+    for parameter in left:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if left:
+        gradients = [p.grad.contiguous() for p in left if p.grad is not None]
+        sum_over_processes(gradients, f"whole gradients of the {name}")
+        for parameter, gradient in zip(left, gradients, strict=True):
+            parameter.grad = gradient
+
+
+def _any_process(found: bool, what: str, sharded: bool) -> bool:
+    """Whether `found` in this process; with shards, of which each process sees its own only, in any of them."""
+    if not sharded:
+        return found
+    flag = torch.tensor([float(found)])
+    sum_over_processes([flag], what)
+    return bool(flag > 0)
+
+
 def _is_finite(result: GradientSum) -> bool:
-    return math.isfinite(result.loss) and all(bool(tensor.isfinite().all()) for tensor in result.tensors.values())
+    return math.isfinite(result.loss) and all(
+        bool(local_part(tensor).isfinite().all()) for tensor in result.tensors.values()
+    )
 
 
-def _add_up(result: GradientSum, name: str) -> None:
-    """The sums of this process's share become those of all rows."""
+def _add_up(result: GradientSum, name: str, sharded: bool) -> None:
+    """The sums of this process's share become those of all rows; tensors of a sharded model are so already."""
     counts = [result.n_rows, result.n_targets, result.rows_without_targets, result.loss]
-    totals = torch.tensor(counts, dtype=torch.float64, device=next(iter(result.tensors.values())).device)
-    sum_over_processes([*result.tensors.values(), totals], f"the gradient sum over the {name}")
+    totals = torch.tensor(counts, dtype=torch.float64)
+    tensors = [] if sharded else list(result.tensors.values())
+    sum_over_processes([*tensors, totals], f"the gradient sum over the {name}")
     result.n_rows, result.n_targets, result.rows_without_targets = (round(total) for total in totals.tolist()[:3])
     result.loss = float(totals[3])
     own = {"batches": np.asarray(result.batches, dtype=np.float64).reshape(-1, 2)}
-    every = [arrays["batches"].tolist() for arrays, _ in gather_arrays(own, {}, f"batches of the {name}")]
-    result.batches = [(int(rows), squared) for batches in every for rows, squared in batches]
+    every = [arrays["batches"] for arrays, _ in gather_arrays(own, {}, f"batches of the {name}")]
+    # A pass through a sharded model is one batch of all processes, of whose sum each has squared its part.
+    batches = np.sum(every, axis=0) if sharded else np.concatenate(every)
+    result.batches = [(round(rows), squared) for rows, squared in batches.tolist()]
 
 
-def _raise_for_row(
-    model: nn.Module, row_loss: RowLoss, source: RowSource, start: int, parameters: dict[str, nn.Parameter]
+def _raise_for_sharded_row(
+    model: nn.Module, row_loss: RowLoss, source: RowSource, parameters: dict[str, nn.Parameter]
 ) -> None:
-    """Find the first row whose loss or gradient is not finite, and say so."""
+    """As `_raise_for_row`, with all processes at one row at a time, since each sees a part of its gradient only."""
     with evaluation_mode(model), torch.enable_grad():
-        for positions, inputs in source.resized(1):
+        for positions, inputs in source.resized(1).passes_of_all(model):
+            loss, n_targets = row_loss(model, inputs)
+            loss.backward()
+            bad = ""
+            for name, parameter in parameters.items():
+                if not bad and parameter.grad is not None and not bool(local_part(parameter.grad).isfinite().all()):
+                    bad = name
+                parameter.grad = None
+            found = gather_arrays({}, {"bad": bad, "loss": float(loss.detach())}, f"a row of the {source.name}")
+            names = [about["bad"] for _, about in found if about["bad"]]
+            if names or (n_targets and not math.isfinite(found[0][1]["loss"])):
+                raise _bad_row(int(positions[0]), source.name, names[0] if names else None, found[0][1]["loss"])
+    raise _overflowed(source.name)
+
+
+def _raise_for_row(model: nn.Module, row_loss: RowLoss, source: RowSource, parameters: dict[str, nn.Parameter]) -> None:
+    """Find the first row of this process whose loss or gradient is not finite, and say so."""
+    own, start = source.share()
+    with evaluation_mode(model), torch.enable_grad():
+        for positions, inputs in own.resized(1):
             loss, n_targets = row_loss(model, inputs)
             if n_targets == 0:
                 continue
@@ -187,11 +269,19 @@ def _raise_for_row(
                 if gradient is not None and not bool(torch.isfinite(gradient).all())
             ]
             if bad or not bool(torch.isfinite(loss)):
-                where = f"gradient of {bad[0]!r}" if bad else "loss"
-                raise NonFiniteGradientError(
-                    f"Row {start + int(positions[0])} of the {source.name} has a non-finite {where} (loss {float(loss.detach()):.4g}). "
-                    "Mend or drop that row, or check the weights for NaN."
-                )
-    raise NonFiniteGradientError(
-        f"The gradient sum over the {source.name} is not finite although every row's gradient is: the sum overflowed."
+                raise _bad_row(start + int(positions[0]), source.name, bad[0] if bad else None, float(loss.detach()))
+    raise _overflowed(source.name)
+
+
+def _bad_row(position: int, name: str, parameter: str | None, loss: float) -> NonFiniteGradientError:
+    where = "loss" if parameter is None else f"gradient of {parameter!r}"
+    return NonFiniteGradientError(
+        f"Row {position} of the {name} has a non-finite {where} (loss {loss:.4g}). "
+        "Mend or drop that row, or check the weights for NaN."
+    )
+
+
+def _overflowed(name: str) -> NonFiniteGradientError:
+    return NonFiniteGradientError(
+        f"The gradient sum over the {name} is not finite although every row's gradient is: the sum overflowed."
     )

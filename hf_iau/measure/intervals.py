@@ -11,7 +11,7 @@ another seed of the training would change; the noise floor does.
 from __future__ import annotations
 
 import numpy as np
-from scipy.stats import binom, binomtest, bootstrap
+from scipy.stats import beta, binom, binomtest, bootstrap
 
 from hf_iau.errors import ConfigError, RequestError
 
@@ -145,8 +145,8 @@ def true_positive_rate_interval(inside: np.ndarray, outside: np.ndarray, false_p
         tied = int((outside >= threshold).sum()) > fewest
         certain = int((inside > threshold).sum() if tied else (inside >= threshold).sum())
     possible = m if most >= n else int((inside > descending[most]).sum())
-    exact = 1 - 2 * quarter
+    # Clopper and Pearson's ends, as `binomtest(…).proportion_ci(method="exact")` finds them by bisection.
     return (
-        float(binomtest(certain, m).proportion_ci(exact, method="exact").low),
-        float(binomtest(possible, m).proportion_ci(exact, method="exact").high),
+        float(beta.ppf(quarter, certain, m - certain + 1)) if certain else 0.0,
+        float(beta.ppf(1 - quarter, possible + 1, m - possible)) if possible < m else 1.0,
     )

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_iau.objective.working import autocast_dtype
-from hf_iau.parallel import whole_parameters
+from hf_iau.parallel import sharded_passes
 
 
 @contextlib.contextmanager
@@ -26,7 +26,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
 
     * every module is in `eval()`: dropout is off and BatchNorm uses its running statistics, so rows are separable;
     * `use_cache` is off in the model's configuration;
-    * parameters that `fully_shard` has spread over processes are whole in each (see `whole_parameters`);
+    * parameters that `fully_shard` has spread over processes are gathered a module at a time, and gradients are summed
+      exactly (see `sharded_passes`); all processes take the same passes;
     * the autocast wrapper that Accelerate puts around `forward` under bf16/fp16 is set aside, so that the training
       process and a fresh process compute the same numbers; `working(precision=…)` alone decides;
     * layers with gradient checkpointing still recompute their activations, which Transformers does in training only;
@@ -41,7 +42,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
     Yields:
         The same model.
     """
-    with whole_parameters(model), _evaluation_mode(model):
+    with sharded_passes(model), _evaluation_mode(model):
         yield model
 
 

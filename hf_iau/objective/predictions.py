@@ -129,7 +129,7 @@ def predict_rows(model: nn.Module, source: RowSource, *, keep_probabilities: boo
     """
     what = f"the predictions for the {source.name}"
     with together(what):
-        own, own_kind = _predict_own_rows(model, source.share()[0], keep_probabilities)
+        own, own_kind = _predict_own_rows(model, source, keep_probabilities)
         parts = gather_arrays(own, {"kind": None if own_kind is None else own_kind.value}, what)
     filled = [(arrays, about["kind"]) for arrays, about in parts if about["kind"] is not None]
     if not filled:
@@ -145,8 +145,10 @@ def _predict_own_rows(
     collected: dict[str, list[Tensor]] = {}
     kind: TaskKind | None = None
     with evaluation_mode(model), torch.no_grad():
-        for _, inputs in source:
+        for _, inputs, counts_here in source.passes(model):
             targets = read_targets(model, model(**inputs), inputs.get("labels"))
+            if not counts_here:
+                continue
             kind = targets.kind
             figures = _target_figures(targets.kind, targets.logits, targets.labels, targets.losses())
             counts = torch.bincount(targets.rows, minlength=targets.n_rows).double()

@@ -26,6 +26,7 @@ from hf_iau.objective.evaluation_mode import evaluation_mode
 from hf_iau.objective.rows import Batch, RowSource
 from hf_iau.objective.targets import TaskKind, bare_model, count_targets, read_targets
 from hf_iau.objective.working import is_narrow
+from hf_iau.parallel import gather_arrays, is_sharded
 
 LABEL_COLUMNS = ("labels", "label", "label_ids")
 
@@ -59,16 +60,28 @@ class _ScaledRowLoss(RowLoss):
     def __call__(self, model: nn.Module, inputs: Batch) -> tuple[Tensor, int]:
         labels = inputs.get("labels")
         n_targets = count_targets(model, labels, batch_rows(inputs))
+        counts = 1.0
         if n_targets == 0:  # nothing but ignored labels: no loss, and a mean over them would be NaN
-            return sum((p.sum() * 0.0 for p in model.parameters() if p.requires_grad), torch.zeros(())), 0
+            if labels is None or not is_sharded(model):
+                return sum((p.sum() * 0.0 for p in model.parameters() if p.requires_grad), torch.zeros(())), 0
+            # All processes pass through a sharded model: with labels of some kind.
+            counts, inputs = 0.0, {**inputs, "labels": torch.zeros_like(labels)}
         if model not in self._is_sum:
-            with torch.no_grad():
-                one, two = (float(self._loss(model, inputs, items)) for items in (1, 2))
-            if one == 0.0 or not np.isfinite(one):
-                return self._loss(model, inputs, 1) * n_targets, n_targets
-            self._is_sum[model] = abs(one - 2.0 * two) <= 1e-3 * abs(one)
-        loss = self._loss(model, inputs, 1)
-        return (loss if self._is_sum[model] else loss * n_targets), n_targets
+            self._find_scale(model, inputs)
+        loss = self._loss(model, inputs, 1) * counts
+        return (loss if self._is_sum.get(model, False) else loss * n_targets), n_targets
+
+    def _find_scale(self, model: nn.Module, inputs: Batch) -> None:
+        """Whether the loss halves with twice the items; left open where it is zero or not finite."""
+        with torch.no_grad():
+            one, two = (float(self._loss(model, inputs, items)) for items in (1, 2))
+        clear = one != 0.0 and np.isfinite(one)
+        found = [abs(one - 2.0 * two) <= 1e-3 * abs(one)] if clear else []
+        if is_sharded(model):  # so that all take the same passes from here on
+            every = gather_arrays({}, {"found": [bool(value) for value in found]}, "the scale of the loss")
+            found = [value for _, about in every for value in about["found"]]
+        if found:
+            self._is_sum[model] = found[0]
 
 
 class ModelRowLoss(_ScaledRowLoss):
@@ -270,8 +283,9 @@ def probe_additivity(row_loss: RowLoss, model: nn.Module, source: RowSource, *, 
     spread = np.linspace(0, len(source) - 1, num=min(rows, len(source)), dtype=np.int64)
     probe = source.select(np.unique([*spread, *first_of_each_class(source)[:rows]]))
     with evaluation_mode(model), torch.no_grad():
-        singles = [float(row_loss(model, inputs)[0]) for _, inputs in probe.resized(1)]
-        together = float(row_loss(model, probe.resized(len(probe)).first_batch())[0])
+        singles = [float(row_loss(model, inputs)[0]) for _, inputs in probe.resized(1).passes_of_all(model)]
+        _, everything = next(probe.resized(len(probe)).passes_of_all(model))
+        together = float(row_loss(model, everything)[0])
     tolerance = 3e-2 if is_narrow(model) else 1e-3
     scale = sum(abs(loss) for loss in singles)
     if np.isfinite(scale) and abs(together - sum(singles)) > tolerance * scale + 1e-6:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from hf_iau.errors import RequestError, UnsupportedModelError
 from hf_iau.objective.working import memory_device
-from hf_iau.parallel import is_parallel, share_of
+from hf_iau.parallel import is_parallel, is_sharded, process_count, share_of, together
 
 Batch = dict[str, Any]
 Collator = Callable[[list[Any]], Mapping[str, Any]]
@@ -126,6 +128,36 @@ class RowSource:
             positions = share_of(len(self))
             self._share = self.select(positions), positions.start
         return self._share
+
+    def passes(self, model: nn.Module) -> Iterator[tuple[np.ndarray, Batch, bool]]:
+        """The batches of this process's share that `model` has to go through, and whether each counts.
+
+        Where processes have to take the same passes (`is_sharded(model)`), those with fewer batches go through rows
+        again that do not count; and where the rows of one cannot be read, all raise. Positions are those in the share.
+        """
+        own, _ = self.share()
+        if not is_sharded(model):
+            for positions, inputs in own:
+                yield positions, inputs, True
+            return
+        most = max(len(share_of(len(self), number)) for number in range(process_count()))
+        batches = iter(own)
+        again: tuple[np.ndarray, Batch] | None = None
+        for _ in range(-(-most // self.batch_size)):
+            with together(f"a batch of the {self.name}"):
+                batch = next(batches, None)
+                again = batch or again or (np.zeros(1, dtype=np.int64), self.select([0]).first_batch())
+            yield again[0], dict(again[1]), batch is not None
+
+    def passes_of_all(self, model: nn.Module) -> Iterator[tuple[np.ndarray, Batch]]:
+        """All batches, for every process to go through; where `model` is sharded and one cannot read them, all raise."""
+        in_step, batches = is_sharded(model), iter(self)
+        while True:
+            with together(f"a batch of the {self.name}") if in_step else contextlib.nullcontext():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
     def keep_batches(self, max_bytes: int = KEPT_BYTES) -> RowSource:
         """This source, with its collated batches kept for further passes as far as `max_bytes` allow (else unchanged).

@@ -51,12 +51,13 @@ def is_main_process() -> bool:
     return process_number() == 0
 
 
-def share_of(length: int) -> range:
-    """This process's part of the positions below `length`.
+def share_of(length: int, number: int | None = None) -> range:
+    """This process's part of the positions below `length`, or that of process `number`.
 
     The parts are contiguous, in the order of the processes, hold every position once and differ by at most one in size.
     """
-    number, count = process_number(), process_count()
+    count = process_count()
+    number = process_number() if number is None else number
     return range(length * number // count, length * (number + 1) // count)
 
 
@@ -104,6 +105,19 @@ def sum_over_processes(tensors: Sequence[Tensor], what: str) -> None:
             dist.all_reduce(flat)
             for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
                 tensor.copy_(part.view_as(tensor))
+
+
+def sum_on_process(tensors: Sequence[Tensor], number: int, what: str) -> None:
+    """Add up each of `tensors` over the processes, in place, in process `number` alone; elsewhere they are spent."""
+    if not is_parallel():
+        return
+    _exchange_same(what, sum(tensor.numel() for tensor in tensors))
+    with _in_contact(what):
+        for tensor in tensors:
+            moved = tensor.to(_device()).contiguous()
+            dist.reduce(moved, dst=number)
+            if process_number() == number and moved.data_ptr() != tensor.data_ptr():
+                tensor.copy_(moved)
 
 
 def from_one_process(tensor: Tensor, number: int, what: str) -> None:

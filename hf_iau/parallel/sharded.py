@@ -1,28 +1,60 @@
-"""Models whose parameters `torch.distributed.fsdp.fully_shard` (FSDP2) has spread over the processes."""
+"""Models whose parameters `torch.distributed.fsdp.fully_shard` (FSDP2) has spread over the processes.
+
+There are two ways to use one. Inside `whole_parameters` each process holds all of it and works for itself. Elsewhere the
+model is run as it is: FSDP2 gathers the parameters of one module at a time, and every process has to take the same
+passes; see `sharded_passes`. Vectors of such a model (its gradient sums) are DTensors of the parameters' placement.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator
-from typing import Any, Concatenate, ParamSpec, TypeVar
+import math
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from hf_iau.errors import UnsupportedModelError
-
-P = ParamSpec("P")
-T = TypeVar("T")
+from hf_iau.vectors import dot
 
 _FSDP2 = ("torch.distributed.fsdp.", "torch.distributed._composable.")
 
 
+# Models inside `whole_parameters`.
+_WHOLE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+# What `sharded_passes` changes of a group of parameters that FSDP2 gathers together, and puts back.
+_OF_GROUP = (
+    "gradient_divide_factor",
+    "force_sum_reduction_for_comms",
+    "reduce_grads",
+    "all_reduce_grads",
+    "reshard_after_backward",
+    "unshard_in_backward",
+    "post_forward_mesh_info",
+    "mp_policy",
+)
+
+
 def is_sharded(model: nn.Module) -> bool:
-    """Whether any parameter is spread over processes."""
+    """Whether the parameters are spread over processes, so that all of these have to take the same passes."""
+    if model in _WHOLE:
+        return False
+    reshard(model)
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def reshard(model: nn.Module) -> None:
+    """Give back what FSDP2 has gathered: after a forward pass the outermost module is still whole."""
+    if model not in _WHOLE:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def class_name(model: nn.Module) -> str:
@@ -43,12 +75,9 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
     Raises:
         UnsupportedModelError: parameters sharded by something else (tensor parallelism).
     """
-    if not is_sharded(model) and not any(isinstance(module, FSDPModule) for module in model.modules()):
+    if not is_sharded(model):
         yield
         return
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # after a forward pass the outermost one is still whole
     places: dict[DTensor, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -58,36 +87,167 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
     whole = {shards: _gathered(shards) for shards in places}
     with _without_fsdp_hooks(model):
         try:
+            _WHOLE.add(model)
             for shards, users in places.items():
                 for module, name in users:
                     module._parameters[name] = whole[shards]
             yield
         finally:
+            _WHOLE.discard(model)
             for shards, users in places.items():
                 for module, name in users:
                     module._parameters[name] = shards  # type: ignore[assignment]
                 _spread(whole[shards], shards)
 
 
-def on_whole_parameters(function: Callable[Concatenate[nn.Module, P], T]) -> Callable[Concatenate[nn.Module, P], T]:
-    """Decorator: call `function(model, ...)` inside `whole_parameters(model)`."""
+@contextlib.contextmanager
+def sharded_passes(model: nn.Module) -> Iterator[None]:
+    """Let FSDP2 run a sharded model for this package: exact sums, in the parameters' own precision.
 
-    @functools.wraps(function)
-    def wrapped(model: nn.Module, *args: P.args, **kwargs: P.kwargs) -> T:
-        with whole_parameters(model):
-            return function(model, *args, **kwargs)
+    Inside, a backward pass leaves in `.grad` of each sharded parameter this process's part of the gradient's *sum* over
+    the processes (FSDP2's default is the mean), in whatever precision `MixedPrecisionPolicy` asks for otherwise, and no
+    module stays whole after its own pass. Every process takes the same number of passes. Afterwards, also after an
+    exception, all settings are what they were. Other models, and those inside `whole_parameters`, are left as they are.
 
-    return wrapped
+    Raises:
+        UnsupportedModelError: parameters sharded by something else or over some of the processes only, gradients that
+            are not yet reduced, or a PyTorch whose FSDP2 lacks a setting.
+    """
+    if not is_sharded(model):
+        yield
+        return
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            _refuse_other_sharding(model, parameter, name)
+            if parameter.device_mesh.size() != dist.get_world_size():
+                raise UnsupportedModelError(
+                    f"Parameter {name!r} is sharded over {parameter.device_mesh.size()} of {dist.get_world_size()} "
+                    "processes. Give fully_shard a mesh of all processes."
+                )
+    states = {id(state): state for state in (m._get_fsdp_state() for m in model.modules() if isinstance(m, FSDPModule))}
+    if isinstance(model, FSDPModule):
+        model._get_fsdp_state()._lazy_init()  # else the first pass would do so, and change settings again
+    groups = [group for state in states.values() for group in _groups(state)]
+    missing = [name for name in _OF_GROUP if any(not hasattr(group, name) for group in groups)]
+    if missing:
+        raise UnsupportedModelError(
+            f"fully_shard of PyTorch {torch.__version__} has no {missing[0]!r}, which exact sums need. Install PyTorch "
+            "2.13, or use DDP."
+        )
+    if any(_holds_gradients(parameter) for group in groups for parameter in group.fsdp_params):
+        raise UnsupportedModelError(
+            "The model holds gradients that its processes have not reduced yet (set_requires_gradient_sync(False)). "
+            "Finish the training step, or call zero_grad(), first."
+        )
+    before = [{name: getattr(group, name) for name in _OF_GROUP} for group in groups]
+    policies = {key: state._mp_policy for key, state in states.items()}
+    try:
+        for group in groups:
+            group.gradient_divide_factor = 1.0
+            group.force_sum_reduction_for_comms = True
+            group.reduce_grads = group.all_reduce_grads = group.reshard_after_backward = True
+            group.unshard_in_backward = True
+            group.post_forward_mesh_info = group.mesh_info
+            _set_policy(group, MixedPrecisionPolicy())
+        for state in states.values():
+            state._mp_policy = MixedPrecisionPolicy()
+        yield
+    finally:
+        for module in model.modules():
+            if isinstance(module, FSDPModule) and module._get_fsdp_state()._is_root:
+                module.reset_iter_state()  # after an exception in the middle of a pass
+        for parameter in (parameter for group in groups for parameter in group.fsdp_params):
+            parameter.unsharded_accumulated_grad = None
+            if hasattr(parameter, "_unsharded_param"):
+                parameter._unsharded_param.grad = None
+        for group, settings in zip(groups, before, strict=True):
+            _set_policy(group, settings.pop("mp_policy"))
+            for name, value in settings.items():
+                setattr(group, name, value)
+        for key, state in states.items():
+            state._mp_policy = policies[key]
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, sharing its memory; any other tensor as it is. Without gradient."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A sharded tensor in whole, on the device of its parts; any other tensor as it is. Called by all processes."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with torch.no_grad():
+        where = tensor.to_local().device
+        on_mesh: Any = tensor.detach().to(tensor.device_mesh.device_type)
+        full: Tensor = on_mesh.full_tensor()
+        if full.data_ptr() == tensor.to_local().data_ptr():  # a mesh of one process
+            full = full.clone()
+    return full.to(where)
+
+
+def part_like(whole: Tensor, like: Tensor) -> Tensor:
+    """`whole`, which every process has, sharded like `like`; as it is where that is not sharded. Nothing is sent."""
+    if not isinstance(like, DTensor):
+        return whole
+    on_mesh = whole.detach().to(like.device_mesh.device_type)
+    found = distribute_tensor(on_mesh, like.device_mesh, like.placements, src_data_rank=None)
+    own = found.to_local().clone()  # else the whole tensor would stay alive
+    return DTensor.from_local(
+        own, like.device_mesh, like.placements, run_check=False, shape=whole.shape, stride=whole.contiguous().stride()
+    ).to(whole.device)
+
+
+def replicas(tensor: Tensor) -> int:
+    """How many processes hold each part of a tensor."""
+    if not isinstance(tensor, DTensor):
+        return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(size for size, placement in sizes if isinstance(placement, Replicate))
+
+
+def inner_product(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Σ a·b in float64 over pairs of tensors, the parts of sharded ones from all processes; the same bits in each."""
+    total, of_shards, on_mesh = 0.0, 0.0, None
+    for one, other in pairs:
+        product = dot(local_part(one), local_part(other))
+        if isinstance(one, DTensor):
+            of_shards, on_mesh = of_shards + product / replicas(one), one
+        else:
+            total += product
+    if on_mesh is not None:
+        shared = torch.tensor([of_shards], dtype=torch.float64, device=on_mesh.device_mesh.device_type)
+        dist.all_reduce(shared)
+        total += float(shared)
+    return total
+
+
+def _groups(state: Any) -> list[Any]:
+    """The groups of parameters that one call of `fully_shard` has made."""
+    found = getattr(state, "_fsdp_param_groups", None)
+    return list(found) if found is not None else [g for g in (state._fsdp_param_group,) if g is not None]
+
+
+def _holds_gradients(parameter: Any) -> bool:
+    unsharded = getattr(parameter, "_unsharded_param", None)
+    return parameter.unsharded_accumulated_grad is not None or getattr(unsharded, "grad", None) is not None
+
+
+def _set_policy(group: Any, policy: MixedPrecisionPolicy) -> None:
+    """Change the precision in which a group is gathered and reduced; buffers of another type are made anew."""
+    types = [parameter.param_dtype for parameter in group.fsdp_params]
+    group.mp_policy = policy
+    group._init_mp_dtypes()
+    for parameter, before in zip(group.fsdp_params, types, strict=True):
+        if parameter.param_dtype != before:
+            parameter.all_gather_outputs = []
+            if hasattr(parameter, "_unsharded_param"):
+                del parameter._unsharded_param
 
 
 def _gathered(shards: DTensor) -> nn.Parameter:
-    with torch.no_grad():
-        where = shards.to_local().device
-        on_mesh: Any = shards.detach().to(shards.device_mesh.device_type)
-        full: Tensor = on_mesh.full_tensor()
-        if full.data_ptr() == shards.to_local().data_ptr():  # a mesh of one process
-            full = full.clone()
-    return nn.Parameter(full.to(where), requires_grad=shards.requires_grad)
+    return nn.Parameter(whole_tensor(shards), requires_grad=shards.requires_grad)
 
 
 def _spread(whole: Tensor, shards: DTensor) -> None:

@@ -15,13 +15,12 @@ from torch import nn
 from hf_iau.objective.adapters import active_adapters
 from hf_iau.objective.rows import row_bytes, sample_positions
 from hf_iau.objective.targets import bare_model
-from hf_iau.parallel import class_name, on_whole_parameters
+from hf_iau.parallel import class_name, reshard, whole_tensor
 
 FINGERPRINT_ROWS = 256
 _VERSIONED = ("hf-iau", "torch", "transformers", "datasets", "accelerate", "peft")
 
 
-@on_whole_parameters
 def model_fingerprint(model: nn.Module) -> dict[str, str]:
     """Name, architecture and weights of a model.
 
@@ -29,6 +28,7 @@ def model_fingerprint(model: nn.Module) -> dict[str, str]:
         `class`; `architecture`, a digest of every parameter's name and shape; `weights`, a digest of the values of all
         parameters and persistent buffers, in the order of their names; `adapters`, the active PEFT adapters, if any.
     """
+    reshard(model)
     shapes = hashlib.blake2b(digest_size=16)
     for name, parameter in sorted(model.named_parameters()):
         shapes.update(f"{name}{tuple(parameter.shape)}".encode())
@@ -41,13 +41,13 @@ def model_fingerprint(model: nn.Module) -> dict[str, str]:
     return fingerprint | {"adapters": ", ".join(adapters)} if adapters else fingerprint
 
 
-@on_whole_parameters
 def weights_fingerprint(model: nn.Module) -> str:
-    """Digest of every parameter and persistent buffer of a model, bit for bit."""
+    """Digest of every parameter and persistent buffer of a model, bit for bit; one is gathered at a time."""
+    reshard(model)
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
     kept = model.state_dict(keep_vars=True).keys()
     tensors.update({name: buffer for name, buffer in model.named_buffers() if name in kept})
-    return tensors_fingerprint((name, tensors[name].detach()) for name in sorted(tensors))
+    return tensors_fingerprint((name, whole_tensor(tensors[name].detach())) for name in sorted(tensors))
 
 
 def tensors_fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

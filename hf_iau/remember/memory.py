@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,21 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_iau.curvature import Curvature
+from hf_iau.curvature.spread import fetch_tensor
 from hf_iau.errors import IAUError, MemoryFileError, MemoryMismatchError, MissingMemoryError, StaleMemoryError
 from hf_iau.objective import RowLoss, RowSource, evaluation_mode
-from hf_iau.remember.files import PRIVATE_FOLDER, file_digest, sync_folder, write_atomically
+from hf_iau.parallel import is_main_process, together, whole_tensor
+from hf_iau.remember.files import (
+    PRIVATE_FOLDER,
+    file_digest,
+    file_order,
+    sync_folder,
+    write_atomically,
+    write_one_by_one,
+)
 from hf_iau.remember.fingerprints import data_fingerprint, model_fingerprint, package_versions, weights_fingerprint
 from hf_iau.remember.row_identity import RowIdentity
 
@@ -32,6 +43,7 @@ _PART_OF_MEMORY = re.compile(r"\.?memory-([0-9a-f]{32}|staged)\.safetensors.*|\.
 _MAX_HEADER_BYTES = 64 * 2**20
 _SUM_PREFIX = "gradient_sum."
 _IDENTITY_PREFIX = "row_identity."
+_FILE_METADATA = {"format": "pt"}
 _PROBE_ROWS = 8
 # Fields with a form of their own in the files.
 _NOT_PLAIN = ("parameters", "gradient_sum", "curvature", "row_identity")
@@ -145,7 +157,7 @@ class GradientMemory:
         """Σ ℓ over the first few rows of `source`: a number that two different losses do not share."""
         rows = source.select(np.arange(min(_PROBE_ROWS, len(source))))
         with evaluation_mode(model), torch.no_grad():
-            return float(sum(float(row_loss(model, inputs)[0]) for _, inputs in rows))
+            return float(sum(float(row_loss(model, inputs)[0]) for _, inputs in rows.passes_of_all(model)))
 
     def check_probe(self, model: nn.Module, row_loss: RowLoss, source: RowSource) -> None:
         """Raise `MemoryMismatchError` when the loss of the first training rows is not what it was when gathering."""
@@ -182,8 +194,22 @@ class GradientMemory:
         self.curvature.check()
         return self.curvature
 
+    @property
+    def is_spread(self) -> bool:
+        """Whether each process holds a part of the gradient sum and some layers' curvature only."""
+        sharded = any(isinstance(total, DTensor) for total in (self.gradient_sum or {}).values())
+        return sharded or (self.curvature is not None and self.curvature.is_spread)
+
+    def whole(self) -> GradientMemory:
+        """The memory with all of its tensors in every process; itself, where it is so. Called by all processes."""
+        if not self.is_spread:
+            return self
+        sums = None if self.gradient_sum is None else {n: whole_tensor(t) for n, t in self.gradient_sum.items()}
+        curvature = None if self.curvature is None else self.curvature.whole()
+        return dataclasses.replace(self, gradient_sum=sums, curvature=curvature)
+
     def nbytes(self) -> int:
-        """Bytes of all tensors held."""
+        """Bytes of all tensors, those that other processes hold among them."""
         held = sum(t.numel() * t.element_size() for t in (self.gradient_sum or {}).values())
         held += 0 if self.row_identity is None else self.row_identity.fingerprints.nbytes
         return held + (self.curvature.nbytes() if self.curvature is not None else 0)
@@ -240,20 +266,55 @@ class GradientMemory:
     def save(self, directory: str | Path) -> Path:
         """Write the memory into `directory` (made if missing): tensors first, then the header that names them.
 
-        A crash in between leaves the older memory readable. Returns the header's path.
+        A crash in between leaves the older memory readable. Returns the header's path. One that is spread over processes
+        is saved by all of them together: one tensor after the other comes to process 0, which writes the same files.
         """
         folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
+        if self.is_spread:
+            with together("saving the memory"):
+                if is_main_process():
+                    self._save(folder)
+                else:
+                    for _ in self._fetched():
+                        pass
+        else:
+            self._save(folder)
+        return folder / MEMORY_HEADER
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All tensors by their key in the file; of those that other processes hold, parts or none of the content."""
         tensors = {f"{_SUM_PREFIX}{name}": t for name, t in (self.gradient_sum or {}).items()}
         if self.curvature is not None:
             tensors |= self.curvature.tensors()
         if self.row_identity is not None:
             tensors |= self.row_identity.tensors()
-        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        return tensors
+
+    def _fetched(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors in the order of the file, one after the other whole in every process."""
+        tensors = self._tensors()
+        blocks = {} if self.curvature is None else self.curvature.blocks
+        owners = {key: block.owner for block in blocks.values() for key in block.tensors()}
+        for name in file_order(tensors):
+            with together(f"saving {name}"):
+                pass  # what failed so far is told before anything is sent
+            owner = owners.get(name)
+            if owner is None:
+                yield name, whole_tensor(tensors[name])
+            else:
+                yield name, fetch_tensor(tensors[name], owner, f"saving {name}")
+
+    def _save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
+        tensors = self._tensors()
         digest: list[str] = []
 
         def write_tensors(path: Path) -> None:
-            save_file(tensors, path, metadata={"format": "pt"})
+            if self.is_spread:
+                write_one_by_one(path, tensors, self._fetched(), _FILE_METADATA)
+            else:
+                plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+                save_file(plain, path, metadata=_FILE_METADATA)
             digest.append(file_digest(path))
 
         staged = folder / ".memory-staged.safetensors"
@@ -268,7 +329,6 @@ class GradientMemory:
         for other in folder.glob("memory-*.safetensors"):
             if other.name != name and _TENSOR_FILE.fullmatch(other.name):
                 other.unlink()
-        return folder / MEMORY_HEADER
 
     @classmethod
     def load(cls, directory: str | Path) -> GradientMemory:

@@ -704,6 +704,7 @@ class UnlearningTrainer(Trainer):
         self._check_columns(forget)
         memory = self.memory
         if memory is not None:
+            memory = memory.whole()  # as the parameters are during a request
             memory.check_model(model)
             memory.check_loss(self.row_loss)
             if positions is not None and train is not None:

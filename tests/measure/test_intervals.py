@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from scipy.stats import norm
+from scipy.stats import binom, binomtest, norm
 
 from hf_iau.errors import ConfigError, RequestError
 from hf_iau.measure import Figures, Measurement, agreement, attack, gap
@@ -198,3 +198,16 @@ def test_agreement_has_intervals(rows):
     found = agreement(rows(np.ones(60), probabilities=p), rows(np.ones(60), probabilities=q))
     assert (found.agreement_low, found.agreement_high) == proportion_interval(60 * found.agreement, 60)
     assert found.jensen_shannon_low < found.jensen_shannon < found.jensen_shannon_high
+
+
+def test_the_ends_are_clopper_and_pearsons():
+    """Against the bisection of scipy's exact binomial test, for scores without ties."""
+    generator = np.random.default_rng(3)
+    inside, outside = generator.normal(0.8, 1, 300), generator.normal(0, 1, 2000)
+    quarter = 0.05 / 4
+    fewest, most = (int(binom.ppf(q, 2000, 0.01)) for q in (quarter, 1 - quarter))
+    descending = np.sort(outside)[::-1]
+    above = [int((inside >= descending[fewest - 1]).sum()), int((inside > descending[most]).sum())]
+    ends = [binomtest(count, 300).proportion_ci(1 - 2 * quarter, method="exact") for count in above]
+    assert 0 < above[0] < above[1] < 300
+    assert true_positive_rate_interval(inside, outside, 0.01) == pytest.approx((ends[0].low, ends[1].high), abs=1e-9)

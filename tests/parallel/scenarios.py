@@ -13,15 +13,11 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny_models import as_dataset, build, pad_right, plain_rows, rows_of
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import TrainerCallback
-from unlearning_trainers import EXACT, FORGET, WITH_CURVATURE, make_trainer, relative_distance, state_of
+from unlearning_trainers import EXACT, FORGET, WITH_CURVATURE, make_trainer, state_of
 
 from hf_iau import (
     GatherConfig,
@@ -37,9 +33,8 @@ from hf_iau.curvature import fit_curvature
 from hf_iau.errors import IAUError, MissingMemoryError
 from hf_iau.forget import ForgetContext, MethodOutcome
 from hf_iau.gather import sum_row_gradients
-from hf_iau.methods import find_method
 from hf_iau.objective import ModelRowLoss, RowSource, predict_rows
-from hf_iau.parallel import is_main_process, process_number, whole_parameters
+from hf_iau.parallel import is_main_process, process_number
 from hf_iau.remember import find_key, weights_fingerprint
 
 TIMEOUT = 6  # seconds of the process group, where a process is to be missed
@@ -351,162 +346,3 @@ def _lost_in_unlearning(folder: Path, how: str) -> dict[str, Any]:
         GradientMemory.load(folder / "trainer").check_model(trainer._bare_model())
         return {"error": str(error), "seconds": seconds, "unchanged": unchanged, **left}
     return {}
-
-
-# --- parameters sharded by fully_shard --------------------------------------------------------------------------------
-
-
-def _shard(model: nn.Module) -> None:
-    """FSDP2, as it is usually put: each block, then the whole."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for block in model.bert.encoder.layer:  # type: ignore[union-attr]
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-
-
-def _bert_trainer(folder: Path, model: nn.Module, **kwargs: Any) -> UnlearningTrainer:
-    # Rows enough for one process to have a batch more than the other.
-    return make_trainer(folder, "bert", model=model, settings={"per_device_train_batch_size": 3}, **kwargs)
-
-
-def _wholly(model: nn.Module) -> dict[str, Tensor]:
-    with whole_parameters(model):
-        return state_of(model)
-
-
-def _parameters(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    return {name: state[name] for name, _ in model.named_parameters()}
-
-
-def _train_step(model: nn.Module) -> None:
-    """A step of a training loop; all rows in every process, so that FSDP's mean is that of one process."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    model(**pad_right()(rows_of("bert", 12)))["loss"].backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def sharded(folder: Path) -> dict[str, Any]:
-    """A training step, gathering and a request, alone and then with sharded parameters; memories are exchanged."""
-    rows = as_dataset(rows_of("bert", 12))
-    alone = build("bert", dtype=torch.float64)
-    _train_step(alone)
-    start = state_of(alone)
-    memory = gather(alone, rows, data_collator=pad_right(), config=WITH_CURVATURE)
-    memory.save(folder / f"alone-{os.environ['RANK']}")
-    # The Trainer joins the processes, so what is done alone uses the method itself.
-    forget = source_of("bert", [rows_of("bert", 12)[i] for i in FORGET])
-    find_method("iau", GIVEN)[0].run(ForgetContext(alone, ModelRowLoss(), forget, memory), GIVEN)
-    expected = state_of(alone)
-
-    trainer = _bert_trainer(folder / "trainer", model := build("bert", dtype=torch.float64))
-    _shard(model)
-    _train_step(model)
-    _train = _wholly(model)
-    before = {name: p.to_local().clone() for name, p in model.named_parameters()}  # type: ignore[attr-defined]
-    model(**pad_right()(rows_of("bert", 4)))  # leaves the outermost module whole
-    found = gather(model, rows, data_collator=pad_right(), config=WITH_CURVATURE)
-    if is_main_process():
-        found.save(folder / "sharded")
-    other = GradientMemory.load(folder / f"alone-{process_number()}")
-    other.model = {**other.model, "weights": found.model["weights"]}  # trained to the same but for rounding
-    trainer._given_memory = found
-    output = trainer.unlearn(row_indices=FORGET, config=GIVEN)
-    after = _wholly(model)
-    still_sharded = all(isinstance(p, DTensor) for p in model.parameters())
-    output.revert()
-    reverted = all(torch.equal(p.to_local(), before[name]) for name, p in model.named_parameters())  # type: ignore[attr-defined]
-    from_other = _bert_trainer(folder / "trainer", model, memory=other)
-    os.environ["HF_IAU_KEY"] = "0123456789abcdef" * 4
-    from_other.unlearn(row_indices=FORGET, config=GIVEN, save=True)
-    from_alone = _wholly(model)
-    _train_step(model)  # still trains
-    if is_main_process():
-        save_file({n: v.contiguous() for n, v in after.items()}, folder / "after.safetensors")
-        save_file({n: v.contiguous() for n, v in _train.items()}, folder / "before.safetensors")
-    assert memory.gradient_sum is not None
-    assert found.gradient_sum is not None
-    assert memory.curvature is not None
-    assert found.curvature is not None
-    solved = [m.curvature.solve(memory.gradient_sum, 0.1) for m in (memory, found)]  # type: ignore[union-attr]
-    return {
-        "training": relative_distance(_train, start, {n: torch.zeros_like(v) for n, v in start.items()}),
-        "sums": relative_distance(found.gradient_sum, memory.gradient_sum, _zeros(memory.gradient_sum)),
-        "solved": relative_distance(solved[1], solved[0], _zeros(solved[0])),
-        "weights": relative_distance(after, expected, start),
-        "saved": same_bits_of(load_file(folder / "trainer" / "model.safetensors"), _parameters(from_alone, model)),
-        "from_alone": relative_distance(from_alone, expected, start),
-        "class": found.model["class"],
-        "still_sharded": still_sharded,
-        "reverted": reverted,
-        "moved_after": not same_bits_of(_wholly(model), from_alone),
-    }
-
-
-def _zeros(vector: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: torch.zeros_like(value) for name, value in vector.items()}
-
-
-def same_bits_of(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return all(torch.equal(one[name], other[name]) for name in other)
-
-
-def forget_alone(folder: Path) -> dict[str, Any]:
-    """One process serves a request with the weights and the memory that two processes left."""
-    saved = folder.parent / "sharded-2"
-    model = build("bert", dtype=torch.float64)
-    model.load_state_dict(load_file(saved / "before.safetensors"), strict=False)
-    start = state_of(model)
-    trainer = _bert_trainer(folder / "trainer", model, memory=GradientMemory.load(saved / "sharded"))
-    trainer.unlearn(row_indices=FORGET, config=GIVEN)
-    expected = load_file(saved / "after.safetensors")
-    return {"weights": relative_distance(state_of(model), expected, start)}
-
-
-def sharded_kinds(folder: Path) -> dict[str, float]:
-    """Tied weights, bf16 in training, replicas of shards: the distance of the sums from those of a plain model."""
-    join()
-    rows = source_of("gpt2", rows_of("gpt2", 5))
-    expected = sum_row_gradients(build("gpt2"), ModelRowLoss(), rows).tensors
-    kinds: dict[str, dict[str, Any]] = {
-        "plain": {"mesh": init_device_mesh("cpu", (2,))},
-        "bf16": {"mesh": init_device_mesh("cpu", (2,)), "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)},
-        "replicas": {"mesh": init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))},
-    }
-    found = {}
-    for name, settings in kinds.items():
-        model = build("gpt2")
-        for block in model.transformer.h:  # type: ignore[union-attr]
-            fully_shard(block, **settings)
-        fully_shard(model, **settings)
-        sums = sum_row_gradients(model, ModelRowLoss(), rows).tensors
-        found[name] = relative_distance(sums, expected, _zeros(expected))
-        model(**pad_right()(rows_of("gpt2", 2)))["loss"].backward()  # its own hooks are back
-        assert all(isinstance(p.grad, DTensor) for p in model.parameters())
-    return found
-
-
-def sharded_refusals(folder: Path) -> dict[str, Any]:
-    """What is not FSDP2 alone is refused; a bad row of one process does not hang the other."""
-    join()
-    found = {}
-    rows = as_dataset(plain_rows(6))
-    mesh = init_device_mesh("cpu", (2,))
-    tensor_parallel = build("plain")
-    parallelize_module(tensor_parallel, mesh, {"hidden": ColwiseParallel()})
-    fsdp2 = build("plain")
-    fully_shard(fsdp2, mesh=mesh)
-    bad_rows = plain_rows(6)
-    bad_rows[5]["features"] = bad_rows[5]["features"] * float("nan")
-    calls = {
-        "tensor parallel": lambda: gather(tensor_parallel, rows, config=EXACT),
-        "adam": lambda: gather(fsdp2, rows, config=GatherConfig(curvature="adam")),
-        "bad row": lambda: sum_row_gradients(fsdp2, ModelRowLoss(), source_of("plain", bad_rows)),
-        "train": lambda: make_trainer(folder / "trainer", "plain", model=fsdp2).train(),
-    }
-    for name, call in calls.items():
-        try:
-            call()
-        except IAUError as error:
-            found[name] = f"{type(error).__name__}: {error}"
-    return found

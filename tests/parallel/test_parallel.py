@@ -21,10 +21,6 @@ JOBS = {
     "killed_in_unlearning": 2,
     "hung_in_unlearning": 2,
     "saved_request": 2,
-    "sharded": 2,
-    "forget_alone": 1,
-    "sharded_kinds": 2,
-    "sharded_refusals": 2,
 }
 
 
@@ -134,35 +130,3 @@ def test_a_saved_request_is_written_once(jobs: dict[str, Any]) -> None:
         assert found["moved"]
         assert found["on_disk"]
         assert found["memory"]
-
-
-def test_sharded_parameters_give_the_same_memory_and_weights(jobs: dict[str, Any]) -> None:
-    for found in results(jobs["sharded"]):
-        assert found["training"] < 1e-12
-        for name in ("sums", "solved", "weights"):
-            assert found[name] < 1e-10, name
-        assert found["still_sharded"]
-        assert found["saved"]
-        assert found["reverted"]
-        assert found["moved_after"]
-        assert found["class"] == "BertForSequenceClassification"
-
-
-def test_kinds_of_sharding(jobs: dict[str, Any]) -> None:
-    for found in results(jobs["sharded_kinds"]):
-        assert found.keys() == {"plain", "bf16", "replicas"}
-        assert max(found.values()) < 1e-6
-
-
-def test_memories_go_from_one_process_to_two_and_back(jobs: dict[str, Any]) -> None:
-    assert [found["from_alone"] < 1e-10 for found in results(jobs["sharded"])] == [True, True]
-    (found,) = results(jobs["forget_alone"])
-    assert found["weights"] < 1e-10
-
-
-def test_what_is_not_fsdp2_alone_is_refused(jobs: dict[str, Any]) -> None:
-    for found in results(jobs["sharded_refusals"]):
-        assert "tensor parallelism is not supported" in found["tensor parallel"]
-        assert "Use curvature='ekfac' or 'diagonal'" in found["adam"]
-        assert found["bad row"].startswith("NonFiniteGradientError: Row 5 of the some rows")
-        assert "sharded by fully_shard" in found["train"]

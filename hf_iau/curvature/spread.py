@@ -1,0 +1,173 @@
+"""Blocks that one process holds for all, so that each process holds its share of the curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_iau.curvature.blocks import Block, read_block
+from hf_iau.parallel import (
+    from_one_process,
+    gather_arrays,
+    local_part,
+    part_like,
+    process_count,
+    process_number,
+    together,
+    whole_tensor,
+)
+
+Scaling = Callable[[Block, dict[str, Tensor]], dict[str, Tensor]]
+
+
+class RemoteBlock(Block):
+    """What a process knows of a block that another one holds: all but the numbers.
+
+    Args:
+        owner: the number of the process that holds it.
+        known: what `_describe` says there.
+    """
+
+    def __init__(self, owner: int, known: Mapping[str, Any]) -> None:
+        super().__init__(known["metadata"]["name"], known["reason"])
+        self.kind = known["metadata"]["kind"]
+        self.owner = owner
+        self._known = known
+        self._shapes = {name: tuple(shape) for name, shape in known["shapes"].items()}
+        self.total, self.smallest = known["total"], known["smallest"]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
+
+    @property
+    def eigenvalues(self) -> list[Tensor]:
+        return []
+
+    @property
+    def damping_unit(self) -> float:
+        return float(self._known["damping_unit"])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _dtype(self._known["dtype"])
+
+    def apply(self, vector: Mapping[str, Tensor], transform: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        raise NotImplementedError(f"Process {self.owner} holds the block of {self.name!r}.")
+
+    def to(self, device: torch.device | str) -> RemoteBlock:
+        return self
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors without content, on the device "meta"."""
+        stored = self._known["tensors"].items()
+        return {key: torch.empty(shape, dtype=_dtype(kind), device="meta") for key, (shape, kind) in stored}
+
+    def metadata(self) -> dict[str, Any]:
+        return dict(self._known["metadata"])
+
+    def describe(self) -> dict[str, Any]:
+        return dict(self._known["line"])
+
+
+class Owners:
+    """Which process holds which layer: each the next one that holds least."""
+
+    def __init__(self) -> None:
+        self._held = [0] * process_count()
+        self._of: dict[str, int] = {}
+
+    def assign(self, name: str, size: int) -> None:
+        """Find an owner for a layer of `size` scalars; called alike in every process."""
+        self._of[name] = self._held.index(min(self._held))
+        self._held[self._of[name]] += size
+
+    def __getitem__(self, name: str) -> int:
+        return self._of[name]
+
+    def is_here(self, name: str) -> bool:
+        """Whether this process holds the layer."""
+        return self._of[name] == process_number()
+
+
+def spread(blocks: Iterable[Block], owners: Owners, names: Iterable[str]) -> list[Block]:
+    """All processes' blocks, those of others without their numbers.
+
+    Args:
+        blocks: those that this process holds.
+        owners: who holds which.
+        names: of all blocks, the same in every process.
+    """
+    own = {block.name: block for block in blocks}
+    about = {name: _describe(block) for name, block in own.items()}
+    known: dict[str, Any] = {}
+    for _, described in gather_arrays({}, about, "the curvature's layers"):
+        known |= described
+    found: list[Block] = []
+    for name in names:
+        block = own[name] if owners.is_here(name) else RemoteBlock(owners[name], known[name])
+        block.owner = owners[name]
+        found.append(block)
+    return found
+
+
+def fetch(block: Block) -> Block:
+    """The whole block, in every process. Called by all of them."""
+    if block.owner is None:
+        return block
+    tensors = {key: fetch_tensor(tensor, block.owner, key) for key, tensor in block.tensors().items()}
+    return read_block(block.metadata(), tensors)
+
+
+def fetch_tensor(tensor: Tensor, owner: int, what: str) -> Tensor:
+    """The tensor of process `owner`, in every process."""
+    device = "cpu" if tensor.is_meta else tensor.device
+    found = tensor if owner == process_number() else torch.empty_like(tensor, device=device)
+    from_one_process(found, owner, what)
+    return found
+
+
+def scale_by_owner(block: Block, part: dict[str, Tensor], scale: Scaling) -> dict[str, Tensor]:
+    """`scale(block, part)`, done by the process that holds the block; of sharded tensors each process gets its part.
+
+    One layer is whole at a time, and in all processes.
+    """
+    assert block.owner is not None
+    whole = {name: whole_tensor(tensor.detach()) for name, tensor in part.items()}
+    scaled: dict[str, Tensor] = {}
+    with together(f"the curvature of {block.name}"):
+        if block.owner == process_number():
+            scaled = scale(block, whole)
+    result = {}
+    for name, tensor in part.items():
+        found = scaled[name].contiguous() if scaled else torch.empty_like(local_part(whole[name]))
+        from_one_process(found, block.owner, f"the curvature times {name}")
+        result[name] = part_like(found, tensor)
+    return result
+
+
+def _describe(block: Block) -> dict[str, Any]:
+    return {
+        "metadata": block.metadata(),
+        "reason": block.reason,
+        "shapes": {name: list(shape) for name, shape in block.shapes.items()},
+        "tensors": {key: [list(t.shape), _name(t.dtype)] for key, t in block.tensors().items()},
+        "total": block.total,
+        "smallest": block.smallest,
+        "damping_unit": block.damping_unit,
+        "dtype": _name(block.dtype),
+        "line": block.describe(),
+    }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name)
+    assert isinstance(found, torch.dtype)
+    return found

@@ -1,0 +1,490 @@
+"""Models sharded by `fully_shard` over two or three processes. Each function is run in all of them."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from safetensors.torch import load_file, save_file
+from tiny_models import PlainClassifier, RowList, as_dataset, build, pad_right, plain_rows, rows_of
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from unlearning_trainers import EXACT, FORGET, WITH_CURVATURE, make_trainer, relative_distance, state_of
+
+from hf_iau import GatherConfig, GradientMemory, IAUConfig, UnlearningTrainer, check_row_gradients, gather
+from hf_iau.curvature import Curvature, fit_curvature
+from hf_iau.errors import IAUError
+from hf_iau.forget import ForgetContext
+from hf_iau.gather import sum_row_gradients
+from hf_iau.methods import find_method
+from hf_iau.objective import ModelRowLoss, RowSource, predict_rows
+from hf_iau.parallel import is_main_process, process_number, processes, whole_parameters, whole_tensor
+
+GIVEN = IAUConfig(length=0.1, damping=1.0, finish_weight=0.01)
+
+
+def join() -> None:
+    """The processes as a plain program would join them."""
+    PartialState(cpu=True)
+
+
+def source_of(rows: list[dict[str, Any]], batch_size: int = 2) -> RowSource:
+    return RowSource(as_dataset(rows), pad_right(), batch_size=batch_size, name="some rows")
+
+
+def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: whole_tensor(tensor) for name, tensor in tensors.items()}
+
+
+def shard(model: nn.Module, blocks: Any = (), **settings: Any) -> nn.Module:
+    """FSDP2, as it is usually put: each block, then the whole."""
+    settings.setdefault("mesh", init_device_mesh("cpu", (dist.get_world_size(),)))
+    for block in blocks:
+        fully_shard(block, **settings)
+    fully_shard(model, **settings)
+    return model
+
+
+def _bert_trainer(folder: Path, model: nn.Module, **kwargs: Any) -> UnlearningTrainer:
+    # Rows enough for one process to have a batch more than the other.
+    return make_trainer(folder, "bert", model=model, settings={"per_device_train_batch_size": 3}, **kwargs)
+
+
+def _wholly(model: nn.Module) -> dict[str, Tensor]:
+    with whole_parameters(model):
+        return state_of(model)
+
+
+def _parameters(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    return {name: state[name] for name, _ in model.named_parameters()}
+
+
+def _train_step(model: nn.Module) -> None:
+    """A step of a training loop; all rows in every process, so that FSDP's mean is that of one process."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    model(**pad_right()(rows_of("bert", 12)))["loss"].backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def sharded(folder: Path) -> dict[str, Any]:
+    """A training step, gathering and a request, alone and then with sharded parameters; memories are exchanged."""
+    rows = as_dataset(rows_of("bert", 12))
+    alone = build("bert", dtype=torch.float64)
+    _train_step(alone)
+    start = state_of(alone)
+    memory = gather(alone, rows, data_collator=pad_right(), config=WITH_CURVATURE)
+    memory.save(folder / f"alone-{os.environ['RANK']}")
+    # The Trainer joins the processes, so what is done alone uses the method itself.
+    forget = source_of([rows_of("bert", 12)[i] for i in FORGET])
+    find_method("iau", GIVEN)[0].run(ForgetContext(alone, ModelRowLoss(), forget, memory), GIVEN)
+    expected = state_of(alone)
+
+    trainer = _bert_trainer(folder / "trainer", model := build("bert", dtype=torch.float64))
+    shard(model, model.bert.encoder.layer)
+    _train_step(model)
+    _train = _wholly(model)
+    before = {name: p.to_local().clone() for name, p in model.named_parameters()}  # type: ignore[attr-defined]
+    model(**pad_right()(rows_of("bert", 4)))  # leaves the outermost module whole
+    found = gather(model, rows, data_collator=pad_right(), config=WITH_CURVATURE)
+    assert found.gradient_sum is not None
+    assert all(isinstance(total, DTensor) for total in found.gradient_sum.values())
+    found.save(folder / "sharded")
+    dist.barrier()
+    whole = found.whole()
+    other = GradientMemory.load(folder / f"alone-{process_number()}")
+    other.model = {**other.model, "weights": found.model["weights"]}  # trained to the same but for rounding
+    trainer._given_memory = found
+    output = trainer.unlearn(row_indices=FORGET, config=GIVEN)
+    after = _wholly(model)
+    still_sharded = all(isinstance(p, DTensor) for p in model.parameters())
+    output.revert()
+    reverted = all(torch.equal(p.to_local(), before[name]) for name, p in model.named_parameters())  # type: ignore[attr-defined]
+    from_other = _bert_trainer(folder / "trainer", model, memory=other)
+    os.environ["HF_IAU_KEY"] = "0123456789abcdef" * 4
+    from_other.unlearn(row_indices=FORGET, config=GIVEN, save=True)
+    from_alone = _wholly(model)
+    _train_step(model)  # still trains
+    if is_main_process():
+        save_file({n: v.contiguous() for n, v in after.items()}, folder / "after.safetensors")
+        save_file({n: v.contiguous() for n, v in _train.items()}, folder / "before.safetensors")
+    assert memory.gradient_sum is not None
+    assert whole.gradient_sum is not None
+    assert memory.curvature is not None
+    assert found.curvature is not None
+    solved = [c.solve(memory.gradient_sum, 0.1) for c in (memory.curvature, found.curvature)]
+    return {
+        "training": relative_distance(_train, start, {n: torch.zeros_like(v) for n, v in start.items()}),
+        "sums": relative_distance(whole.gradient_sum, memory.gradient_sum, _zeros(memory.gradient_sum)),
+        "solved": relative_distance(solved[1], solved[0], _zeros(solved[0])),
+        "weights": relative_distance(after, expected, start),
+        "saved": same_bits_of(load_file(folder / "trainer" / "model.safetensors"), _parameters(from_alone, model)),
+        "from_alone": relative_distance(from_alone, expected, start),
+        "class": found.model["class"],
+        "still_sharded": still_sharded,
+        "reverted": reverted,
+        "moved_after": not same_bits_of(_wholly(model), from_alone),
+    }
+
+
+def _zeros(vector: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(value) for name, value in vector.items()}
+
+
+def same_bits_of(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in other)
+
+
+def forget_alone(folder: Path) -> dict[str, Any]:
+    """One process serves a request with the weights and the memory that two processes left."""
+    saved = folder.parent / "sharded-2"
+    model = build("bert", dtype=torch.float64)
+    model.load_state_dict(load_file(saved / "before.safetensors"), strict=False)
+    start = state_of(model)
+    trainer = _bert_trainer(folder / "trainer", model, memory=GradientMemory.load(saved / "sharded"))
+    trainer.unlearn(row_indices=FORGET, config=GIVEN)
+    expected = load_file(saved / "after.safetensors")
+    return {"weights": relative_distance(state_of(model), expected, start)}
+
+
+def sharded_kinds(folder: Path) -> dict[str, Any]:
+    """Tied weights, bf16 in training, replicas of shards: the distance of sums and factors from a plain model's."""
+    rows = source_of(rows_of("gpt2", 7))
+    alone = build("gpt2", dtype=torch.float64)
+    vector = sum_row_gradients(alone, ModelRowLoss(), rows).tensors
+    expected = fit_curvature(alone, rows).solve(vector, 0.1)
+    join()
+    kinds: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "kept whole": {"reshard_after_forward": False},
+        "bf16": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)},
+        "replicas": {"mesh": init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))},
+    }
+    found: dict[str, Any] = {}
+    for name, settings in kinds.items():
+        model = build("gpt2", dtype=torch.float64)
+        shard(model, model.transformer.h, **settings)  # type: ignore[union-attr]
+        before = _training_gradients(model)
+        total = sum_row_gradients(model, ModelRowLoss(), rows, track_batches=True)
+        curvature = fit_curvature(model, rows)
+        solved = whole(curvature.solve(total.tensors, 0.1))
+        after = _training_gradients(model)
+        found[name] = {
+            "sums": relative_distance(whole(total.tensors), vector, _zeros(vector)),
+            "solved": relative_distance(solved, expected, _zeros(expected)),
+            "norm": total.norm() / norm_of(vector) - 1.0,
+            "batch_rows": sum(count for count, _ in total.batches),
+            "kinds": sorted(curvature.coverage()),
+            "trains_as_before": all(torch.equal(before[n], after[n]) for n in before),
+        }
+    return found
+
+
+def norm_of(vector: dict[str, Tensor]) -> float:
+    return float(sum(float(t.square().sum()) for t in vector.values()) ** 0.5)
+
+
+def _training_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """This process's part of the gradients of a training step, as FSDP2 is set up for it."""
+    inputs = pad_right()(rows_of("gpt2", 2))
+    model(**inputs)["loss"].backward()
+    gradients = {name: p.grad.to_local().clone() for name, p in model.named_parameters()}  # type: ignore[union-attr]
+    model.zero_grad()
+    return gradients
+
+
+def few_rows_of_shards(folder: Path) -> dict[str, Any]:
+    """No more rows than processes, rows without any target, and a layer whose rows cannot be told apart."""
+    rows = rows_of("bert-tokens", 5)
+    for row in rows[3:]:
+        row["labels"] = [-100] * len(row["labels"])
+    model = build("bert-tokens", dtype=torch.float64, num_hidden_layers=1)
+
+    def numbers(model: nn.Module) -> dict[str, Any]:
+        numbers: dict[str, Any] = {}
+        for n in (1, 2, 5):
+            some = source_of(rows[:n], 1)
+            total = sum_row_gradients(model, ModelRowLoss(), some, track_batches=True)
+            curvature = fit_curvature(model, some)
+            predicted = predict_rows(model, some)
+            numbers[str(n)] = {
+                "counts": [total.n_rows, total.n_targets, total.rows_without_targets],
+                "more_counts": [curvature.n_rows, curvature.n_targets, len(predicted)],
+                "batch_rows": sum(count for count, _ in total.batches),
+                "loss": total.loss,
+                "losses": predicted.loss[:3].tolist(),
+                "vectors": [whole(total.tensors), whole(curvature.solve(total.tensors, 0.1))],
+            }
+        return numbers
+
+    alone = numbers(model)
+    join()
+    together = numbers(shard(model, model.bert.encoder.layer))  # type: ignore[union-attr]
+    distances = {}
+    for n, expected in alone.items():
+        pairs = zip(together[n].pop("vectors"), expected.pop("vectors"), strict=True)
+        distances[n] = [relative_distance(one, other, _zeros(other)) for one, other in pairs]
+    return {"alone": alone, "together": together, "distances": distances}
+
+
+class Merged(nn.Module):
+    """A classifier of which one layer sees rows and positions in a dimension of its own size, another is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.scale = nn.Parameter(torch.ones(6))
+        self.first = nn.Linear(6, 5)
+        self.convolution = nn.Conv1d(1, 4, 3, padding=1)
+        self.norm = nn.LayerNorm(5)
+        self.output = nn.Linear(20, 3)
+        self.bypassed = nn.Linear(6, 5)
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        features = features * self.scale
+        hidden = torch.tanh(self.norm(self.first(features) + nn.functional.linear(features, self.bypassed.weight)))
+        logits = self.output(torch.tanh(self.convolution(hidden[:, None])).flatten(1))
+        return {"logits": logits, "loss": nn.functional.cross_entropy(logits, labels)}
+
+
+def all_kinds_of_layers(folder: Path) -> dict[str, Any]:
+    """Convolutions, raw and bypassed parameters, and one that FSDP2 was told to leave alone."""
+    rows = source_of(plain_rows(7))
+    alone = Merged()
+    expected = fit_curvature(alone, rows)
+    vector = sum_row_gradients(alone, ModelRowLoss(), rows).tensors
+    join()
+    model = Merged()
+    shard(model, [model.first], ignored_params={model.norm.weight})
+    total = sum_row_gradients(model, ModelRowLoss(), rows).tensors
+    found = fit_curvature(model, rows)
+    pairs = [(total, vector), (found.solve(total, 0.1), expected.solve(vector, 0.1))]
+    pairs.append((found.multiply(total), expected.multiply(vector)))
+    held = {name: block.owner for name, block in found.blocks.items()}
+    return {
+        "distances": [relative_distance(whole(one), other, _zeros(other)) for one, other in pairs],
+        "layers": found.layers() == but_for_rounding(expected, found),
+        "held": held,
+        "names": list(found.blocks) == list(expected.blocks),
+        "left_alone": not isinstance(total["norm.weight"], DTensor),
+        "bytes": [found.nbytes(), expected.nbytes()],
+    }
+
+
+def but_for_rounding(expected: Curvature, found: Curvature) -> list[dict[str, Any]]:
+    """The lines of `expected`, with the figures of `found` where the two are equal but for rounding."""
+    lines = expected.layers()
+    for line, other in zip(lines, found.layers(), strict=True):
+        if abs(line["mean_eigenvalue"] - other["mean_eigenvalue"]) <= 1e-5 * abs(line["mean_eigenvalue"]):
+            line["mean_eigenvalue"] = other["mean_eigenvalue"]
+    return lines
+
+
+@contextmanager
+def watched(model: nn.Module) -> Iterator[dict[str, int]]:
+    """The most bytes of parameters that FSDP2 had gathered, and of all tensors that this process held, at one time.
+
+    Tensors are counted, at every third exchange between the processes (the allocator's events are of one thread, and
+    gloo frees in others).
+    """
+    groups = [g for m in model.modules() if isinstance(m, FSDPModule) for g in m._get_fsdp_state()._fsdp_param_groups]
+    most = {"gathered": 0, "held": 0, "looks": 0}
+    wait, exchange = FSDPParamGroup.wait_for_unshard, processes._exchange
+
+    def look() -> None:
+        most["looks"] += 1
+        if most["looks"] % 3 == 0:
+            most["held"] = max(most["held"], held_bytes())
+
+    def wait_and_look(group: FSDPParamGroup) -> None:
+        wait(group)
+        outputs = [o for g in groups for p in g.fsdp_params for o in p.all_gather_outputs]
+        most["gathered"] = max(most["gathered"], sum(output.untyped_storage().nbytes() for output in outputs))
+        look()
+
+    def look_and_exchange(*args: Any, **kwargs: Any) -> Any:
+        look()
+        return exchange(*args, **kwargs)
+
+    FSDPParamGroup.wait_for_unshard = wait_and_look  # type: ignore[method-assign]
+    processes._exchange = look_and_exchange
+    try:
+        yield most
+    finally:
+        FSDPParamGroup.wait_for_unshard = wait  # type: ignore[method-assign]
+        processes._exchange = exchange
+
+
+def held_bytes() -> int:
+    """Bytes of all tensors that Python knows of, those of this process's part of sharded ones."""
+    found = (o._local_tensor if type(o) is DTensor else o for o in gc.get_objects())
+    stores = [o.untyped_storage() for o in found if type(o) in (Tensor, nn.Parameter) and not o.is_meta]
+    return sum({store.data_ptr(): store.nbytes() for store in stores}.values())
+
+
+def memory_of_shards(folder: Path) -> dict[str, Any]:
+    """What a process holds while it gathers, and the files that are written layer by layer."""
+    settings = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6, "num_attention_heads": 2}
+    model = build("bert", **settings)
+    join()
+    shard(model, model.bert.encoder.layer)  # type: ignore[union-attr]
+    rows = as_dataset(rows_of("bert", 6))
+    config = GatherConfig(gradient_sum="exact", batch_size=2, progress=False)
+    gc.collect()
+    before = held_bytes()
+    with watched(model) as spread:
+        memory = gather(model, rows, data_collator=pad_right(), config=config)
+    memory.save(folder / "spread")
+    dist.barrier()
+    held = held_bytes() - before
+    nbytes, fingerprint = memory.nbytes(), memory.model
+    everything = memory.whole()
+    files = {}
+    if is_main_process():
+        everything.save(folder / "whole")
+        files = {name: next((folder / name).glob("*.safetensors")).name for name in ("spread", "whole")}
+        read = GradientMemory.load(folder / "spread")
+        assert read.gradient_sum is not None
+        assert everything.gradient_sum is not None
+        assert all(torch.equal(read.gradient_sum[n], t) for n, t in everything.gradient_sum.items())
+    del memory, everything
+    gc.collect()
+    with watched(model) as at_once, whole_parameters(model):
+        expected = gather(model, rows, data_collator=pad_right(), config=config)
+    return {
+        "parameters": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "spread": {**spread, "held": spread["held"] - before},
+        "at_once": {**at_once, "held": at_once["held"] - before},
+        "held": held,
+        "bytes": [nbytes, expected.nbytes()],
+        "files": files,
+        "fingerprints": fingerprint == expected.model,
+    }
+
+
+class WrongBackward(torch.autograd.Function):
+    """The identity, whose backward divides by the batch size: right for one row, wrong for a batch."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, rows: int) -> Tensor:
+        ctx.rows = rows
+        return parameter.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient / ctx.rows, None
+
+
+class Broken(PlainClassifier):
+    """Its losses are right and add up; the gradient of a bias does not."""
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        bias = WrongBackward.apply(self.output.bias, len(features))
+        logits = nn.functional.linear(torch.tanh(self.hidden(features)), self.output.weight, bias)
+        return {"logits": logits, "loss": nn.functional.cross_entropy(logits, labels)}
+
+
+def checked(folder: Path) -> dict[str, Any]:
+    """`check_row_gradients` of a right and of a wrong model, sharded and (before) not."""
+    rows, language = RowList(plain_rows()), as_dataset(rows_of("gpt2", 6))
+
+    def numbers(put: Callable[[nn.Module], nn.Module]) -> dict[str, Any]:
+        good = check_row_gradients(put(build("gpt2")), language, data_collator=pad_right())
+        torch.manual_seed(0)
+        bad = check_row_gradients(put(Broken()), rows, batch_sizes=(2,))
+        return {"good": [good.passed, good.tolerance, good.rows], "bad": [bad.failing, bad.relative_error]}
+
+    alone = numbers(lambda model: model)
+    join()
+    return {"alone": alone, "together": numbers(shard)}
+
+
+def troubles(folder: Path) -> dict[str, Any]:
+    """Errors during passes through a sharded model: told by all processes, and nothing is left behind."""
+    join()
+    model = shard(build("plain"))
+    rows = plain_rows(6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    inputs = pad_right()(rows[:2])
+
+    def gradients() -> list[Tensor]:
+        optimizer.zero_grad()
+        model(**inputs)["loss"].backward()
+        return [p.grad.to_local().clone() for p in model.parameters()]  # type: ignore[union-attr]
+
+    expected = gradients()
+    bad = [dict(row) for row in rows]
+    bad[4]["features"] = bad[4]["features"] * float("inf")
+
+    def fails(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        model(**inputs)
+        raise OSError("in the middle of a pass")
+
+    class Unreadable(RowList):
+        def __getitem__(self, position: int) -> dict[str, Tensor]:
+            if position == 5 and process_number() == 1:
+                raise OSError("a broken disk")
+            return super().__getitem__(position)
+
+    unreadable = RowSource(Unreadable(rows), pad_right(), batch_size=2, name="some rows")
+    memory = gather(model, as_dataset(rows), config=WITH_CURVATURE)
+    (folder / "file").touch()
+    calls: dict[str, Callable[[], Any]] = {
+        "save": lambda: memory.save(folder / "file"),
+        "curvature": lambda: fit_curvature(model, source_of(bad)),
+        "unreadable sum": lambda: sum_row_gradients(model, ModelRowLoss(), unreadable),
+        "unreadable curvature": lambda: fit_curvature(model, unreadable),
+        "unreadable prediction": lambda: predict_rows(model, unreadable),
+        "loss": lambda: gather(model, as_dataset(rows), config=EXACT, row_loss=fails),
+    }
+    found: dict[str, Any] = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    found["gradients"] = [torch.equal(one, other) for one, other in zip(gradients(), expected, strict=True)]
+    model.set_requires_gradient_sync(False)  # type: ignore[operator]
+    model(**inputs)["loss"].backward()
+    try:
+        sum_row_gradients(model, ModelRowLoss(), source_of(rows))
+    except IAUError as error:
+        found["not reduced"] = str(error)
+    return found
+
+
+def sharded_refusals(folder: Path) -> dict[str, Any]:
+    """What is not FSDP2 alone is refused; a bad row of one process does not hang the other."""
+    join()
+    found = {}
+    rows = as_dataset(plain_rows(6))
+    mesh = init_device_mesh("cpu", (2,))
+    tensor_parallel = build("plain")
+    parallelize_module(tensor_parallel, mesh, {"hidden": ColwiseParallel()})
+    fsdp2 = build("plain")
+    fully_shard(fsdp2, mesh=mesh)
+    bad_rows = plain_rows(6)
+    bad_rows[5]["features"] = bad_rows[5]["features"] * float("nan")
+    calls = {
+        "tensor parallel": lambda: gather(tensor_parallel, rows, config=EXACT),
+        "adam": lambda: gather(fsdp2, rows, config=GatherConfig(curvature="adam")),
+        "bad row": lambda: sum_row_gradients(fsdp2, ModelRowLoss(), source_of(bad_rows)),
+        "train": lambda: make_trainer(folder / "trainer", "plain", model=fsdp2).train(),
+    }
+    for name, call in calls.items():
+        try:
+            call()
+        except IAUError as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found

@@ -1,0 +1,136 @@
+"""Models sharded by `fully_shard`: the numbers of one process, while no process holds the whole model to gather them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from several_processes import run_in_processes
+from test_parallel import results
+
+JOBS = {
+    "sharded": 2,
+    "forget_alone": 1,
+    "sharded_kinds": 2,
+    "few_rows_of_shards": 3,
+    "all_kinds_of_layers": 2,
+    "memory_of_shards": 2,
+    "checked": 2,
+    "troubles": 2,
+    "sharded_refusals": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """Scenario → what each process has to say."""
+    names = [f"{name}:{count}" for name, count in JOBS.items()]
+    folder = tmp_path_factory.mktemp("scenarios")
+    found = run_in_processes(Path(__file__).with_name("sharded_scenarios.py"), folder, *names)
+    return {name.split(":")[0]: processes for name, processes in found.items()}
+
+
+def test_sharded_parameters_give_the_same_memory_and_weights(jobs: dict[str, Any]) -> None:
+    for found in results(jobs["sharded"]):
+        assert found["training"] < 1e-12
+        for name in ("sums", "solved", "weights"):
+            assert found[name] < 1e-10, name
+        assert found["still_sharded"]
+        assert found["saved"]
+        assert found["reverted"]
+        assert found["moved_after"]
+        assert found["class"] == "BertForSequenceClassification"
+
+
+def test_kinds_of_sharding(jobs: dict[str, Any]) -> None:
+    for found in results(jobs["sharded_kinds"]):
+        assert found.keys() == {"plain", "kept whole", "bf16", "replicas"}
+        for kind in found.values():
+            assert kind["sums"] < 1e-10
+            assert kind["solved"] < 1e-10
+            assert abs(kind["norm"]) < 1e-12
+            assert kind["batch_rows"] == 7
+            assert kind["kinds"] == ["diagonal", "kronecker"]
+            assert kind["trains_as_before"]
+
+
+def test_few_rows_and_rows_without_targets(jobs: dict[str, Any]) -> None:
+    for found in results(jobs["few_rows_of_shards"]):
+        assert found["alone"].keys() == {"1", "2", "5"}
+        assert found["alone"]["5"]["counts"][2] == 2
+        for n, alone in found["alone"].items():
+            assert max(found["distances"][n]) < 1e-10
+            together = found["together"][n]
+            for name in ("counts", "more_counts", "batch_rows"):
+                assert together[name] == alone[name], (n, name)
+            assert together["loss"] == pytest.approx(alone["loss"], rel=1e-12)
+            assert together["losses"] == pytest.approx(alone["losses"], rel=1e-12)
+
+
+def test_all_kinds_of_layers_have_their_owner(jobs: dict[str, Any]) -> None:
+    for found in results(jobs["all_kinds_of_layers"]):
+        assert max(found["distances"]) < 1e-5
+        assert found["names"]
+        assert found["layers"]
+        assert set(found["held"].values()) == {0, 1}
+        assert {"scale", "convolution", "bypassed.weight"} < found["held"].keys()
+        assert found["left_alone"]
+        assert found["bytes"][0] == found["bytes"][1]
+
+
+def test_no_process_holds_all_parameters_at_once(jobs: dict[str, Any]) -> None:
+    for found in results(jobs["memory_of_shards"]):
+        assert 0 < found["spread"]["gathered"] < 0.35 * found["parameters"]
+        assert found["spread"]["looks"] > 300
+
+
+def test_a_process_holds_its_share_of_the_memory(jobs: dict[str, Any]) -> None:
+    for found in results(jobs["memory_of_shards"]):
+        spread, at_once = found["spread"]["held"], found["at_once"]["held"]
+        assert found["bytes"][0] == found["bytes"][1]
+        assert found["held"] < 0.6 * found["bytes"][0]
+        assert spread < 0.7 * at_once
+        assert found["fingerprints"]
+
+
+def test_files_are_those_of_a_whole_memory(jobs: dict[str, Any]) -> None:
+    files = results(jobs["memory_of_shards"])[0]["files"]
+    assert files["spread"] == files["whole"]  # named by their digest
+
+
+def test_the_checker_on_shards(jobs: dict[str, Any]) -> None:
+    for found in results(jobs["checked"]):
+        alone, together = found["alone"], found["together"]
+        assert together["good"] == alone["good"] == [True, 1e-5, 6]
+        assert together["bad"][0] == alone["bad"][0] == ["output.bias"]
+        assert together["bad"][1]["2"] == pytest.approx(alone["bad"][1]["2"], rel=1e-4)
+
+
+def test_errors_during_passes(jobs: dict[str, Any]) -> None:
+    for number, found in enumerate(results(jobs["troubles"])):
+        assert found["curvature"].startswith("NonFiniteGradientError")
+        assert "row 4" in found["curvature"]
+        for name in ("sum", "curvature", "prediction"):
+            words = (
+                "OSError: a broken disk" if number else "ParallelError: Process 1 failed with OSError: a broken disk"
+            )
+            assert found[f"unreadable {name}"] == words
+        assert "FileExistsError" in found["save"]
+        assert found["loss"] == "OSError: in the middle of a pass"
+        assert found["gradients"] == [True] * 4
+        assert "set_requires_gradient_sync(False)" in found["not reduced"]
+
+
+def test_memories_go_from_one_process_to_two_and_back(jobs: dict[str, Any]) -> None:
+    assert [found["from_alone"] < 1e-10 for found in results(jobs["sharded"])] == [True, True]
+    (found,) = results(jobs["forget_alone"])
+    assert found["weights"] < 1e-10
+
+
+def test_what_is_not_fsdp2_alone_is_refused(jobs: dict[str, Any]) -> None:
+    for found in results(jobs["sharded_refusals"]):
+        assert "tensor parallelism is not supported" in found["tensor parallel"]
+        assert "Use curvature='ekfac' or 'diagonal'" in found["adam"]
+        assert found["bad row"].startswith("NonFiniteGradientError: Row 5 of the some rows")
+        assert "sharded by fully_shard" in found["train"]
