@@ -63,12 +63,17 @@ def test_gradients_of_some_batches_are_added_up_by_autograd() -> None:
     assert accumulator.finish()["weight"].tolist() == [0.0, 9.0, 18.0, 27.0]
 
 
-def test_a_sum_on_another_device_is_made_in_float64() -> None:
-    weight = nn.Parameter(torch.zeros(4, device="meta"))
-    accumulator = GradientAccumulator({"weight": weight}, torch.device("cpu"))
-    assert accumulator._sums["weight"].dtype == torch.float64
-    assert accumulator._sums["weight"].device.type == "cpu"
-    assert accumulator.finish()["weight"].dtype == torch.float32
+def test_a_sum_on_another_device_is_made_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = nn.Parameter(torch.zeros(4))
+    for same, dtype in ((True, torch.float32), (False, torch.float64)):
+        monkeypatch.setattr(vectors, "_is_same", lambda one, other, same=same: same)
+        accumulator = GradientAccumulator({"weight": weight}, torch.device("cpu"))
+        assert accumulator._sums["weight"].dtype == dtype
+        weight.grad = torch.arange(4.0)
+        accumulator.add(at_once=True)
+        assert (weight.grad is None) != same
+        found = accumulator.finish()["weight"]
+        assert found.dtype == torch.float32 and found.tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
 def test_bytes_of_a_sum() -> None:

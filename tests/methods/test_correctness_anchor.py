@@ -53,7 +53,7 @@ class Rows(torch.utils.data.Dataset):
 class ExactCurvature:
     """The Hessian of mean loss + DECAY/2 ‖θ‖², as one dense matrix."""
 
-    kind, n_rows = "exact", N
+    kind, n_rows, is_spread = "exact", N, False
     blocks: ClassVar = {"layer": SimpleNamespace(shapes={"layer.weight": None})}
 
     def __init__(self, model: Linear, rows: Rows) -> None:
