@@ -51,6 +51,7 @@ from hf_iau.objective.adapters import check_adapters
 from hf_iau.objective.evaluation_mode import RandomState, placed_on
 from hf_iau.objective.row_loss import TrainerRowLoss, UserLossFunction, describe_function
 from hf_iau.objective.rows import refuse_iterable, row_bytes, rows_are_deterministic, select_rows
+from hf_iau.objective.targets import look_for_real_labels
 from hf_iau.objective.working import memory_device, working
 from hf_iau.parallel import is_main_process, is_sharded, refuse_wrapped, together, whole_parameters
 from hf_iau.phases import PhaseTimer
@@ -700,6 +701,7 @@ class UnlearningTrainer(Trainer):
         forget = self._rows(forget_rows, "forget rows", args.per_device_train_batch_size)
         _refuse_random_rows(forget)
         self._check_columns(forget)
+        look_for_real_labels(model, forget.dataset if train is None else train.dataset)
         memory = self.memory
         if memory is not None:
             memory = memory.whole()  # as the parameters are during a request
