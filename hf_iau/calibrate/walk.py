@@ -22,6 +22,7 @@ The walk ends where the distribution of the forget rows' q has come within a ten
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -312,8 +313,10 @@ class _Anchors:
         rows = retained.sample(anchor_rows(model, retained), 1, "anchor rows")
         self.groups: list[RowSource] = []
         self.outputs: list[list[Tensor]] = []
-        for start in range(0, len(rows), _ANCHOR_ROWS_A_STEP):
-            group = rows.select(np.arange(start, min(start + _ANCHOR_ROWS_A_STEP, len(rows)))).keep_batches()
+        turns = math.ceil(len(rows) / _ANCHOR_ROWS_A_STEP)
+        for turn in range(turns):
+            # From all over the training rows, which may be sorted by class.
+            group = rows.select(np.arange(turn, len(rows), turns)).keep_batches()
             with evaluation_mode(model), torch.no_grad():
                 found = [
                     kept_copy(read_targets(model, model(**inputs), inputs.get("labels")).logits)
