@@ -15,6 +15,7 @@ from hf_iau.forget.step import Step, apply_step, finish_forgetting_step, step_no
 from hf_iau.measure import attack_auc
 from hf_iau.objective import RowPredictions, RowSource, predict_rows
 from hf_iau.objective.working import kept_copy
+from hf_iau.parallel import inner_product
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Directions:
     def slope(self, damping: float) -> float:
         """Σ_f·(C+λ)⁻¹Σ_f/n_r: what a unit of k adds to the summed loss of the forget rows, to first order."""
         forget, _ = self.at(damping)
-        return float(sum(float((self.forget_sum[name].to(change) * change).sum()) for name, change in forget.items()))
+        return inner_product((change, self.forget_sum[name]) for name, change in forget.items())
 
     def _solve(self, vector: Mapping[str, Tensor], damping: float) -> Step:
         return {name: change / self.remaining for name, change in self.curvature.solve(vector, damping).items()}

@@ -22,6 +22,7 @@ The walk ends where the distribution of the forget rows' q has come within a ten
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from hf_iau.calibrate.calibration import MAX_DRIFT
@@ -39,7 +41,7 @@ from hf_iau.objective import RowPredictions, RowSource, evaluation_mode, predict
 from hf_iau.objective.rows import sample_positions
 from hf_iau.objective.targets import Targets, TaskKind
 from hf_iau.objective.working import kept_copy, memory_device
-from hf_iau.parallel import gather_arrays, is_main_process, sum_over_processes, together
+from hf_iau.parallel import gather_arrays, is_main_process, local_part, sum_over_processes, together
 
 DAMPING = 0.1
 """λ of a walk, relative to each layer's mean eigenvalue."""
@@ -312,13 +314,12 @@ class _Anchors:
         rows = retained.sample(anchor_rows(model, retained), 1, "anchor rows")
         self.groups: list[RowSource] = []
         self.outputs: list[list[Tensor]] = []
-        for start in range(0, len(rows), _ANCHOR_ROWS_A_STEP):
-            group = rows.select(np.arange(start, min(start + _ANCHOR_ROWS_A_STEP, len(rows)))).keep_batches()
+        turns = math.ceil(len(rows) / _ANCHOR_ROWS_A_STEP)
+        for turn in range(turns):
+            # From all over the training rows, which may be sorted by class.
+            group = rows.select(np.arange(turn, len(rows), turns)).keep_batches()
             with evaluation_mode(model), torch.no_grad():
-                found = [
-                    kept_copy(read_targets(model, model(**inputs), inputs.get("labels")).logits)
-                    for _, inputs in group.share()[0]
-                ]
+                found = [kept_copy(targets.logits) for _, targets, counts in _targets_of(model, group) if counts]
             self.groups.append(group)
             self.outputs.append(found)
 
@@ -327,9 +328,9 @@ class _Anchors:
         turn = number % len(self.groups)
 
         def losses() -> Iterator[tuple[Tensor, int]]:
-            for (_, inputs), before in zip(self.groups[turn].share()[0], self.outputs[turn], strict=True):
-                now = read_targets(model, model(**inputs), inputs.get("labels"))
-                yield drift(now, before.to(now.logits.device)), len(now)
+            before = iter(self.outputs[turn])
+            for _, now, counts in _targets_of(model, self.groups[turn]):
+                yield (drift(now, next(before).to(now.logits.device)), len(now)) if counts else _nothing(now)
 
         total, targets = _gradient(model, losses(), names, "the drift of the anchor rows")
         return {name: gradient / max(targets, 1) for name, gradient in total.items()}
@@ -340,7 +341,7 @@ def _kept_bytes(model: nn.Module, rows: RowSource) -> float:
     few = rows.sample(_FEWEST_ANCHOR_ROWS, 0).resized(1)
     held = 0
     with evaluation_mode(model), torch.no_grad():
-        for _, inputs in few:
+        for _, inputs in few.passes_of_all(model):
             tensors = (*inputs.values(), read_targets(model, model(**inputs), inputs.get("labels")).logits)
             held += sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
     return max(held, 1) / len(few)
@@ -379,11 +380,13 @@ def weighted_gradient(
         float64 tensors by parameter name.
     """
 
-    own, start = source.share()
+    _, start = source.share()
 
     def losses() -> Iterator[tuple[Tensor, int]]:
-        for positions, inputs in own:
-            targets = read_targets(model, model(**inputs), inputs.get("labels"))
+        for positions, targets, counts_here in _targets_of(model, source):
+            if not counts_here:
+                yield _nothing(targets)
+                continue
             counts = torch.bincount(targets.rows, minlength=targets.n_rows).clamp(min=1)
             weight = torch.from_numpy(weights[start + positions]).to(targets.logits) / counts
             yield (targets.losses() * weight[targets.rows]).sum(), len(targets)
@@ -406,12 +409,14 @@ def push_gradient(
         float64 tensors by parameter name; and every row's loss, a mean over its targets, `(rows,)` float64, NaN for a
         row without targets.
     """
-    own, start = source.share()
+    _, start = source.share()
     seen: list[np.ndarray] = [np.zeros(0)]
 
     def losses() -> Iterator[tuple[Tensor, int]]:
-        for positions, inputs in own:
-            targets = read_targets(model, model(**inputs), inputs.get("labels"))
+        for positions, targets, counts_here in _targets_of(model, source):
+            if not counts_here:
+                yield _nothing(targets)
+                continue
             each = targets.losses()
             counts = torch.bincount(targets.rows, minlength=targets.n_rows)
             sums = torch.zeros(targets.n_rows, dtype=torch.float64, device=each.device)
@@ -427,12 +432,23 @@ def push_gradient(
     return gradient, np.concatenate([arrays["loss"] for arrays, _ in parts])
 
 
+def _targets_of(model: nn.Module, source: RowSource) -> Iterator[tuple[np.ndarray, Targets, bool]]:
+    """Positions in this process's share, targets, and whether they count, of each batch that it has to go through."""
+    for positions, inputs, counts in source.passes(model):
+        yield positions, read_targets(model, model(**inputs), inputs.get("labels")), counts
+
+
+def _nothing(targets: Targets) -> tuple[Tensor, int]:
+    """A loss without a gradient, from a batch that does not count."""
+    return targets.logits.sum() * 0.0, 0
+
+
 def _gradient(
     model: nn.Module, losses: Iterable[tuple[Tensor, int]], names: Sequence[str], what: str
 ) -> tuple[dict[str, Tensor], int]:
     """Σ ∇loss, float64, and the number of targets, in evaluation mode and over all processes."""
     parameters = [model.get_parameter(name) for name in names]
-    sums = [torch.zeros_like(p, dtype=torch.float64, device=memory_device(p.device)) for p in parameters]
+    sums = [torch.zeros_like(p, dtype=torch.float64).detach().to(memory_device(p.device)) for p in parameters]
     counted = torch.zeros(1, dtype=torch.float64, device=sums[0].device)
     with together(what):
         with evaluation_mode(model), torch.enable_grad():
@@ -443,12 +459,13 @@ def _gradient(
                     if parameter.grad is not None:
                         total += parameter.grad.to(total.device)
                         parameter.grad = None
-        sum_over_processes([*sums, counted], what)
+        # FSDP2 has summed what it shards.
+        sum_over_processes([*(total for total in sums if not isinstance(total, DTensor)), counted], what)
     return dict(zip(names, sums, strict=True)), round(float(counted))
 
 
 def _place(model: nn.Module, weights: Mapping[str, Tensor], moved: Step | None) -> None:
     with torch.no_grad():
         for name, value in weights.items():
-            parameter = model.get_parameter(name)
-            parameter.copy_(value if moved is None else value.double() + moved[name].to(value.device))
+            parameter, before = local_part(model.get_parameter(name)), local_part(value)
+            parameter.copy_(before if moved is None else before.double() + local_part(moved[name]).to(before.device))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_iau.curvature import Curvature
+from hf_iau.parallel import inner_product, local_part
 
 Step = dict[str, Tensor]
 
@@ -17,29 +18,25 @@ def apply_step(model: nn.Module, step: Mapping[str, Tensor], scale: float = 1.0)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, change in step.items():
-            parameter = parameters[name]
-            parameter.copy_(parameter.double() + scale * change.to(parameter.device, torch.float64))
+            parameter = local_part(parameters[name])
+            parameter.copy_(parameter.double() + scale * local_part(change).to(parameter.device, torch.float64))
 
 
 def step_norm(step: Mapping[str, Tensor]) -> float:
     """Euclidean length of a step."""
-    return float(sum(float(change.double().square().sum()) for change in step.values()) ** 0.5)
+    return float(inner_product((change, change) for change in step.values()) ** 0.5)
 
 
 def weights_norm(model: nn.Module, names: list[str]) -> float:
     """Euclidean norm of the named parameters."""
     parameters = dict(model.named_parameters())
-    return float(sum(float(parameters[name].detach().double().square().sum()) for name in names) ** 0.5)
+    return float(inner_product((parameters[name], parameters[name]) for name in names) ** 0.5)
 
 
 def first_order_rise(gradient_sum: Mapping[str, Tensor], step: Mapping[str, Tensor], targets: int) -> float:
     """Rise of the mean loss a target of some rows that their gradient foresees for a step: Σ·Δ / targets."""
-    products = (
-        float((change.double() * gradient_sum[name].to(change.device, torch.float64)).sum())
-        for name, change in step.items()
-        if name in gradient_sum
-    )
-    return sum(products) / max(targets, 1)
+    pairs = ((change, gradient_sum[name]) for name, change in step.items() if name in gradient_sum)
+    return inner_product(pairs) / max(targets, 1)
 
 
 def finish_forgetting_step(forget: Step, finish: Step | None, length: float, finish_weight: float) -> Step:

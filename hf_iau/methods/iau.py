@@ -148,6 +148,7 @@ class IAU:
 
     name: ClassVar[str] = "iau"
     config_class: ClassVar[type] = IAUConfig
+    works_on_shards: ClassVar[bool] = True
     citation: ClassVar[str] = (
         "after Liu et al. 2025 (arXiv 2507.23257), with EK-FAC curvature (George et al. 2018; Grosse et al. 2023)"
     )

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPr
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from hf_iau.errors import UnsupportedModelError
+from hf_iau.parallel.processes import sum_over_processes, together
 
 _FSDP2 = ("torch.distributed.fsdp.", "torch.distributed._composable.")
 
@@ -177,6 +178,8 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor in whole, on the device of its parts; any other tensor as it is. Called by all processes."""
     if not isinstance(tensor, DTensor):
         return tensor
+    with together("a whole tensor"):
+        pass  # what has failed in one process is told before anything is sent
     with torch.no_grad():
         where = tensor.to_local().device
         on_mesh: Any = tensor.detach().to(tensor.device_mesh.device_type)
@@ -210,14 +213,15 @@ def inner_product(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Σ a·b in float64 over pairs of tensors, the parts of sharded ones from all processes; the same bits in each."""
     total, of_shards, on_mesh = 0.0, 0.0, None
     for one, other in pairs:
-        product = float((local_part(one).double() * local_part(other).double()).sum())
+        here = local_part(one)
+        product = float((here.double() * local_part(other).to(here.device, torch.float64)).sum())
         if isinstance(one, DTensor):
             of_shards, on_mesh = of_shards + product / replicas(one), one
         else:
             total += product
     if on_mesh is not None:
-        shared = torch.tensor([of_shards], dtype=torch.float64, device=on_mesh.device_mesh.device_type)
-        dist.all_reduce(shared)
+        shared = torch.tensor([of_shards], dtype=torch.float64, device=on_mesh.device)
+        sum_over_processes([shared], "an inner product")
         total += float(shared)
     return total
 
