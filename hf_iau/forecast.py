@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_iau.calibrate.walk import MOST_STEPS, USUAL_STEPS, WalkWork, anchor_rows
 from hf_iau.curvature import fit_curvature
 from hf_iau.curvature.capture import Capture
 from hf_iau.curvature.fit import LOOP_ROWS, cached_size, eigenvector_bytes, usual_cache_bytes
@@ -20,6 +21,7 @@ from hf_iau.gather.config import GatherConfig
 from hf_iau.gather.gather import check_gatherable, choose_row_loss, default_collator, keep_input_columns
 from hf_iau.gather.gradient_sum import sum_row_gradients, trainable_parameters
 from hf_iau.methods import IAUConfig
+from hf_iau.methods.iau import ENOUGH_FORGET_ROWS, FEWEST_WALKED_ROWS
 from hf_iau.objective import RowLoss, RowSource, evaluation_mode, predict_rows
 from hf_iau.objective.row_loss import UserLossFunction
 from hf_iau.objective.rows import Collator, sample_positions
@@ -33,8 +35,9 @@ PROBE_BATCHES = 3
 # direction or the gradients that it is made of; and further ones where it walks. Counted with the allocator; the tests
 # count again.
 _VECTORS, _VECTORS_OF_WALK = 2, 5
-# Evaluations of the calibration rows that a request takes, solves with the curvature, and rows that its report measures.
-_TRIALS, _SOLVES, _RETAINED, _HELD_OUT = 22, 6, 2000, 4000
+# Looks at the calibration rows that a request of one step takes (5 to 14 in the benchmarks, 7 as a rule), solves with the
+# curvature, and rows that its report measures.
+_TRIALS, _SOLVES, _RETAINED, _HELD_OUT = 8, 6, 2000, 4000
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Estimate:
             autograd keeps for a batch (`activations`), what gathering and a request hold at most beside the weights and
             the memory (`gathering`, `request`; `walk` comes on top where a request has to be walked), and the peak of
             either with all of these (`gathering_peak`, `request_peak`). An optimizer that is still alive comes on top.
-        seconds: `gradient_sum`, `curvature`, `gather` (the two before) and `unlearn`; empty without a probe.
+        seconds: `gradient_sum`, `curvature`, `gather` (the two before) and `unlearn`; where a request has to be walked,
+            `walk` comes on top with the usual number of steps and `walk_at_most` with the most; empty without a probe.
         rows: rows of the training set, of a gradient sum, of the curvature, of a request and of calibration.
         coverage: parameters by kind of curvature.
     """
@@ -265,13 +269,23 @@ def _probe(
 
     asked = rows["request"]
     calibrated = not wishes.is_given and rows["held_out"] > 0
-    proxies = sum(min(size, rows["training"] // 10) for size in wishes.proxy_rows) if calibrated else 0
-    looked_at = _TRIALS * (rows["held_out"] + (asked if asked >= 200 else proxies / 2)) if calibrated else 0.0
+    own = asked >= ENOUGH_FORGET_ROWS  # then the forget rows set the target, as a rule
+    draws = [min(size, rows["training"] // 10) for size in wishes.proxy_rows] if calibrated and not own else []
+    proxies = sum(draws)
+    target = asked if own else proxies / max(len(draws), 1)
+    looked_at = _TRIALS * (rows["held_out"] + target) if calibrated else 0.0
     measured = 2 * (asked + min(_RETAINED, rows["training"]) + min(_HELD_OUT, rows["held_out"]))
     known = 2 * min(_RETAINED, rows["training"])
     unlearn = gradient * (asked + proxies) + forward * (looked_at + measured + known)
     unlearn += solve * (_SOLVES if calibrated else 1)
     seconds = {"gradient_sum": total, "curvature": curvature, "gather": total + curvature, "unlearn": unlearn}
+    free = wishes.length is None and wishes.finish_weight is None
+    if calibrated and wishes.walk and free and asked >= FEWEST_WALKED_ROWS:
+        retained = source.select(sample_positions(len(source), min(_RETAINED, rows["training"] - asked), config.seed))
+        anchors = anchor_rows(model, retained)
+        for name, steps in {"walk": USUAL_STEPS, "walk_at_most": MOST_STEPS}.items():
+            work = WalkWork.of(steps, forget=asked, held_out=rows["held_out"], known=len(retained), anchors=anchors)
+            seconds[name] = gradient * work.gradients + forward * work.forwards + solve * work.solves
     return seconds, activations, cached
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -33,20 +33,6 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def dot(one: Tensor, other: Tensor) -> float:
     """Σ one·other over the scalars of two tensors of one shape, added up in float64."""
     return float(sum(_dot(a.to(b.device), b) for a, b in pieces(one.detach(), other.detach())))
-
-
-def inner_product(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """Σ one·other over the parameters of `other`, added up in float64."""
-    return sum(dot(one[name], tensor) for name, tensor in other.items())
-
-
-def norm(tensors: Iterable[Tensor]) -> float:
-    """Euclidean norm over all scalars of some tensors, added up in float64."""
-    return sum(map(_squares, tensors)) ** 0.5  # which holds no tensor while the next is made
-
-
-def _squares(tensor: Tensor) -> float:
-    return dot(tensor, tensor)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from hf_iau.forget.step import Step, apply_step, finish_forgetting_step, step_no
 from hf_iau.measure import attack_auc
 from hf_iau.objective import RowPredictions, RowSource, predict_rows
 from hf_iau.objective.working import kept_copy
-from hf_iau.vectors import inner_product
+from hf_iau.parallel import inner_product
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Directions:
 
     def slope(self, damping: float) -> float:
         """Σ_f·(C+λ)⁻¹Σ_f/n_r: what a unit of k adds to the summed loss of the forget rows, to first order."""
-        return inner_product(self.forget_sum, self.at(damping))
+        return inner_product((change, self.forget_sum[name]) for name, change in self.at(damping).items())
 
     def clear(self) -> None:
         """Free the directions; they are made anew when asked for."""

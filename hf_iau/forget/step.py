@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_iau.curvature import Curvature
-from hf_iau.vectors import inner_product, norm, pieces
+from hf_iau.parallel import inner_product, local_part
+from hf_iau.vectors import pieces
 
 Step = dict[str, Tensor]
 
@@ -18,24 +19,29 @@ def apply_step(model: nn.Module, step: Mapping[str, Tensor], scale: float = 1.0)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, change in step.items():
-            for part, added in pieces(parameters[name], change):
+            for part, added in pieces(local_part(parameters[name]), local_part(change)):
                 part.copy_(part.double() + scale * added.to(part.device, torch.float64))
 
 
 def step_norm(step: Mapping[str, Tensor]) -> float:
     """Euclidean length of a step."""
-    return norm(step.values())
+    return float(inner_product(map(_with_itself, step.values())) ** 0.5)
+
+
+def _with_itself(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    return tensor, tensor
 
 
 def weights_norm(model: nn.Module, names: list[str]) -> float:
     """Euclidean norm of the named parameters."""
     parameters = dict(model.named_parameters())
-    return norm(parameters[name] for name in names)
+    return float(inner_product((parameters[name], parameters[name]) for name in names) ** 0.5)
 
 
 def first_order_rise(gradient_sum: Mapping[str, Tensor], step: Mapping[str, Tensor], targets: int) -> float:
     """Rise of the mean loss a target of some rows that their gradient foresees for a step: Σ·Δ / targets."""
-    return inner_product(step, {name: gradient_sum[name] for name in step if name in gradient_sum}) / max(targets, 1)
+    pairs = ((change, gradient_sum[name]) for name, change in step.items() if name in gradient_sum)
+    return inner_product(pairs) / max(targets, 1)
 
 
 def finish_forgetting_step(forget: Step, finish: Step | None, length: float, finish_weight: float) -> Step:
@@ -68,7 +74,8 @@ def moved_gradient_sum(
         )
         for name, bent in product.items():
             moved[name] = torch.empty_like(gradient_sum[name])
-            for new, *old in pieces(moved[name], gradient_sum[name], forget_sum[name], bent):
+            tensors = (moved[name], gradient_sum[name], forget_sum[name], bent)
+            for new, *old in pieces(*map(local_part, tensors)):
                 total, forget, change = (tensor.to(new.device, torch.float64) for tensor in old)
                 new.copy_(total - forget + remaining_targets * change)
     return {name: moved[name] for name in gradient_sum}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_iau.errors import RequestError
+from hf_iau.parallel import local_part
 from hf_iau.remember.fingerprints import weights_fingerprint
 from hf_iau.vectors import pieces
 
@@ -94,7 +95,8 @@ class _Moved(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         before = self._before[name]
         moved = torch.empty_like(before, dtype=torch.float64)
-        for difference, new, old in pieces(moved, self._now[name].detach().to(before.device), before):
+        there = local_part(before)
+        for difference, new, old in pieces(local_part(moved), local_part(self._now[name]).to(there.device), there):
             torch.sub(new.double(), old.double(), out=difference)
         return moved
 

@@ -45,7 +45,8 @@ _REFERENCE_ROWS = 2000
 _OVERLAP_ROWS = 2000
 # Proxies are at most a tenth of the training rows: the step for more would be long, and no guide to a small request's.
 _PROXY_SHARE = 10
-_FEWEST_WALKED_ROWS = 20
+FEWEST_WALKED_ROWS = 20
+"""A request of fewer rows is never walked."""
 # A step after which more of the way to the held-out rows is left than this is followed by a look at a walk.
 _LEFT = 0.15
 # So is one that costs retained rows this much accuracy.
@@ -142,12 +143,13 @@ class IAU:
 
     With k = c = 1 and C the Hessian of the retained rows this is the Newton step to their optimum. C is the EK-FAC
     approximation of the true Fisher (George et al. 2018; Grosse et al. 2023); a request costs one pass over its rows,
-    and calibration about 20 evaluations of a few thousand rows.
+    and calibration 5 to 14 evaluations of a few thousand rows.
     """
 
     name: ClassVar[str] = "iau"
     moves_only_trained: ClassVar[bool] = True
     config_class: ClassVar[type] = IAUConfig
+    works_on_shards: ClassVar[bool] = True
     citation: ClassVar[str] = (
         "after Liu et al. 2025 (arXiv 2507.23257), with EK-FAC curvature (George et al. 2018; Grosse et al. 2023)"
     )
@@ -524,7 +526,7 @@ class IAU:
     def _like_any_others(context: ForgetContext, notes: dict[str, Any]) -> bool:
         """Whether the forget rows passed the shift test and are not too few to tell."""
         shift = notes.get("shift_test")
-        return shift is not None and shift["passed"] and len(context.forget) >= _FEWEST_WALKED_ROWS
+        return shift is not None and shift["passed"] and len(context.forget) >= FEWEST_WALKED_ROWS
 
     def _walk(
         self,

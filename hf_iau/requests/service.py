@@ -24,7 +24,7 @@ from transformers import Trainer
 
 from hf_iau.errors import IAUError, MissingMemoryError, RequestError, StorageError
 from hf_iau.forget import ForgetContext, MethodOutcome, WeightTransaction
-from hf_iau.parallel import is_main_process, of_main_process, together
+from hf_iau.parallel import is_main_process, of_main_process, together, whole_parameters
 from hf_iau.remember import (
     MEMORY_FOLDER,
     GradientMemory,
@@ -252,7 +252,7 @@ class RequestService:
     def _load_weights(self, expected: str) -> None:
         trainer = self.trainer
         logger.warning("The model has the weights from before the last request: loading those in %s.", self.folder)
-        with WeightTransaction(trainer._bare_model()):
+        with whole_parameters(trainer._bare_model()), WeightTransaction(trainer._bare_model()):
             try:
                 trainer._load_from_checkpoint(str(self.folder))
             except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
