@@ -489,11 +489,15 @@ class UnlearningTrainer(Trainer):
 
         Raises:
             RequestError: no `id_column`, or ids that no training row has.
-            AlreadyForgottenError: all their rows are forgotten.
+            AlreadyForgottenError: all their rows are forgotten; with `save=True`, by other requests than this one.
         """
         positions = rows_of_ids(self.train_dataset, self.id_column, ids)
         still, notes = self._still_in(positions) if len(positions) else (positions, [])
         if len(positions) and not len(still):
+            if settings.get("save"):
+                entry = RequestService(self).answer(positions, settings.get("request_id"))
+                if entry is not None:
+                    return UnlearnOutput(report_of(entry), applied=False, memory=self.memory, entry=entry)
             raise AlreadyForgottenError(
                 f"All {len(positions)} rows of these ids were already forgotten by an earlier request: there is nothing "
                 "left to do."
