@@ -28,11 +28,13 @@ from hf_iau.objective.rows import Collator, sample_positions
 from hf_iau.objective.working import working
 from hf_iau.objective.wrappers import unwrapped
 from hf_iau.phases import peak_allocated_bytes
+from hf_iau.vectors import PIECE, kept_dtype
 
 PROBE_BATCHES = 3
-# Float64 vectors as large as the trained weights that a request of `iau` holds at once: always, for Σ_D, and for a walk.
-# Counted with the allocator; the tests count again.
-_VECTORS, _VECTORS_OF_SUM, _VECTORS_OF_WALK = 7, 2, 3
+# Vectors as large as the trained weights that a request of `iau` holds beside its copy of them: a gradient sum, and its
+# direction or the gradients that it is made of; and further ones where it walks. Counted with the allocator; the tests
+# count again.
+_VECTORS, _VECTORS_OF_WALK = 2, 5
 # Looks at the calibration rows that a request of one step takes (5 to 14 in the benchmarks, 7 as a rule), solves with the
 # curvature, and rows that its report measures.
 _TRIALS, _SOLVES, _RETAINED, _HELD_OUT = 8, 6, 2000, 4000
@@ -159,10 +161,9 @@ def _sizes(
     batch_size: int,
 ) -> dict[str, int]:
     parameters = trainable_parameters(model)
-    numel = sum(p.numel() for p in parameters.values())
     weights = sum(t.numel() * t.element_size() for t in model_state(model).values())
     gradients = sum(p.numel() * p.element_size() for p in parameters.values())
-    vector = 8 * numel
+    vector = sum(p.numel() * kept_dtype(p.dtype).itemsize for p in parameters.values())
     total = 0 if config.gradient_sum == "none" else vector
     # While the sum is made there are no factors yet, and while the factors are made no gradients. The eigenvalues are
     # made after the eigenvectors, from each row's gradients.
@@ -173,10 +174,10 @@ def _sizes(
         cached + eigenvector_bytes(plan) - eigenvalues, cached + activations - eigenvalues, activations + temporary
     )
     gathering = max((gradients + activations - factors) * bool(total), curved * bool(factors), 0)
-    # The transaction's copy of all weights, the calibration's of the trained ones, and float64 vectors: one fewer while
-    # rows are predicted than while directions are made.
-    vectors = (_VECTORS + _VECTORS_OF_SUM * bool(total)) * vector
-    request = weights + gradients + max(vectors, vectors - vector + predictions)
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    # A layer's direction and, of Σ_D, what the curvature makes of its step; and float64 copies of pieces of them.
+    of_layer = (1 + bool(total)) * largest + 4 * 8 * PIECE
+    request = weights - frozen + _VECTORS * vector + max(predictions, activations, of_layer)
     return {
         "weights": weights,
         "gradients": gradients,
@@ -188,7 +189,7 @@ def _sizes(
         "gathering_peak": weights + total + factors + gathering,
         "request": request,
         "walk": _VECTORS_OF_WALK * vector,
-        "request_peak": weights + total + factors + max(request, gradients + activations),
+        "request_peak": weights + total + factors + request,
     }
 
 

@@ -22,6 +22,7 @@ The walk ends where the distribution of the forget rows' q has come within a ten
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,7 +41,8 @@ from hf_iau.objective import RowPredictions, RowSource, evaluation_mode, predict
 from hf_iau.objective.rows import sample_positions
 from hf_iau.objective.targets import Targets, TaskKind
 from hf_iau.objective.working import kept_copy, memory_device
-from hf_iau.parallel import gather_arrays, is_main_process, local_part, sum_over_processes, together
+from hf_iau.parallel import gather_arrays, is_main_process, is_sharded, local_part, sum_over_processes, together
+from hf_iau.vectors import GradientAccumulator, kept_dtype, pieces
 
 DAMPING = 0.1
 """λ of a walk, relative to each layer's mean eigenvalue."""
@@ -71,7 +73,7 @@ class Walk:
     """A path and the point on it that was chosen.
 
     Attributes:
-        step: Δ from the old weights to that point, float64.
+        step: Δ from the old weights to that point.
         damping: λ of every step.
         steps: how many steps lead there.
         reached: whether no more than `ARRIVED` of the way to the targets is left there.
@@ -162,6 +164,7 @@ def walk(
     damping: float = DAMPING,
     max_relative_step: float,
     progress: bool = False,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Walk:
     """Walk from the model's weights until the forget rows are known as held-out rows are; the weights are put back.
 
@@ -178,10 +181,11 @@ def walk(
         damping: λ, relative to each layer's mean eigenvalue.
         max_relative_step: farthest ‖Δ‖/‖θ‖ allowed.
         progress: show a progress bar.
+        weights: copies of the parameters as they are, by name; made here if None.
     """
-    weights = {name: kept_copy(model.get_parameter(name)) for name in names}
+    weights = {name: weights[name] if weights else kept_copy(model.get_parameter(name)) for name in names}
     norm = max(weights_norm(model, list(names)), 1e-300)
-    moved: Step = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in weights.items()}
+    moved: Step = {name: torch.zeros_like(value, dtype=kept_dtype(value.dtype)) for name, value in weights.items()}
     chosen = sample_positions(len(held_out), _WATCHED_ROWS, 0)
     watched = held_out.select(chosen).keep_batches() if len(chosen) < len(held_out) else held_out.keep_batches()
     looked_at = (looked_at or forget.resized(held_out.batch_size)).keep_batches()
@@ -226,6 +230,7 @@ def walk(
                 else:
                     gradient = weighted_gradient(model, pushed, shortfall.weights(losses), names)
                 push = curvature.solve(gradient, damping)
+                del gradient
                 length = step_norm(push)
                 if not length > 0 or not np.isfinite(length):
                     break
@@ -234,7 +239,9 @@ def walk(
                 pull = curvature.solve(anchors.drift_gradient(model, number, names), damping)
                 # Newton's step back, but no longer than the push.
                 back = min(1.0, stride * norm / max(step_norm(pull), 1e-300))
-                further = {name: place - back * pull[name].to(place) for name, place in further.items()}
+                for name, place in further.items():
+                    place -= back * pull[name].to(place)
+                del pull
             if step_norm(further) / norm > max_relative_step:
                 break
             _place(model, weights, further)
@@ -313,8 +320,10 @@ class _Anchors:
         rows = retained.sample(anchor_rows(model, retained), 1, "anchor rows")
         self.groups: list[RowSource] = []
         self.outputs: list[list[Tensor]] = []
-        for start in range(0, len(rows), _ANCHOR_ROWS_A_STEP):
-            group = rows.select(np.arange(start, min(start + _ANCHOR_ROWS_A_STEP, len(rows)))).keep_batches()
+        turns = math.ceil(len(rows) / _ANCHOR_ROWS_A_STEP)
+        for turn in range(turns):
+            # From all over the training rows, which may be sorted by class.
+            group = rows.select(np.arange(turn, len(rows), turns)).keep_batches()
             with evaluation_mode(model), torch.no_grad():
                 found = [kept_copy(targets.logits) for _, targets, counts in _targets_of(model, group) if counts]
             self.groups.append(group)
@@ -374,7 +383,7 @@ def weighted_gradient(
         names: parameters to take gradients for.
 
     Returns:
-        float64 tensors by parameter name.
+        Tensors by parameter name.
     """
 
     _, start = source.share()
@@ -403,7 +412,7 @@ def push_gradient(
         names: parameters to take gradients for.
 
     Returns:
-        float64 tensors by parameter name; and every row's loss, a mean over its targets, `(rows,)` float64, NaN for a
+        Tensors by parameter name; and every row's loss, a mean over its targets, `(rows,)` float64, NaN for a
         row without targets.
     """
     _, start = source.share()
@@ -443,26 +452,29 @@ def _nothing(targets: Targets) -> tuple[Tensor, int]:
 def _gradient(
     model: nn.Module, losses: Iterable[tuple[Tensor, int]], names: Sequence[str], what: str
 ) -> tuple[dict[str, Tensor], int]:
-    """Σ ∇loss, float64, and the number of targets, in evaluation mode and over all processes."""
-    parameters = [model.get_parameter(name) for name in names]
-    sums = [torch.zeros_like(p, dtype=torch.float64).detach().to(memory_device(p.device)) for p in parameters]
-    counted = torch.zeros(1, dtype=torch.float64, device=sums[0].device)
+    """Σ ∇loss, and the number of targets, in evaluation mode and over all processes."""
+    parameters = {name: model.get_parameter(name) for name in names}
     with together(what):
+        counted = 0
         with evaluation_mode(model), torch.enable_grad():
+            accumulator = GradientAccumulator(parameters, memory_device(None), compensated=not is_sharded(model))
             for loss, targets in losses:
                 loss.backward()
                 counted += targets
-                for total, parameter in zip(sums, parameters, strict=True):
-                    if parameter.grad is not None:
-                        total += parameter.grad.to(total.device)
-                        parameter.grad = None
+                accumulator.add()
+            sums = accumulator.finish()
+        count = torch.tensor([counted], dtype=torch.float64, device=next(iter(sums.values())).device)
         # FSDP2 has summed what it shards.
-        sum_over_processes([*(total for total in sums if not isinstance(total, DTensor)), counted], what)
-    return dict(zip(names, sums, strict=True)), round(float(counted))
+        sum_over_processes([*(total for total in sums.values() if not isinstance(total, DTensor)), count], what)
+    return sums, round(float(count))
 
 
 def _place(model: nn.Module, weights: Mapping[str, Tensor], moved: Step | None) -> None:
     with torch.no_grad():
         for name, value in weights.items():
             parameter, before = local_part(model.get_parameter(name)), local_part(value)
-            parameter.copy_(before if moved is None else before.double() + local_part(moved[name]).to(before.device))
+            if moved is None:
+                parameter.copy_(before)
+                continue
+            for part, old, change in pieces(parameter, before, local_part(moved[name]).to(before.device)):
+                part.copy_(old.double() + change)

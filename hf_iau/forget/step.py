@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hf_iau.curvature import Curvature
 from hf_iau.parallel import inner_product, local_part
+from hf_iau.vectors import pieces
 
 Step = dict[str, Tensor]
 
@@ -18,13 +19,17 @@ def apply_step(model: nn.Module, step: Mapping[str, Tensor], scale: float = 1.0)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, change in step.items():
-            parameter = local_part(parameters[name])
-            parameter.copy_(parameter.double() + scale * local_part(change).to(parameter.device, torch.float64))
+            for part, added in pieces(local_part(parameters[name]), local_part(change)):
+                part.copy_(part.double() + scale * added.to(part.device, torch.float64))
 
 
 def step_norm(step: Mapping[str, Tensor]) -> float:
     """Euclidean length of a step."""
-    return float(inner_product((change, change) for change in step.values()) ** 0.5)
+    return float(inner_product(map(_with_itself, step.values())) ** 0.5)
+
+
+def _with_itself(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    return tensor, tensor
 
 
 def weights_norm(model: nn.Module, names: list[str]) -> float:
@@ -56,14 +61,21 @@ def moved_gradient_sum(
     """Σ′_D = Σ_D − Σ_f + n_r·C·Δ: the gradient sum of the retained rows at the moved weights, to first order.
 
     Args:
-        gradient_sum: Σ_D before the step, float64.
+        gradient_sum: Σ_D before the step.
         forget_sum: Σ_f before the step.
         curvature: C, of the mean row loss.
         step: Δ.
         remaining_targets: n_r.
     """
-    bent = curvature.multiply(step)
-    return {
-        name: total.double() - forget_sum[name].to(total.device).double() + remaining_targets * bent[name].to(total)
-        for name, total in gradient_sum.items()
-    }
+    moved: dict[str, Tensor] = {}
+    for block in curvature.blocks.values():  # one at a time, for Δ may be made as it is asked for
+        product = curvature.multiply(
+            {name: step[name].to(gradient_sum[name].dtype) for name in block.shapes if name in gradient_sum}
+        )
+        for name, bent in product.items():
+            moved[name] = torch.empty_like(gradient_sum[name])
+            tensors = (moved[name], gradient_sum[name], forget_sum[name], bent)
+            for new, *old in pieces(*map(local_part, tensors)):
+                total, forget, change = (tensor.to(new.device, torch.float64) for tensor in old)
+                new.copy_(total - forget + remaining_targets * change)
+    return {name: moved[name] for name in gradient_sum}

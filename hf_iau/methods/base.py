@@ -16,8 +16,9 @@ from hf_iau.gather.gradient_sum import GradientSum, sum_row_gradients
 class UnlearningMethod(Protocol):
     """One way to forget. A new method is one file with a class of this shape and `@register_method` above it.
 
-    A class that also has `works_on_shards = True` is given the parameters of a model under `fully_shard` as they are, as
-    DTensors, with a memory that is spread over the processes; others are given whole parameters.
+    A class that also has `moves_only_trained = True` promises to leave frozen parameters alone; a request then keeps no
+    copy of them. One that has `works_on_shards = True` is given the parameters of a model under `fully_shard` as they
+    are, as DTensors, with a memory that is spread over the processes; others are given whole parameters.
     """
 
     name: ClassVar[str]

@@ -62,7 +62,8 @@ class GradientMemory:
         n_rows: training rows that are still in.
         n_targets: their targets (rows of a classifier, tokens of a language model).
         label_counts: class → rows, for single-label rows; None where rows have no one class.
-        gradient_sum: Σ_D of row-loss gradients at these weights, float64, or None.
+        gradient_sum: Σ_D of row-loss gradients at these weights, or None; float32 (float64 for float64 parameters, and in
+            older files).
         gradient_sum_kind: "exact", "sampled", "first-order" (moved along with the weights) or "none".
         gradient_sum_rows: rows that the sum was made of.
         gradient_sum_error: standard error of a sampled sum, as a Euclidean norm; 0 for an exact one.
@@ -396,10 +397,10 @@ class GradientMemory:
         if bool(sums) != (kind != "none") or (sums and set(sums) != set(shapes)):
             raise MemoryFileError(f"The memory says its gradient sum is {kind!r} but its tensors do not match that.")
         for name, tensor in sums.items():
-            if tuple(tensor.shape) != shapes[name] or tensor.dtype != torch.float64:
+            if tuple(tensor.shape) != shapes[name] or tensor.dtype not in (torch.float32, torch.float64):
                 raise MemoryFileError(
-                    f"gradient_sum[{name!r}] is {tensor.dtype} of shape {tuple(tensor.shape)}, expected float64 of "
-                    f"shape {shapes[name]}: the memory is corrupt."
+                    f"gradient_sum[{name!r}] is {tensor.dtype} of shape {tuple(tensor.shape)}, expected float32 or "
+                    f"float64 of shape {shapes[name]}: the memory is corrupt."
                 )
             if not bool(torch.isfinite(tensor).all()):
                 raise MemoryFileError(f"gradient_sum[{name!r}] holds NaN or infinity: the memory is corrupt.")

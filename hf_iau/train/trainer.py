@@ -51,6 +51,7 @@ from hf_iau.objective.adapters import check_adapters
 from hf_iau.objective.evaluation_mode import RandomState, placed_on
 from hf_iau.objective.row_loss import TrainerRowLoss, UserLossFunction, describe_function
 from hf_iau.objective.rows import refuse_iterable, row_bytes, rows_are_deterministic, select_rows
+from hf_iau.objective.targets import look_for_real_labels
 from hf_iau.objective.working import memory_device, working
 from hf_iau.parallel import is_main_process, is_sharded, refuse_wrapped, together, whole_parameters
 from hf_iau.phases import PhaseTimer
@@ -488,11 +489,15 @@ class UnlearningTrainer(Trainer):
 
         Raises:
             RequestError: no `id_column`, or ids that no training row has.
-            AlreadyForgottenError: all their rows are forgotten.
+            AlreadyForgottenError: all their rows are forgotten; with `save=True`, by other requests than this one.
         """
         positions = rows_of_ids(self.train_dataset, self.id_column, ids)
         still, notes = self._still_in(positions) if len(positions) else (positions, [])
         if len(positions) and not len(still):
+            if settings.get("save"):
+                entry = RequestService(self).answer(positions, settings.get("request_id"))
+                if entry is not None:
+                    return UnlearnOutput(report_of(entry), applied=False, memory=self.memory, entry=entry)
             raise AlreadyForgottenError(
                 f"All {len(positions)} rows of these ids were already forgotten by an earlier request: there is nothing "
                 "left to do."
@@ -598,7 +603,9 @@ class UnlearningTrainer(Trainer):
             context.predicted[measured] = before.forget
             if held_out is not None and before.held_out is not None:
                 context.predicted[held_out] = before.held_out
-        transaction = WeightTransaction(model, memory_device(None))
+        only_trained = getattr(method, "moves_only_trained", False)
+        transaction = WeightTransaction(model, memory_device(None), only_trained=only_trained)
+        context.weights = transaction.copies
         undo: Callable[[], None] | None = None
         with transaction:
             with together("the update"):  # what fails in one process is rolled back in all
@@ -714,6 +721,7 @@ class UnlearningTrainer(Trainer):
         forget = self._rows(forget_rows, "forget rows", args.per_device_train_batch_size)
         _refuse_random_rows(forget)
         self._check_columns(forget)
+        look_for_real_labels(model, forget.dataset if train is None else train.dataset)
         memory = self.memory
         if memory is not None:
             memory = memory.spread_like(model) if is_sharded(model) else memory.whole()
@@ -900,6 +908,7 @@ class UnlearningTrainer(Trainer):
                 moved_sum = moved_gradient_sum(
                     memory.gradient_sum, outcome.forget_sum, memory.curvature, move, memory.n_targets - targets
                 )
+            outcome.forget_sum = None  # as large as the weights, and not needed any more
             newer = memory.after_step(
                 context.model,
                 rows=rows,
@@ -930,11 +939,12 @@ class UnlearningTrainer(Trainer):
         if context.forget_positions is not None:
             self._forgotten_positions += tuple(context.forget_positions.tolist())
         self._unlearning_card = card
+        model = context.model  # and nothing else of the context, which holds batches
 
         on_shards = is_sharded(context.model)
 
         def undo() -> None:
-            with contextlib.nullcontext() if on_shards else whole_parameters(context.model):
+            with contextlib.nullcontext() if on_shards else whole_parameters(model):
                 revert_weights()
             self._memory_of_request, self._memory_ended, self._forgotten, self._unlearning_card = earlier
 

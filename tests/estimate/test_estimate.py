@@ -37,7 +37,7 @@ def test_the_memory_has_the_bytes_that_were_forecast(family: str) -> None:
     assert memory.gradient_sum is not None and memory.curvature is not None
     assert forecast.bytes["memory"] == pytest.approx(memory.nbytes(), rel=0.2)
     assert forecast.bytes["factors"] == pytest.approx(memory.curvature.nbytes(), rel=0.2)
-    assert forecast.bytes["gradient_sum"] == sum(t.numel() * 8 for t in memory.gradient_sum.values())
+    assert forecast.bytes["gradient_sum"] == sum(t.numel() * t.element_size() for t in memory.gradient_sum.values())
     assert sum(forecast.coverage.values()) == sum(memory.curvature.coverage().values())
     source = RowSource(rows, pad_right(), batch_size=4)
     sum_row_gradients(model, ModelRowLoss(), source)
