@@ -33,6 +33,7 @@ from hf_iau import (
     IAUConfig,
     UnlearningTrainer,
     check_row_gradients,
+    estimate,
     gather,
     register_method,
 )
@@ -670,7 +671,12 @@ def checked(folder: Path) -> dict[str, Any]:
 
     alone = numbers(lambda model: model)
     join()
-    return {"alone": alone, "together": numbers(shard)}
+    model = build("bert")
+    first = estimate(model, as_dataset(rows_of("bert", 6)), data_collator=pad_right(), probe=False)
+    shard(model)
+    second = estimate(model, as_dataset(rows_of("bert", 6)), data_collator=pad_right())
+    sizes = [first.bytes["memory"], second.bytes["memory"]]
+    return {"alone": alone, "together": numbers(shard), "estimate": sizes, "sharded": is_sharded(model)}
 
 
 def troubles(folder: Path) -> dict[str, Any]:

@@ -167,6 +167,8 @@ def test_the_checker_on_shards(jobs: dict[str, Any]) -> None:
         alone, together = found["alone"], found["together"]
         assert together["good"] == alone["good"] == [True, 1e-5, 6]
         assert together["bad"][0] == alone["bad"][0] == ["output.bias"]
+        assert found["estimate"][0] == found["estimate"][1] > 0
+        assert found["sharded"]
         assert together["bad"][1]["2"] == pytest.approx(alone["bad"][1]["2"], rel=1e-4)
 
 
