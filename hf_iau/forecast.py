@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_iau.calibrate.walk import MOST_STEPS, USUAL_STEPS, WalkWork, anchor_rows
 from hf_iau.curvature import fit_curvature
 from hf_iau.curvature.capture import Capture
 from hf_iau.curvature.fit import LOOP_ROWS, cached_size, eigenvector_bytes, usual_cache_bytes
@@ -20,19 +21,23 @@ from hf_iau.gather.config import GatherConfig
 from hf_iau.gather.gather import check_gatherable, choose_row_loss, default_collator, keep_input_columns
 from hf_iau.gather.gradient_sum import sum_row_gradients, trainable_parameters
 from hf_iau.methods import IAUConfig
+from hf_iau.methods.iau import ENOUGH_FORGET_ROWS, FEWEST_WALKED_ROWS
 from hf_iau.objective import RowLoss, RowSource, evaluation_mode, predict_rows
 from hf_iau.objective.row_loss import UserLossFunction
 from hf_iau.objective.rows import Collator, sample_positions
 from hf_iau.objective.working import working
 from hf_iau.objective.wrappers import unwrapped
 from hf_iau.phases import peak_allocated_bytes
+from hf_iau.vectors import PIECE, kept_dtype
 
 PROBE_BATCHES = 3
-# Float64 vectors as large as the trained weights that a request of `iau` holds at once: always, for Σ_D, and for a walk.
-# Counted with the allocator; the tests count again.
-_VECTORS, _VECTORS_OF_SUM, _VECTORS_OF_WALK = 7, 2, 3
-# Evaluations of the calibration rows that a request takes, solves with the curvature, and rows that its report measures.
-_TRIALS, _SOLVES, _RETAINED, _HELD_OUT = 22, 6, 2000, 4000
+# Vectors as large as the trained weights that a request of `iau` holds beside its copy of them: a gradient sum, and its
+# direction or the gradients that it is made of; and further ones where it walks. Counted with the allocator; the tests
+# count again.
+_VECTORS, _VECTORS_OF_WALK = 2, 5
+# Looks at the calibration rows that a request of one step takes (5 to 14 in the benchmarks, 7 as a rule), solves with the
+# curvature, and rows that its report measures.
+_TRIALS, _SOLVES, _RETAINED, _HELD_OUT = 8, 6, 2000, 4000
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,8 @@ class Estimate:
             autograd keeps for a batch (`activations`), what gathering and a request hold at most beside the weights and
             the memory (`gathering`, `request`; `walk` comes on top where a request has to be walked), and the peak of
             either with all of these (`gathering_peak`, `request_peak`). An optimizer that is still alive comes on top.
-        seconds: `gradient_sum`, `curvature`, `gather` (the two before) and `unlearn`; empty without a probe.
+        seconds: `gradient_sum`, `curvature`, `gather` (the two before) and `unlearn`; where a request has to be walked,
+            `walk` comes on top with the usual number of steps and `walk_at_most` with the most; empty without a probe.
         rows: rows of the training set, of a gradient sum, of the curvature, of a request and of calibration.
         coverage: parameters by kind of curvature.
     """
@@ -155,10 +161,9 @@ def _sizes(
     batch_size: int,
 ) -> dict[str, int]:
     parameters = trainable_parameters(model)
-    numel = sum(p.numel() for p in parameters.values())
     weights = sum(t.numel() * t.element_size() for t in model_state(model).values())
     gradients = sum(p.numel() * p.element_size() for p in parameters.values())
-    vector = 8 * numel
+    vector = sum(p.numel() * kept_dtype(p.dtype).itemsize for p in parameters.values())
     total = 0 if config.gradient_sum == "none" else vector
     # While the sum is made there are no factors yet, and while the factors are made no gradients. The eigenvalues are
     # made after the eigenvectors, from each row's gradients.
@@ -169,10 +174,10 @@ def _sizes(
         cached + eigenvector_bytes(plan) - eigenvalues, cached + activations - eigenvalues, activations + temporary
     )
     gathering = max((gradients + activations - factors) * bool(total), curved * bool(factors), 0)
-    # The transaction's copy of all weights, the calibration's of the trained ones, and float64 vectors: one fewer while
-    # rows are predicted than while directions are made.
-    vectors = (_VECTORS + _VECTORS_OF_SUM * bool(total)) * vector
-    request = weights + gradients + max(vectors, vectors - vector + predictions)
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    # A layer's direction and, of Σ_D, what the curvature makes of its step; and float64 copies of pieces of them.
+    of_layer = (1 + bool(total)) * largest + 4 * 8 * PIECE
+    request = weights - frozen + _VECTORS * vector + max(predictions, activations, of_layer)
     return {
         "weights": weights,
         "gradients": gradients,
@@ -184,7 +189,7 @@ def _sizes(
         "gathering_peak": weights + total + factors + gathering,
         "request": request,
         "walk": _VECTORS_OF_WALK * vector,
-        "request_peak": weights + total + factors + max(request, gradients + activations),
+        "request_peak": weights + total + factors + request,
     }
 
 
@@ -264,13 +269,23 @@ def _probe(
 
     asked = rows["request"]
     calibrated = not wishes.is_given and rows["held_out"] > 0
-    proxies = sum(min(size, rows["training"] // 10) for size in wishes.proxy_rows) if calibrated else 0
-    looked_at = _TRIALS * (rows["held_out"] + (asked if asked >= 200 else proxies / 2)) if calibrated else 0.0
+    own = asked >= ENOUGH_FORGET_ROWS  # then the forget rows set the target, as a rule
+    draws = [min(size, rows["training"] // 10) for size in wishes.proxy_rows] if calibrated and not own else []
+    proxies = sum(draws)
+    target = asked if own else proxies / max(len(draws), 1)
+    looked_at = _TRIALS * (rows["held_out"] + target) if calibrated else 0.0
     measured = 2 * (asked + min(_RETAINED, rows["training"]) + min(_HELD_OUT, rows["held_out"]))
     known = 2 * min(_RETAINED, rows["training"])
     unlearn = gradient * (asked + proxies) + forward * (looked_at + measured + known)
     unlearn += solve * (_SOLVES if calibrated else 1)
     seconds = {"gradient_sum": total, "curvature": curvature, "gather": total + curvature, "unlearn": unlearn}
+    free = wishes.length is None and wishes.finish_weight is None
+    if calibrated and wishes.walk and free and asked >= FEWEST_WALKED_ROWS:
+        retained = source.select(sample_positions(len(source), min(_RETAINED, rows["training"] - asked), config.seed))
+        anchors = anchor_rows(model, retained)
+        for name, steps in {"walk": USUAL_STEPS, "walk_at_most": MOST_STEPS}.items():
+            work = WalkWork.of(steps, forget=asked, held_out=rows["held_out"], known=len(retained), anchors=anchors)
+            seconds[name] = gradient * work.gradients + forward * work.forwards + solve * work.solves
     return seconds, activations, cached
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from hf_iau.forget.step import Step, apply_step, finish_forgetting_step, step_no
 from hf_iau.measure import attack_auc
 from hf_iau.objective import RowPredictions, RowSource, predict_rows
 from hf_iau.objective.working import kept_copy
+from hf_iau.parallel import inner_product
 
 
 @dataclass(frozen=True)
@@ -61,28 +63,55 @@ class Directions:
     targets: int | None = None
 
     def __post_init__(self) -> None:
-        self._made: dict[float, tuple[Step, Step | None]] = {}
+        self._made: dict[float, Step] = {}
 
-    def at(self, damping: float) -> tuple[Step, Step | None]:
-        """(C+λ)⁻¹Σ_f/n_r and (C+λ)⁻¹Σ_D/n_r."""
+    def at(self, damping: float) -> Step:
+        """(C+λ)⁻¹Σ_f/n_r."""
         if damping not in self._made:
-            forget = self._solve(self.forget_sum, damping)
-            finish = None if self.finish_sum is None else self._solve(self.finish_sum, damping)
-            self._made = {damping: (forget, finish)}  # one damping at a time is held
+            self._made = {}  # one damping at a time is held
+            self._made = {damping: self._solve(self.forget_sum, damping)}
         return self._made[damping]
 
+    def parts(self, length: float, damping: float, finish_weight: float) -> Iterator[Step]:
+        """Δ = (C+λ)⁻¹(k·Σ_f − c·Σ_D)/n_r, a layer at a time."""
+        forget = self.at(damping)
+        for block in self.curvature.blocks.values():
+            names = [name for name in block.shapes if name in forget]
+            finish = None
+            if self.finish_sum is not None and finish_weight != 0.0:
+                finish = self._solve({name: self.finish_sum[name] for name in names}, damping)
+            yield finish_forgetting_step({name: forget[name] for name in names}, finish, length, finish_weight)
+
     def step(self, length: float, damping: float, finish_weight: float) -> Step:
-        """Δ = (C+λ)⁻¹(k·Σ_f − c·Σ_D)/n_r."""
-        forget, finish = self.at(damping)
-        return finish_forgetting_step(forget, finish, length, finish_weight)
+        """The same at once."""
+        whole = {name: change for part in self.parts(length, damping, finish_weight) for name, change in part.items()}
+        return {name: whole[name] for name in self.forget_sum}
+
+    def norm(self, length: float, damping: float, finish_weight: float) -> float:
+        """‖Δ‖."""
+        return math.hypot(*(step_norm(part) for part in self.parts(length, damping, finish_weight)))
+
+    def apply(self, model: nn.Module, length: float, damping: float, finish_weight: float) -> float:
+        """θ ← θ + Δ; returns ‖Δ‖."""
+        lengths = [0.0]
+        for part in self.parts(length, damping, finish_weight):
+            apply_step(model, part)
+            lengths.append(step_norm(part))
+        return math.hypot(*lengths)
 
     def slope(self, damping: float) -> float:
         """Σ_f·(C+λ)⁻¹Σ_f/n_r: what a unit of k adds to the summed loss of the forget rows, to first order."""
-        forget, _ = self.at(damping)
-        return float(sum(float((self.forget_sum[name].to(change) * change).sum()) for name, change in forget.items()))
+        return inner_product((change, self.forget_sum[name]) for name, change in self.at(damping).items())
+
+    def clear(self) -> None:
+        """Free the directions; they are made anew when asked for."""
+        self._made = {}
 
     def _solve(self, vector: Mapping[str, Tensor], damping: float) -> Step:
-        return {name: change / self.remaining for name, change in self.curvature.solve(vector, damping).items()}
+        solved = self.curvature.solve(vector, damping)
+        for change in solved.values():
+            change.div_(self.remaining)
+        return solved
 
 
 class TrialRunner:
@@ -102,6 +131,7 @@ class TrialRunner:
         kept: bool array over the held-out rows: those whose loss must not rise (all of them by default).
         held_out_at: (k, λ, c) → what was made of the held-out rows there. Runners of the same directions and held-out
             rows may share it, so that no step is looked at twice.
+        weights: copies of the parameters as they are, by name; made here if None.
     """
 
     def __init__(
@@ -115,6 +145,7 @@ class TrialRunner:
         kept: np.ndarray | None = None,
         offset: float = 0.0,
         held_out_at: dict[tuple[float, float, float], RowPredictions] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.model = model
         self.directions = directions
@@ -128,7 +159,9 @@ class TrialRunner:
         self._names = list(directions.forget_sum)
         self._weights_norm = weights_norm(model, self._names)
         parameters = dict(model.named_parameters())
-        self._weights = {name: kept_copy(parameters[name]) for name in self._names}
+        self._weights = {
+            name: kept_copy(parameters[name]) if weights is None else weights[name] for name in self._names
+        }
 
     @property
     def n_target(self) -> int:
@@ -137,8 +170,7 @@ class TrialRunner:
 
     def longest(self, damping: float, relative_step: float) -> float:
         """The k at which ‖Δ‖/‖θ‖ reaches `relative_step` (with c = 0)."""
-        forget, _ = self.directions.at(damping)
-        return relative_step * self._weights_norm / max(step_norm(forget), 1e-300)
+        return relative_step * self._weights_norm / max(step_norm(self.directions.at(damping)), 1e-300)
 
     def outset(self, target: RowPredictions | None, held_out: RowPredictions, advantage: float | None = None) -> Trial:
         """The trial of no step at all, from predictions already made at the weights as they are.
@@ -160,25 +192,26 @@ class TrialRunner:
     ) -> list[RowPredictions]:
         """Apply the step, look at some rows, and undo it."""
         try:
-            apply_step(self.model, self.directions.step(length, damping, finish_weight))
+            self.directions.apply(self.model, length, damping, finish_weight)
             return [predict_rows(self.model, source) for source in sources]
         finally:
             self._restore()
 
     def run(self, length: float, damping: float, finish_weight: float = 0.0) -> Trial:
         """Apply the step, look, and undo it."""
-        step = self.directions.step(length, damping, finish_weight)
         place = (length, damping, finish_weight)
         target, held_out = None, self.held_out_at.get(place)
         if self.target is not None or held_out is None:
             try:
-                apply_step(self.model, step)
+                size = self.directions.apply(self.model, *place)
                 target = None if self.target is None else predict_rows(self.model, self.target)
                 held_out = predict_rows(self.model, self.held_out) if held_out is None else held_out
             finally:
                 self._restore()
+        else:
+            size = self.directions.norm(*place)
         self.held_out_at[place] = held_out
-        relative = step_norm(step) / max(self._weights_norm, 1e-300)
+        relative = size / max(self._weights_norm, 1e-300)
         self.trials.append(self._describe(length, damping, finish_weight, relative, target, held_out))
         return self.trials[-1]
 

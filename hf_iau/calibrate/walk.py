@@ -22,6 +22,7 @@ The walk ends where the distribution of the forget rows' q has come within a ten
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from hf_iau.calibrate.calibration import MAX_DRIFT
@@ -39,7 +41,8 @@ from hf_iau.objective import RowPredictions, RowSource, evaluation_mode, predict
 from hf_iau.objective.rows import sample_positions
 from hf_iau.objective.targets import Targets, TaskKind
 from hf_iau.objective.working import kept_copy, memory_device
-from hf_iau.parallel import gather_arrays, is_main_process, sum_over_processes, together
+from hf_iau.parallel import gather_arrays, is_main_process, is_sharded, local_part, sum_over_processes, together
+from hf_iau.vectors import GradientAccumulator, kept_dtype, pieces
 
 DAMPING = 0.1
 """λ of a walk, relative to each layer's mean eigenvalue."""
@@ -50,7 +53,10 @@ DEAR = 0.10
 
 _SOFTNESS = 4.0  # τ
 _STRIDE, _SHORTEST_STRIDE = 0.03, 0.002
-_MOST_STEPS = 40
+MOST_STEPS = 40
+"""After so many steps, those that were taken back among them, a walk ends."""
+USUAL_STEPS = 8
+"""Median of the walks in the benchmarks, of 1 to 40 steps."""
 # A step that raises the held-out loss by more than this share of it went beyond what its gradients could see: it is
 # taken back and the stride is halved.
 _JUMP = 0.02
@@ -67,7 +73,7 @@ class Walk:
     """A path and the point on it that was chosen.
 
     Attributes:
-        step: Δ from the old weights to that point, float64.
+        step: Δ from the old weights to that point.
         damping: λ of every step.
         steps: how many steps lead there.
         reached: whether no more than `ARRIVED` of the way to the targets is left there.
@@ -158,6 +164,7 @@ def walk(
     damping: float = DAMPING,
     max_relative_step: float,
     progress: bool = False,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Walk:
     """Walk from the model's weights until the forget rows are known as held-out rows are; the weights are put back.
 
@@ -174,10 +181,11 @@ def walk(
         damping: λ, relative to each layer's mean eigenvalue.
         max_relative_step: farthest ‖Δ‖/‖θ‖ allowed.
         progress: show a progress bar.
+        weights: copies of the parameters as they are, by name; made here if None.
     """
-    weights = {name: kept_copy(model.get_parameter(name)) for name in names}
+    weights = {name: weights[name] if weights else kept_copy(model.get_parameter(name)) for name in names}
     norm = max(weights_norm(model, list(names)), 1e-300)
-    moved: Step = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in weights.items()}
+    moved: Step = {name: torch.zeros_like(value, dtype=kept_dtype(value.dtype)) for name, value in weights.items()}
     chosen = sample_positions(len(held_out), _WATCHED_ROWS, 0)
     watched = held_out.select(chosen).keep_batches() if len(chosen) < len(held_out) else held_out.keep_batches()
     looked_at = (looked_at or forget.resized(held_out.batch_size)).keep_batches()
@@ -212,7 +220,7 @@ def walk(
         return arrived or not last <= at_start + MAX_DRIFT * abs(at_start)
 
     try:
-        for number in tqdm(range(_MOST_STEPS), desc="walking", disable=not (progress and is_main_process())):
+        for number in tqdm(range(MOST_STEPS), desc="walking", disable=not (progress and is_main_process())):
             if push is None:  # a step that was taken back leaves it as it was
                 if losses is None:
                     gradient, losses = push_gradient(model, pushed, shortfall, names)
@@ -222,6 +230,7 @@ def walk(
                 else:
                     gradient = weighted_gradient(model, pushed, shortfall.weights(losses), names)
                 push = curvature.solve(gradient, damping)
+                del gradient
                 length = step_norm(push)
                 if not length > 0 or not np.isfinite(length):
                     break
@@ -230,7 +239,9 @@ def walk(
                 pull = curvature.solve(anchors.drift_gradient(model, number, names), damping)
                 # Newton's step back, but no longer than the push.
                 back = min(1.0, stride * norm / max(step_norm(pull), 1e-300))
-                further = {name: place - back * pull[name].to(place) for name, place in further.items()}
+                for name, place in further.items():
+                    place -= back * pull[name].to(place)
+                del pull
             if step_norm(further) / norm > max_relative_step:
                 break
             _place(model, weights, further)
@@ -241,7 +252,7 @@ def walk(
                 continue
             moved, last, push, losses = further, now, None, None
             ruined = not now <= at_start + MAX_DRIFT * abs(at_start)
-            if ruined or expected <= _NEAR * ARRIVED or number == _MOST_STEPS - 1:
+            if ruined or expected <= _NEAR * ARRIVED or number == MOST_STEPS - 1:
                 # Perhaps the last step. Elsewhere the pass that takes the next gradient looks as well.
                 seen = predict_rows(model, looked_at)
                 losses = seen.loss
@@ -257,6 +268,44 @@ def walk(
     return best
 
 
+@dataclass(frozen=True)
+class WalkWork:
+    """What a walk does, counted in rows.
+
+    Attributes:
+        gradients: rows whose gradient is taken.
+        forwards: rows that are only looked at.
+        solves: divisions by the curvature.
+    """
+
+    gradients: int
+    forwards: int
+    solves: int
+
+    @classmethod
+    def of(cls, steps: int, *, forget: int, held_out: int, known: int, anchors: int) -> WalkWork:
+        """The work of `steps` steps, and of what is looked at before and after them.
+
+        Args:
+            steps: how many.
+            forget, held_out: rows of the request and of the held-out sample.
+            known: rows of the sample of retained rows, which one step is judged by before.
+            anchors: rows of it that are kept as anchors, see `anchor_rows`.
+        """
+        pulls = max(steps - 1, 0)
+        return cls(
+            gradients=steps * forget + pulls * min(anchors, _ANCHOR_ROWS_A_STEP),
+            forwards=steps * min(held_out, _WATCHED_ROWS) + 2 * forget + known + anchors + held_out,
+            solves=steps + pulls,
+        )
+
+
+def anchor_rows(model: nn.Module, retained: RowSource) -> int:
+    """How many of the retained rows a walk keeps as anchors: no more than are affordable, but at least 8."""
+    affordable = max(int(_ANCHOR_BYTES / _kept_bytes(model, retained)), _FEWEST_ANCHOR_ROWS)
+    return min(_ANCHOR_ROWS, affordable, len(retained))
+
+
 class _Anchors:
     """Retained rows with what the model made of them at the start, in groups that take turns.
 
@@ -268,17 +317,15 @@ class _Anchors:
     """
 
     def __init__(self, model: nn.Module, retained: RowSource) -> None:
-        affordable = max(int(_ANCHOR_BYTES / _kept_bytes(model, retained)), _FEWEST_ANCHOR_ROWS)
-        rows = retained.sample(min(_ANCHOR_ROWS, affordable), 1, "anchor rows")
+        rows = retained.sample(anchor_rows(model, retained), 1, "anchor rows")
         self.groups: list[RowSource] = []
         self.outputs: list[list[Tensor]] = []
-        for start in range(0, len(rows), _ANCHOR_ROWS_A_STEP):
-            group = rows.select(np.arange(start, min(start + _ANCHOR_ROWS_A_STEP, len(rows)))).keep_batches()
+        turns = math.ceil(len(rows) / _ANCHOR_ROWS_A_STEP)
+        for turn in range(turns):
+            # From all over the training rows, which may be sorted by class.
+            group = rows.select(np.arange(turn, len(rows), turns)).keep_batches()
             with evaluation_mode(model), torch.no_grad():
-                found = [
-                    kept_copy(read_targets(model, model(**inputs), inputs.get("labels")).logits)
-                    for _, inputs in group.share()[0]
-                ]
+                found = [kept_copy(targets.logits) for _, targets, counts in _targets_of(model, group) if counts]
             self.groups.append(group)
             self.outputs.append(found)
 
@@ -287,9 +334,9 @@ class _Anchors:
         turn = number % len(self.groups)
 
         def losses() -> Iterator[tuple[Tensor, int]]:
-            for (_, inputs), before in zip(self.groups[turn].share()[0], self.outputs[turn], strict=True):
-                now = read_targets(model, model(**inputs), inputs.get("labels"))
-                yield drift(now, before.to(now.logits.device)), len(now)
+            before = iter(self.outputs[turn])
+            for _, now, counts in _targets_of(model, self.groups[turn]):
+                yield (drift(now, next(before).to(now.logits.device)), len(now)) if counts else _nothing(now)
 
         total, targets = _gradient(model, losses(), names, "the drift of the anchor rows")
         return {name: gradient / max(targets, 1) for name, gradient in total.items()}
@@ -300,7 +347,7 @@ def _kept_bytes(model: nn.Module, rows: RowSource) -> float:
     few = rows.sample(_FEWEST_ANCHOR_ROWS, 0).resized(1)
     held = 0
     with evaluation_mode(model), torch.no_grad():
-        for _, inputs in few:
+        for _, inputs in few.passes_of_all(model):
             tensors = (*inputs.values(), read_targets(model, model(**inputs), inputs.get("labels")).logits)
             held += sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
     return max(held, 1) / len(few)
@@ -336,14 +383,16 @@ def weighted_gradient(
         names: parameters to take gradients for.
 
     Returns:
-        float64 tensors by parameter name.
+        Tensors by parameter name.
     """
 
-    own, start = source.share()
+    _, start = source.share()
 
     def losses() -> Iterator[tuple[Tensor, int]]:
-        for positions, inputs in own:
-            targets = read_targets(model, model(**inputs), inputs.get("labels"))
+        for positions, targets, counts_here in _targets_of(model, source):
+            if not counts_here:
+                yield _nothing(targets)
+                continue
             counts = torch.bincount(targets.rows, minlength=targets.n_rows).clamp(min=1)
             weight = torch.from_numpy(weights[start + positions]).to(targets.logits) / counts
             yield (targets.losses() * weight[targets.rows]).sum(), len(targets)
@@ -363,15 +412,17 @@ def push_gradient(
         names: parameters to take gradients for.
 
     Returns:
-        float64 tensors by parameter name; and every row's loss, a mean over its targets, `(rows,)` float64, NaN for a
+        Tensors by parameter name; and every row's loss, a mean over its targets, `(rows,)` float64, NaN for a
         row without targets.
     """
-    own, start = source.share()
+    _, start = source.share()
     seen: list[np.ndarray] = [np.zeros(0)]
 
     def losses() -> Iterator[tuple[Tensor, int]]:
-        for positions, inputs in own:
-            targets = read_targets(model, model(**inputs), inputs.get("labels"))
+        for positions, targets, counts_here in _targets_of(model, source):
+            if not counts_here:
+                yield _nothing(targets)
+                continue
             each = targets.losses()
             counts = torch.bincount(targets.rows, minlength=targets.n_rows)
             sums = torch.zeros(targets.n_rows, dtype=torch.float64, device=each.device)
@@ -387,28 +438,43 @@ def push_gradient(
     return gradient, np.concatenate([arrays["loss"] for arrays, _ in parts])
 
 
+def _targets_of(model: nn.Module, source: RowSource) -> Iterator[tuple[np.ndarray, Targets, bool]]:
+    """Positions in this process's share, targets, and whether they count, of each batch that it has to go through."""
+    for positions, inputs, counts in source.passes(model):
+        yield positions, read_targets(model, model(**inputs), inputs.get("labels")), counts
+
+
+def _nothing(targets: Targets) -> tuple[Tensor, int]:
+    """A loss without a gradient, from a batch that does not count."""
+    return targets.logits.sum() * 0.0, 0
+
+
 def _gradient(
     model: nn.Module, losses: Iterable[tuple[Tensor, int]], names: Sequence[str], what: str
 ) -> tuple[dict[str, Tensor], int]:
-    """Σ ∇loss, float64, and the number of targets, in evaluation mode and over all processes."""
-    parameters = [model.get_parameter(name) for name in names]
-    sums = [torch.zeros_like(p, dtype=torch.float64, device=memory_device(p.device)) for p in parameters]
-    counted = torch.zeros(1, dtype=torch.float64, device=sums[0].device)
+    """Σ ∇loss, and the number of targets, in evaluation mode and over all processes."""
+    parameters = {name: model.get_parameter(name) for name in names}
     with together(what):
+        counted = 0
         with evaluation_mode(model), torch.enable_grad():
+            accumulator = GradientAccumulator(parameters, memory_device(None), compensated=not is_sharded(model))
             for loss, targets in losses:
                 loss.backward()
                 counted += targets
-                for total, parameter in zip(sums, parameters, strict=True):
-                    if parameter.grad is not None:
-                        total += parameter.grad.to(total.device)
-                        parameter.grad = None
-        sum_over_processes([*sums, counted], what)
-    return dict(zip(names, sums, strict=True)), round(float(counted))
+                accumulator.add()
+            sums = accumulator.finish()
+        count = torch.tensor([counted], dtype=torch.float64, device=next(iter(sums.values())).device)
+        # FSDP2 has summed what it shards.
+        sum_over_processes([*(total for total in sums.values() if not isinstance(total, DTensor)), count], what)
+    return sums, round(float(count))
 
 
 def _place(model: nn.Module, weights: Mapping[str, Tensor], moved: Step | None) -> None:
     with torch.no_grad():
         for name, value in weights.items():
-            parameter = model.get_parameter(name)
-            parameter.copy_(value if moved is None else value.double() + moved[name].to(value.device))
+            parameter, before = local_part(model.get_parameter(name)), local_part(value)
+            if moved is None:
+                parameter.copy_(before)
+                continue
+            for part, old, change in pieces(parameter, before, local_part(moved[name]).to(before.device)):
+                part.copy_(old.double() + change)

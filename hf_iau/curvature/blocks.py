@@ -272,10 +272,11 @@ class KroneckerBlock(Block):
         return self.dtype
 
     def apply(self, vector: Mapping[str, Tensor], transform: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        matrix = self.layout.matrix(vector)
-        rotated = self.output_basis.mT @ matrix @ self.input_basis
-        rotated = rotated * transform(self.values)
-        return self.layout.split(self.output_basis @ rotated @ self.input_basis.mT)
+        # Each product takes the place of the last.
+        rotated = self.output_basis.mT @ self.layout.matrix(vector) @ self.input_basis
+        rotated *= transform(self.values)
+        rotated = self.output_basis @ rotated
+        return self.layout.split(rotated @ self.input_basis.mT)
 
     def to(self, device: torch.device | str) -> KroneckerBlock:
         moved = (self.input_basis.to(device), self.output_basis.to(device), self.values.to(device))

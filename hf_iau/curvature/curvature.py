@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from hf_iau.curvature.blocks import PREFIX, Block, read_block
-from hf_iau.curvature.spread import RemoteBlock, fetch, scale_by_owner
+from hf_iau.curvature.spread import RemoteBlock, fetch, keep_own, scale_by_owner
 from hf_iau.errors import ConfigError, MemoryFileError, MemoryMismatchError, MissingMemoryError
+from hf_iau.parallel import together
 
 CurvatureKind = Literal["ekfac", "diagonal", "adam", "identity"]
 KINDS: tuple[CurvatureKind, ...] = ("ekfac", "diagonal", "adam", "identity")
@@ -152,6 +154,11 @@ class Curvature:
         blocks = [fetch(block) for block in self.blocks.values()]
         return Curvature(self.kind, blocks, n_rows=self.n_rows, n_targets=self.n_targets, details=self.details)
 
+    def spread(self) -> Curvature:
+        """The curvature, of which every process holds all, with each block in one process."""
+        blocks = keep_own(list(self.blocks.values()))
+        return Curvature(self.kind, blocks, n_rows=self.n_rows, n_targets=self.n_targets, details=self.details)
+
     def tensors(self) -> dict[str, Tensor]:
         """All stored tensors, contiguous and without shared storage; keys are prefixed `curvature.`.
 
@@ -227,6 +234,15 @@ class Curvature:
             MissingMemoryError: when there is nothing to precondition with: no layers, no curvature in any layer, or
                 NaN, infinite or negative curvature, naming the layer.
         """
+        with together("a check of the curvature") if self.is_spread else contextlib.nullcontext():
+            self._check_blocks()
+        if self.mean_eigenvalue == 0:
+            raise MissingMemoryError(
+                f"The curvature ({self.kind}) is zero in every one of its {len(self.blocks)} layers, so it is singular "
+                "at any damping. Fit it on rows that have labels and on a model with trainable parameters."
+            )
+
+    def _check_blocks(self) -> None:
         for block in self.blocks.values():
             for tensor in () if isinstance(block, RemoteBlock) else block.tensors().values():
                 if not bool(tensor.isfinite().all()):
@@ -239,11 +255,6 @@ class Curvature:
                     f"The curvature of layer {block.name!r} has a negative eigenvalue ({block.smallest:g}), so steps "
                     "are not defined. Fit it again."
                 )
-        if self.mean_eigenvalue == 0:
-            raise MissingMemoryError(
-                f"The curvature ({self.kind}) is zero in every one of its {len(self.blocks)} layers, so it is singular "
-                "at any damping. Fit it on rows that have labels and on a model with trainable parameters."
-            )
 
     def _parts(self, vector: Mapping[str, Tensor]) -> list[tuple[Block, dict[str, Tensor]]]:
         """`vector`, split by block."""

@@ -114,6 +114,24 @@ def spread(blocks: Iterable[Block], owners: Owners, names: Iterable[str]) -> lis
     return found
 
 
+def keep_own(blocks: Iterable[Block]) -> list[Block]:
+    """Blocks that every process has, each of them now held by one process; those that store nothing stay everywhere."""
+    owners = Owners()
+    found: list[Block] = []
+    for block in blocks:
+        stored = block.tensors()
+        if not stored:
+            found.append(block)
+            continue
+        owners.assign(block.name, sum(tensor.numel() for tensor in stored.values()))
+        kept: Block = RemoteBlock(owners[block.name], _describe(block))
+        if owners.is_here(block.name):
+            kept = read_block(block.metadata(), stored)  # a block of its own: the one at hand stays whole
+            kept.owner = owners[block.name]
+        found.append(kept)
+    return found
+
+
 def fetch(block: Block) -> Block:
     """The whole block, in every process. Called by all of them."""
     if block.owner is None:

@@ -1,7 +1,7 @@
 """Forgetting: the step that is taken, and the transaction around it."""
 
 from hf_iau.forget.request import ForgetContext, MethodOutcome
-from hf_iau.forget.settle import agree_on_request, settle_weights
+from hf_iau.forget.settle import agree_on_request, non_finite_parameter, settle_weights
 from hf_iau.forget.step import (
     Step,
     apply_step,
@@ -23,6 +23,7 @@ __all__ = [
     "finish_forgetting_step",
     "first_order_rise",
     "moved_gradient_sum",
+    "non_finite_parameter",
     "settle_weights",
     "step_norm",
     "weights_norm",

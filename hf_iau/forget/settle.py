@@ -13,7 +13,16 @@ from torch import nn
 from hf_iau.errors import ParallelError
 from hf_iau.forget.request import ForgetContext
 from hf_iau.forget.transaction import WeightTransaction, model_state
-from hf_iau.parallel import SAME_START, agree, from_one_process, gather_arrays, is_parallel, process_count
+from hf_iau.parallel import (
+    SAME_START,
+    agree,
+    from_one_process,
+    gather_arrays,
+    is_parallel,
+    is_sharded,
+    local_part,
+    process_count,
+)
 from hf_iau.remember.fingerprints import weights_fingerprint
 
 # Rounding on different devices is far below this share of the update; anything above is another update.
@@ -62,6 +71,11 @@ def settle_weights(model: nn.Module, transaction: WeightTransaction) -> None:
         about["print"] for _, about in gather_arrays({}, {"print": weights_fingerprint(model)}, "updated weights")
     ]
     if len(set(prints)) > 1:
+        if is_sharded(model):  # all have gathered the same shards: replicas of them must differ
+            raise ParallelError(
+                "Replicas of the same shard were updated differently, so the update was not applied. Start all processes "
+                "again."
+            )
         away, moved = 0.0, 0.0
         with torch.no_grad():
             for name, tensor in model_state(model).items():
@@ -80,3 +94,13 @@ def settle_weights(model: nn.Module, transaction: WeightTransaction) -> None:
                 "seeds; a method that draws at random must seed itself with args.seed."
             )
     agree(weights_fingerprint(model), "the updated weights", "The update was not applied; start all processes again.")
+
+
+def non_finite_parameter(model: nn.Module) -> str | None:
+    """The first parameter with a NaN or infinite value, of shards in any process; None where there is none."""
+    names = (name for name, p in model.named_parameters() if not bool(torch.isfinite(local_part(p)).all()))
+    bad = next(names, None)
+    if is_sharded(model):
+        found = gather_arrays({}, {"bad": bad}, "a look for values that are not finite")
+        bad = next((about["bad"] for _, about in found if about["bad"]), None)
+    return bad

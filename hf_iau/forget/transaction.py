@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 
 from hf_iau.errors import RequestError
+from hf_iau.parallel import local_part
 from hf_iau.remember.fingerprints import weights_fingerprint
+from hf_iau.vectors import pieces
 
 
 class WeightTransaction:
@@ -21,12 +23,17 @@ class WeightTransaction:
     Args:
         model: the bare model.
         device: where the copy is kept; default: beside each tensor.
+        only_trained: leave out frozen parameters, which may then not be changed.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, device: torch.device | str | None = None, *, only_trained: bool = False
+    ) -> None:
         self.model = model
         self._copies = {
-            name: tensor.detach().to(device or tensor.device, copy=True) for name, tensor in model_state(model).items()
+            name: tensor.detach().to(device or tensor.device, copy=True)
+            for name, tensor in model_state(model).items()
+            if not only_trained or tensor.requires_grad or not isinstance(tensor, nn.Parameter)
         }
         self._after: str | None = None
 
@@ -39,21 +46,25 @@ class WeightTransaction:
         if kind is not None:
             self.rollback()
 
-    def before(self, name: str) -> Tensor:
-        """The value that parameter `name` had at the start."""
-        return self._copies[name]
+    @property
+    def copies(self) -> Mapping[str, Tensor]:
+        """The values at the start, by name."""
+        return self._copies
 
-    def moved(self, names: list[str]) -> dict[str, Tensor]:
-        """Present minus former value of each named parameter, float64, where the copies are kept."""
-        now = dict(self.model.named_parameters())
-        copies = {name: self._copies[name] for name in names}
-        return {name: now[name].detach().to(copy.device).double() - copy.double() for name, copy in copies.items()}
+    def before(self, name: str) -> Tensor:
+        """The value that parameter or buffer `name` had at the start."""
+        return self._copies[name] if name in self._copies else model_state(self.model)[name].detach()
+
+    def moved(self, names: list[str]) -> Mapping[str, Tensor]:
+        """Present minus former value of each named parameter, float64, where the copies are kept; made when asked for."""
+        return _Moved(dict(self.model.named_parameters()), {name: self._copies[name] for name in names})
 
     def rollback(self) -> None:
         """Put every parameter and buffer back, bit for bit."""
         with torch.no_grad():
-            for name, tensor in model_state(self.model).items():
-                tensor.copy_(self._copies[name])
+            state = model_state(self.model)
+            for name, copy in self._copies.items():
+                state[name].copy_(copy)
 
     def commit(self) -> Callable[[], None]:
         """Keep the change. Returns the function that undoes it."""
@@ -75,6 +86,25 @@ class WeightTransaction:
             )
         self.rollback()
         self._copies = {}
+
+
+class _Moved(Mapping[str, Tensor]):
+    def __init__(self, now: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
+        self._now, self._before = now, before
+
+    def __getitem__(self, name: str) -> Tensor:
+        before = self._before[name]
+        moved = torch.empty_like(before, dtype=torch.float64)
+        there = local_part(before)
+        for difference, new, old in pieces(local_part(moved), local_part(self._now[name]).to(there.device), there):
+            torch.sub(new.double(), old.double(), out=difference)
+        return moved
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._before)
+
+    def __len__(self) -> int:
+        return len(self._before)
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ from hf_iau.objective import (
 from hf_iau.objective.adapters import check_adapters
 from hf_iau.objective.row_loss import UserLossFunction
 from hf_iau.objective.rows import Collator, refuse_iterable, rows_are_deterministic, sample_positions
+from hf_iau.objective.targets import look_for_real_labels
 from hf_iau.objective.working import working
 from hf_iau.objective.wrappers import unwrapped
 from hf_iau.parallel import SAME_START, agree, is_sharded, refuse_wrapped, sharded_passes, together
@@ -137,6 +138,7 @@ def _build_memory(
     decay: dict[str, float],
 ) -> GradientMemory:
     check_gatherable(model, source.dataset)
+    look_for_real_labels(model, source.dataset)
     parameters = trainable_parameters(model)
     probe_additivity(row_loss, model, source)
     of_model, of_data = model_fingerprint(model), data_fingerprint(model, source.dataset)
@@ -293,7 +295,7 @@ def _gather_sum(
     share = len(source) / sample.n_rows
     error = share * _standard_error(sample) * (1 - 1 / share) ** 0.5
     scaled = GradientSum(
-        {name: tensor * share for name, tensor in sample.tensors.items()},
+        {name: tensor.mul_(share) for name, tensor in sample.tensors.items()},
         len(source),
         round(sample.n_targets * share),
         sample.loss * share,

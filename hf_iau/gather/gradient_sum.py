@@ -1,9 +1,9 @@
-"""Sums of row-loss gradients, exact to accumulation in float64."""
+"""Sums of row-loss gradients, exact to rounding."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,10 +26,7 @@ from hf_iau.parallel import (
     sum_over_processes,
     together,
 )
-
-# Batches whose float32 gradients are added up by autograd itself before they are moved to the float64 sum. Eight
-# float32 additions lose less than one part in a million, and the sum costs an eighth.
-_BATCHES_PER_FLUSH = 8
+from hf_iau.vectors import GradientAccumulator, dot
 
 
 @dataclass
@@ -37,7 +34,7 @@ class GradientSum:
     """Σ ∇ℓ over some rows.
 
     Attributes:
-        tensors: parameter name → float64 tensor of the parameter's shape.
+        tensors: parameter name → tensor of the parameter's shape, float32 (float64 for float64 parameters).
         n_rows: rows summed over.
         n_targets: targets (tokens of a language model) summed over.
         loss: Σ ℓ.
@@ -116,7 +113,7 @@ def sum_row_gradients(
         track_batches: keep `‖batch sum‖²` of every batch, for a standard error.
 
     Returns:
-        The sums, float64, on each parameter's device.
+        The sums, on each parameter's device or the memory device.
 
     Raises:
         NonFiniteGradientError: a row's loss or gradient is NaN or infinite; the message says which row.
@@ -145,30 +142,10 @@ def _sum_rows(
     track_batches: bool,
 ) -> GradientSum:
     """Σ over this process's share of the rows; of a sharded model, this process's part of Σ over all of them."""
-    sums = {
-        name: torch.zeros_like(p, dtype=torch.float64).detach().to(memory_device(p.device))
-        for name, p in parameters.items()
-    }
-    result = GradientSum(sums, 0, 0)
-    pending = 0
     sharded = is_sharded(model)
-    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in parameters.values())
-    flush_every = 1 if track_batches or half else _BATCHES_PER_FLUSH
+    sums = GradientAccumulator(parameters, memory_device(None), compensated=not sharded)
+    result = GradientSum({}, 0, 0)
     losses: list[Tensor] = []
-
-    def flush() -> float:
-        squared = torch.zeros((), dtype=torch.float64)
-        if sharded:
-            _add_up_whole_gradients(parameters, source.name)
-        for name, parameter in parameters.items():
-            if parameter.grad is None:
-                continue
-            sums[name] += parameter.grad.to(sums[name].device)
-            if track_batches:
-                squares = local_part(parameter.grad).double().square().sum().cpu()
-                squared += squares / replicas(parameter.grad) if sharded else squares
-            parameter.grad = None
-        return float(squared)
 
     with evaluation_mode(model), torch.enable_grad():
         own, _ = source.share()
@@ -191,15 +168,27 @@ def _sum_rows(
             (loss if matters else loss * 0.0).backward()
             if matters:
                 losses.append(loss.detach())
-            pending += 1
-            if pending == flush_every:
-                squared = flush()
-                pending = 0
+            if sums.is_full or track_batches:
+                if sharded:
+                    _add_up_whole_gradients(parameters, source.name)
                 if track_batches:
-                    result.batches.append((counted, squared))
-        flush()
+                    result.batches.append((counted, _squared_gradients(parameters, sharded)))
+            sums.add(at_once=track_batches)
+        if sharded and sums.pending:
+            _add_up_whole_gradients(parameters, source.name)
+        result.tensors = sums.finish()
     result.loss = float(torch.stack(losses).double().sum()) if losses else 0.0
     return result
+
+
+def _squared_gradients(parameters: Mapping[str, nn.Parameter], sharded: bool) -> float:
+    """‖batch sum‖² as far as this process holds it; of what several hold, each counts its share."""
+    squared = 0.0
+    for parameter in parameters.values():
+        if parameter.grad is not None:
+            part = local_part(parameter.grad)
+            squared += dot(part, part) / (replicas(parameter.grad) if sharded else 1)
+    return squared
 
 
 def _add_up_whole_gradients(parameters: dict[str, nn.Parameter], name: str) -> None:

@@ -14,7 +14,12 @@ from hf_iau.gather.gradient_sum import GradientSum, sum_row_gradients
 
 @runtime_checkable
 class UnlearningMethod(Protocol):
-    """One way to forget. A new method is one file with a class of this shape and `@register_method` above it."""
+    """One way to forget. A new method is one file with a class of this shape and `@register_method` above it.
+
+    A class that also has `moves_only_trained = True` promises to leave frozen parameters alone; a request then keeps no
+    copy of them. One that has `works_on_shards = True` is given the parameters of a model under `fully_shard` as they
+    are, as DTensors, with a memory that is spread over the processes; others are given whole parameters.
+    """
 
     name: ClassVar[str]
     config_class: ClassVar[type]
@@ -125,7 +130,9 @@ def add_weight_decay(context: ForgetContext, gradient_sum: GradientSum) -> None:
     parameters = dict(context.model.named_parameters())
     for parameter_name, coefficient in decay.items():
         if parameter_name in gradient_sum.tensors:
-            value = parameters[parameter_name].detach().to(gradient_sum.tensors[parameter_name])
+            total = gradient_sum.tensors[parameter_name]
+            value = parameters[parameter_name].detach()
+            value = value.to(total.device, total.dtype)
             gradient_sum.tensors[parameter_name] += gradient_sum.n_targets * coefficient * value
 
 

@@ -45,7 +45,8 @@ _REFERENCE_ROWS = 2000
 _OVERLAP_ROWS = 2000
 # Proxies are at most a tenth of the training rows: the step for more would be long, and no guide to a small request's.
 _PROXY_SHARE = 10
-_FEWEST_WALKED_ROWS = 20
+FEWEST_WALKED_ROWS = 20
+"""A request of fewer rows is never walked."""
 # A step after which more of the way to the held-out rows is left than this is followed by a look at a walk.
 _LEFT = 0.15
 # So is one that costs retained rows this much accuracy.
@@ -142,11 +143,13 @@ class IAU:
 
     With k = c = 1 and C the Hessian of the retained rows this is the Newton step to their optimum. C is the EK-FAC
     approximation of the true Fisher (George et al. 2018; Grosse et al. 2023); a request costs one pass over its rows,
-    and calibration about 20 evaluations of a few thousand rows.
+    and calibration 5 to 14 evaluations of a few thousand rows.
     """
 
     name: ClassVar[str] = "iau"
+    moves_only_trained: ClassVar[bool] = True
     config_class: ClassVar[type] = IAUConfig
+    works_on_shards: ClassVar[bool] = True
     citation: ClassVar[str] = (
         "after Liu et al. 2025 (arXiv 2507.23257), with EK-FAC curvature (George et al. 2018; Grosse et al. 2023)"
     )
@@ -184,6 +187,15 @@ class IAU:
         memory = context.require_memory(self.name)
         curvature = memory.require_curvature(self.name)
         names = list(memory.parameters)
+        with context.timer.phase("calibration"):
+            known = context.retained_sample(_REFERENCE_ROWS, context.seed + 7)
+            held_out = context.held_out_sample(config.held_out_rows)
+            outset = _Outset(context, held_out, known)
+            duplicates = self._near_duplicates(context, outset.known_rows)
+            basis, notes = self._basis(context, config, memory, outset)
+            on_proxies = None
+            if basis == "proxies":  # before the request's own sum is made: one set of directions is held at a time
+                on_proxies = self._calibrate_on_proxies(context, config, memory, outset, notes)
         with context.timer.phase("gradient"):
             forget = sum_row_gradients(
                 context.model, context.row_loss, context.forget, names=names, progress=context.progress
@@ -193,11 +205,7 @@ class IAU:
         remaining = max(memory.n_targets - forget.n_targets, 1)  # of tokens, n_targets is an estimate
         directions = Directions(curvature, forget.tensors, finish, remaining, forget.n_targets)
         with context.timer.phase("calibration"):
-            known = context.retained_sample(_REFERENCE_ROWS, context.seed + 7)
-            held_out = context.held_out_sample(config.held_out_rows)
-            outset = _Outset(context, held_out, known)
-            duplicates = self._near_duplicates(context, outset.known_rows)
-            calibration, notes = self._calibrate(context, config, memory, directions, outset)
+            calibration = on_proxies or self._calibrate(context, config, memory, directions, outset, basis, notes)
             found = calibration
             path: Walk | None = None
             after = _After()
@@ -211,18 +219,22 @@ class IAU:
         notes |= duplicates | {"warnings": [*notes["warnings"], *duplicates.get("warnings", [])]}
         with context.timer.phase("update"):
             if path is not None:
-                step = path.step
                 notes["walk"] = {"steps": path.steps, "one_step": _summary(calibration)}
                 calibration = _of_walk(calibration, path)
+                apply_step(context.model, path.step)
+                length = step_norm(path.step)
             else:
-                length = calibration.length
-                step = self._bounded_step(context, config, directions, calibration)
-                after = after if calibration.length == length else _After()
-            apply_step(context.model, step)
+                wanted = calibration.length
+                self._bound(context, config, directions, calibration)
+                after = after if calibration.length == wanted else _After()
+                length = directions.apply(
+                    context.model, calibration.length, calibration.damping, calibration.finish_weight
+                )
+            del directions
         lost, lead = self._look_back(context, outset, after, notes)
         notes["retained_accuracy_lost"] = lost
         notes["accuracy_lead_of_forget_rows"] = lead
-        relative = step_norm(step) / max(weights_norm(context.model, names), 1e-300)
+        relative = length / max(weights_norm(context.model, names), 1e-300)
         verdict, reasons = judge(
             calibration=calibration,
             relative_step=relative,
@@ -253,29 +265,23 @@ class IAU:
 
     # --- calibration ----------------------------------------------------------------------------------------------
 
-    def _calibrate(
-        self,
-        context: ForgetContext,
-        config: IAUConfig,
-        memory: GradientMemory,
-        directions: Directions,
-        outset: _Outset,
-    ) -> tuple[Calibration, dict[str, Any]]:
+    def _basis(
+        self, context: ForgetContext, config: IAUConfig, memory: GradientMemory, outset: _Outset
+    ) -> tuple[str, dict[str, Any]]:
+        """What k and λ are to rest on (a `Calibration.source`), and notes about it."""
         notes: dict[str, Any] = {"warnings": []}
-        held_out = outset.held_out_rows
         if config.is_given:
-            assert config.length is not None and config.damping is not None
-            return Calibration(config.length, config.damping, config.finish_weight or 0.0, source="given"), notes
-        if held_out is None:
+            return "given", notes
+        if outset.held_out_rows is None:
             notes["warnings"].append(
                 "There are no held-out rows, so the step was not calibrated: a short, norm-bounded one was taken. Pass "
                 "held_out_dataset= (or eval_dataset=) to calibrate."
             )
-            return _uncalibrated(context, config, directions), notes
+            return "uncalibrated", notes
         label = _whole_class(context, memory, outset)
         if label is not None:
             notes["whole_class"] = label
-            return self._calibrate_class(context, config, directions, outset, label, notes), notes
+            return "class share", notes
         # A large sample of retained rows, before the step: how much better a known row is treated.
         known = outset.known if outset.known_rows is not None else None
         if known is not None and len(known) < ENOUGH_FORGET_ROWS:
@@ -284,24 +290,53 @@ class IAU:
         notes["advantage_of_training_rows"] = advantage
         shift = shift_test(outset.forget, known) if known is not None and len(context.forget) >= 20 else None
         notes["shift_test"] = None if shift is None else shift.to_dict()
-        remembered = _remembered(config, memory)
-        if remembered is not None:  # of k and λ; whether they serve these rows is looked at all the same
-            return remembered, notes
+        if _remembered(config, memory) is not None:
+            return "remembered", notes
         own = len(context.forget) >= ENOUGH_FORGET_ROWS and shift is not None and shift.passed
         no_proxies = context.train is None and context.retain is None
         if config.calibrate_on == "forget-rows" or (config.calibrate_on == "auto" and own) or no_proxies:
             if no_proxies and config.calibrate_on != "forget-rows" and not own:
-                advantage = None
+                notes["advantage_of_training_rows"] = None
                 notes["warnings"].append(
                     "The trainer has no train_dataset to draw proxy rows from, so the forget rows themselves set the "
                     "target; that is unreliable for few or unusual rows."
                 )
-            runner = TrialRunner(
-                context.model, directions, outset.forget_rows, held_out, held_out_at=outset.held_out_at
-            )
-            start = runner.outset(outset.forget, outset.held_out, advantage)
-            return self._search(runner, "forget rows", config, start), notes
-        return self._calibrate_on_proxies(context, config, memory, directions, outset, advantage), notes
+            return "forget rows", notes
+        return "proxies", notes
+
+    def _calibrate(
+        self,
+        context: ForgetContext,
+        config: IAUConfig,
+        memory: GradientMemory,
+        directions: Directions,
+        outset: _Outset,
+        basis: str,
+        notes: dict[str, Any],
+    ) -> Calibration:
+        """k and λ by anything but proxies."""
+        if basis == "given":
+            assert config.length is not None and config.damping is not None
+            return Calibration(config.length, config.damping, config.finish_weight or 0.0, source="given")
+        if basis == "uncalibrated":
+            return _uncalibrated(context, config, directions)
+        if basis == "class share":
+            return self._calibrate_class(context, config, directions, outset, notes)
+        if basis == "remembered":  # of k and λ; whether they serve these rows is looked at all the same
+            remembered = _remembered(config, memory)
+            assert remembered is not None
+            return remembered
+        assert outset.held_out_rows is not None
+        runner = TrialRunner(
+            context.model,
+            directions,
+            outset.forget_rows,
+            outset.held_out_rows,
+            held_out_at=outset.held_out_at,
+            weights=context.weights,
+        )
+        start = runner.outset(outset.forget, outset.held_out, notes["advantage_of_training_rows"])
+        return self._search(runner, "forget rows", config, start)
 
     def _search(self, runner: TrialRunner, source: str, config: IAUConfig, start: Trial) -> Calibration:
         return calibrate(
@@ -319,12 +354,12 @@ class IAU:
         context: ForgetContext,
         config: IAUConfig,
         memory: GradientMemory,
-        directions: Directions,
         outset: _Outset,
-        advantage: float | None,
+        notes: dict[str, Any],
     ) -> Calibration:
-        """k, λ and c that make random training rows look held-out; the later draws find k alone, at the same λ."""
+        """k and λ that make random training rows look held-out; the later draws find k alone, at the same λ."""
         calibration: Calibration | None = None
+        curvature = memory.require_curvature(self.name)
         held_out = outset.held_out_rows
         assert held_out is not None
         for draw, size in enumerate(config.proxy_rows):
@@ -341,14 +376,20 @@ class IAU:
             )
             add_weight_decay(context, total)
             remaining = max(memory.n_targets - total.n_targets, 1)
-            of_proxies = Directions(
-                directions.curvature, total.tensors, directions.finish_sum, remaining, total.n_targets
+            runner = TrialRunner(
+                context.model,
+                Directions(curvature, total.tensors, None, remaining, total.n_targets),
+                _for_prediction(proxies, held_out),
+                held_out,
+                weights=context.weights,
             )
-            runner = TrialRunner(context.model, of_proxies, _for_prediction(proxies, held_out), held_out)
+            del total
             assert runner.target is not None
+            advantage = notes["advantage_of_training_rows"]
             start = runner.outset(predict_rows(context.model, runner.target), outset.held_out, advantage)
             if calibration is None:
                 calibration = self._search(runner, "proxies", config, start)
+                del runner  # its directions are freed before the next draw's are made
                 continue
             if config.length is not None:
                 break
@@ -366,6 +407,7 @@ class IAU:
                 calibration.lengths.append(trial.length)
                 calibration.draws.append(len(proxies))
             calibration.curve += [t.to_dict() for t in runner.trials]
+            del runner
         if calibration is None:
             raise CalibrationError(
                 "There are no retained training rows to use as proxies. Give the trainer its train_dataset, or set "
@@ -382,12 +424,12 @@ class IAU:
         config: IAUConfig,
         directions: Directions,
         outset: _Outset,
-        label: int,
         notes: dict[str, Any],
     ) -> Calibration:
         """A whole class goes: its share on its own held-out rows falls to its rate on the others."""
         held_out = outset.held_out_rows
         assert held_out is not None
+        label = notes["whole_class"]
         own = outset.held_out.label == label
         notes["warnings"].append(
             f"Every row of class {label} is to be forgotten. One step cannot remove a class as retraining would: retrain "
@@ -403,6 +445,7 @@ class IAU:
             criterion=class_share_distance(label),
             kept=~own,
             held_out_at=outset.held_out_at,
+            weights=context.weights,
         )
         return calibrate(
             runner,
@@ -452,6 +495,7 @@ class IAU:
             criterion=lambda *_: 0.0,
             kept=kept,
             held_out_at=outset.held_out_at,
+            weights=context.weights,
         )
         return finish(
             runner,
@@ -482,7 +526,7 @@ class IAU:
     def _like_any_others(context: ForgetContext, notes: dict[str, Any]) -> bool:
         """Whether the forget rows passed the shift test and are not too few to tell."""
         shift = notes.get("shift_test")
-        return shift is not None and shift["passed"] and len(context.forget) >= _FEWEST_WALKED_ROWS
+        return shift is not None and shift["passed"] and len(context.forget) >= FEWEST_WALKED_ROWS
 
     def _walk(
         self,
@@ -512,10 +556,11 @@ class IAU:
             return None, seen
         assert outset.known_rows is not None and outset.held_out_rows is not None
         shortfall = Shortfall.of(outset.forget, outset.known, outset.held_out)
-        # Not kept: it holds a copy of the weights, and the walk makes one of its own.
-        forget, known = TrialRunner(context.model, directions, outset.forget_rows, outset.held_out_rows).look(
-            (outset.forget_rows, outset.known_rows), *place
+        runner = TrialRunner(
+            context.model, directions, outset.forget_rows, outset.held_out_rows, weights=context.weights
         )
+        forget, known = runner.look((outset.forget_rows, outset.known_rows), *place)
+        del runner
         seen = replace(seen, forget=forget, known=known)
         left = shortfall.remaining(forget.loss)
         spared = (_accuracy_lost(outset.known, known) or 0.0) < _SPARED and after <= (1.0 + DEAR) * before
@@ -523,6 +568,7 @@ class IAU:
         if calibration.reached and spared and left <= _LEFT:
             return None, seen
         everything = outset.every_forget_row()
+        directions.clear()
         path = walk(
             context.model,
             directions.curvature,
@@ -536,6 +582,7 @@ class IAU:
             damping=DAMPING if config.damping is None else config.damping,
             max_relative_step=config.max_relative_step,
             progress=context.progress,
+            weights=context.weights,
         )
         # Arrived or nearer to the target, and no dearer than one step or than what may be paid.
         nearer = path.reached or path.remaining < left
@@ -545,25 +592,19 @@ class IAU:
         whole = outset.forget_rows is context.forget_to_predict
         return path, _After(forget=path.forget if whole else None, held_out=path.held_out)
 
-    def _bounded_step(
+    def _bound(
         self, context: ForgetContext, config: IAUConfig, directions: Directions, calibration: Calibration
-    ) -> dict[str, Any]:
-        """The calibrated step, no longer than allowed."""
-        names = list(directions.forget_sum)
-        step = directions.step(calibration.length, calibration.damping, calibration.finish_weight)
-        allowed = config.max_relative_step * weights_norm(context.model, names)
-        length = step_norm(step)
+    ) -> None:
+        """Shorten the calibrated step to what is allowed."""
+        allowed = config.max_relative_step * weights_norm(context.model, list(directions.forget_sum))
+        length = directions.norm(calibration.length, calibration.damping, calibration.finish_weight)
         if not math.isfinite(length):
             raise RequestError("The step is not finite: the curvature or a gradient is. Gather the memory anew.")
         if length > allowed * (1 + 1e-6):
             share = allowed / length
-            step = {name: change * share for name, change in step.items()}
-            calibration.length, calibration.finish_weight = (
-                calibration.length * share,
-                calibration.finish_weight * share,
-            )
+            calibration.length *= share
+            calibration.finish_weight *= share
             calibration.reached = False
-        return step
 
 
 def _of_walk(calibration: Calibration, path: Walk) -> Calibration:
@@ -663,7 +704,8 @@ def _finish_sum(context: ForgetContext, memory: GradientMemory) -> dict[str, Any
     """Σ_D for c, where it may be used."""
     if memory.gradient_sum is None or not _has_finish_sum(memory):
         return None
-    tensors = {name: tensor.clone() for name, tensor in memory.gradient_sum.items()}
+    changed = memory.weight_decay.keys()
+    tensors = {name: tensor.clone() if name in changed else tensor for name, tensor in memory.gradient_sum.items()}
     total = GradientSum(tensors, memory.n_rows, memory.n_targets)
     add_weight_decay(context, total)
     return total.tensors
@@ -709,7 +751,7 @@ def _uncalibrated(context: ForgetContext, config: IAUConfig, directions: Directi
 
 
 def _limit(context: ForgetContext, directions: Directions, damping: float, relative_step: float) -> float:
-    forget, _ = directions.at(damping)
+    forget = directions.at(damping)
     return relative_step * weights_norm(context.model, list(forget)) / max(step_norm(forget), 1e-300)
 
 

@@ -38,6 +38,7 @@ class IAUPaper:
     """θ ← θ + η (Σ_f ∇ℓ − w·Σ_r ∇ℓ): incremental approximation with gradient correction (arXiv 2507.23257)."""
 
     name: ClassVar[str] = "iau-paper"
+    moves_only_trained: ClassVar[bool] = True
     config_class: ClassVar[type] = IAUPaperConfig
     citation: ClassVar[str] = "Liu, Wu, Lian, Chen: Efficient Machine Unlearning via Influence Approximation, 2025"
 

@@ -36,6 +36,7 @@ class IAUReleased:
     """
 
     name: ClassVar[str] = "iau-released"
+    moves_only_trained: ClassVar[bool] = True
     config_class: ClassVar[type] = IAUReleasedConfig
     citation: ClassVar[str] = "Liu, Wu, Lian, Chen: Efficient Machine Unlearning via Influence Approximation, 2025"
 

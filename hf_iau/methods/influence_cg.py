@@ -91,7 +91,7 @@ class InfluenceCG:
             retained = context.retained_rows(self.name)
             rows = retained if config.curvature_rows is None else retained.sample(config.curvature_rows, context.seed)
             product = CurvatureProduct(context, rows, config.curvature)
-            right = torch.cat([forget.tensors[name].flatten() for name in names]) / product.scale_of(retained)
+            right = torch.cat([forget.tensors[name].flatten().double() for name in names]) / product.scale_of(retained)
             solution, iterations, residual = conjugate_gradients(
                 lambda vector: product(vector) + config.damping * vector,
                 right,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_iau.errors import UnsupportedModelError
+from hf_iau.objective.rows import sample_positions
 
 IGNORED_LABEL = -100
 _DRAW_UNITS = 2.0**52
+_LOOKED_AT = 256
+# Models whose labels are known to be real numbers.
+_REAL_VALUED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class TaskKind(enum.StrEnum):
@@ -216,7 +221,7 @@ def read_targets(model: nn.Module, outputs: Any, labels: Tensor | None) -> Targe
 
     scalar_output = logits.dim() == 1 or (logits.dim() == 2 and logits.shape[1] == 1)
     if problem == "regression" or (
-        problem is None and logits.dim() <= 2 and (scalar_output or _is_real_valued(labels, logits))
+        problem is None and logits.dim() <= 2 and (scalar_output or _is_real_valued(model, labels, logits))
     ):
         values = logits.reshape(n_rows, -1)
         return Targets(
@@ -241,8 +246,38 @@ def read_targets(model: nn.Module, outputs: Any, labels: Tensor | None) -> Targe
     )
 
 
-def _is_real_valued(labels: Tensor, logits: Tensor) -> bool:
+def look_for_real_labels(model: nn.Module, dataset: Any) -> None:
+    """Settle by a look at up to 256 rows whether float labels are numbers to be met or indicators of classes.
+
+    A model without a `problem_type` does not say it, and a batch whose labels all happen to be 0 or 1 cannot. Once a
+    number is seen, the model is taken for a regression from then on.
+
+    Args:
+        model: whose labels they are.
+        dataset: rows, of which those that are mappings with float `labels` (or `label`) are looked at.
+    """
+    bare = bare_model(model)
+    if bare in _REAL_VALUED or getattr(getattr(bare, "config", None), "problem_type", None) is not None:
+        return
+    for position in sample_positions(len(dataset), _LOOKED_AT, 0):
+        row = dataset[int(position)]
+        labels = row.get("labels", row.get("label")) if isinstance(row, Mapping) else None
+        try:
+            values = np.asarray(labels)
+        except ValueError:  # ragged
+            return
+        if values.dtype.kind != "f":
+            return
+        if ((values != 0) & (values != 1)).any():
+            _REAL_VALUED.add(bare)
+            return
+
+
+def _is_real_valued(model: nn.Module, labels: Tensor, logits: Tensor) -> bool:
     """Float labels that cannot be multi-label indicators."""
     if not labels.is_floating_point() or labels.numel() != logits.numel():
         return False
-    return bool(((labels != 0) & (labels != 1)).any())
+    bare = bare_model(model)
+    if bare not in _REAL_VALUED and bool(((labels != 0) & (labels != 1)).any()):
+        _REAL_VALUED.add(bare)
+    return bare in _REAL_VALUED

@@ -20,6 +20,8 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPr
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from hf_iau.errors import UnsupportedModelError
+from hf_iau.parallel.processes import sum_over_processes, together
+from hf_iau.vectors import dot
 
 _FSDP2 = ("torch.distributed.fsdp.", "torch.distributed._composable.")
 
@@ -177,6 +179,8 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor in whole, on the device of its parts; any other tensor as it is. Called by all processes."""
     if not isinstance(tensor, DTensor):
         return tensor
+    with together("a whole tensor"):
+        pass  # what has failed in one process is told before anything is sent
     with torch.no_grad():
         where = tensor.to_local().device
         on_mesh: Any = tensor.detach().to(tensor.device_mesh.device_type)
@@ -208,16 +212,17 @@ def replicas(tensor: Tensor) -> int:
 
 def inner_product(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Σ a·b in float64 over pairs of tensors, the parts of sharded ones from all processes; the same bits in each."""
-    total, of_shards, on_mesh = 0.0, 0.0, None
+    total, of_shards, mesh_device = 0.0, 0.0, None
     for one, other in pairs:
-        product = float((local_part(one).double() * local_part(other).double()).sum())
+        product = dot(local_part(other), local_part(one))
         if isinstance(one, DTensor):
-            of_shards, on_mesh = of_shards + product / replicas(one), one
+            of_shards, mesh_device = of_shards + product / replicas(one), one.device
         else:
             total += product
-    if on_mesh is not None:
-        shared = torch.tensor([of_shards], dtype=torch.float64, device=on_mesh.device_mesh.device_type)
-        dist.all_reduce(shared)
+        del one, other  # which may be made as they are asked for
+    if mesh_device is not None:
+        shared = torch.tensor([of_shards], dtype=torch.float64, device=mesh_device)
+        sum_over_processes([shared], "an inner product")
         total += float(shared)
     return total
 

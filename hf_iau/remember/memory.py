@@ -23,7 +23,8 @@ from hf_iau.curvature import Curvature
 from hf_iau.curvature.spread import fetch_tensor
 from hf_iau.errors import IAUError, MemoryFileError, MemoryMismatchError, MissingMemoryError, StaleMemoryError
 from hf_iau.objective import RowLoss, RowSource, evaluation_mode
-from hf_iau.parallel import is_main_process, together, whole_tensor
+from hf_iau.objective.working import memory_device
+from hf_iau.parallel import is_main_process, part_like, together, whole_tensor
 from hf_iau.remember.files import (
     PRIVATE_FOLDER,
     file_digest,
@@ -61,7 +62,8 @@ class GradientMemory:
         n_rows: training rows that are still in.
         n_targets: their targets (rows of a classifier, tokens of a language model).
         label_counts: class → rows, for single-label rows; None where rows have no one class.
-        gradient_sum: Σ_D of row-loss gradients at these weights, float64, or None.
+        gradient_sum: Σ_D of row-loss gradients at these weights, or None; float32 (float64 for float64 parameters, and in
+            older files).
         gradient_sum_kind: "exact", "sampled", "first-order" (moved along with the weights) or "none".
         gradient_sum_rows: rows that the sum was made of.
         gradient_sum_error: standard error of a sampled sum, as a Euclidean norm; 0 for an exact one.
@@ -205,6 +207,32 @@ class GradientMemory:
             return self
         sums = None if self.gradient_sum is None else {n: whole_tensor(t) for n, t in self.gradient_sum.items()}
         curvature = None if self.curvature is None else self.curvature.whole()
+        return dataclasses.replace(self, gradient_sum=sums, curvature=curvature)
+
+    def on_main_process(self) -> GradientMemory:
+        """In process 0 the memory with all of its tensors in the host's memory; itself elsewhere. Called by all."""
+        if not self.is_spread:
+            return self
+        tensors = {name: tensor.cpu() for name, tensor in self._fetched() if is_main_process()}
+        if not is_main_process():
+            return self
+        sums = {name: tensors[f"{_SUM_PREFIX}{name}"] for name in self.gradient_sum or {}}
+        curvature = None
+        if self.curvature is not None:
+            kept = {name: t for name, t in tensors.items() if not name.startswith((_SUM_PREFIX, _IDENTITY_PREFIX))}
+            curvature = Curvature.from_tensors(kept, self.curvature.metadata())
+        return dataclasses.replace(self, gradient_sum=sums or None, curvature=curvature)
+
+    def spread_like(self, model: nn.Module) -> GradientMemory:
+        """The memory with a part in each process, as the parameters of `model` are; itself, where it is so."""
+        if self.is_spread:
+            return self
+        parameters = dict(model.named_parameters())
+        sums = self.gradient_sum
+        if sums is not None:
+            devices = {name: memory_device(parameters[name].device) for name in sums}
+            sums = {name: part_like(total, parameters[name]).to(devices[name]) for name, total in sums.items()}
+        curvature = None if self.curvature is None else self.curvature.spread()
         return dataclasses.replace(self, gradient_sum=sums, curvature=curvature)
 
     def nbytes(self) -> int:
@@ -369,10 +397,10 @@ class GradientMemory:
         if bool(sums) != (kind != "none") or (sums and set(sums) != set(shapes)):
             raise MemoryFileError(f"The memory says its gradient sum is {kind!r} but its tensors do not match that.")
         for name, tensor in sums.items():
-            if tuple(tensor.shape) != shapes[name] or tensor.dtype != torch.float64:
+            if tuple(tensor.shape) != shapes[name] or tensor.dtype not in (torch.float32, torch.float64):
                 raise MemoryFileError(
-                    f"gradient_sum[{name!r}] is {tensor.dtype} of shape {tuple(tensor.shape)}, expected float64 of "
-                    f"shape {shapes[name]}: the memory is corrupt."
+                    f"gradient_sum[{name!r}] is {tensor.dtype} of shape {tuple(tensor.shape)}, expected float32 or "
+                    f"float64 of shape {shapes[name]}: the memory is corrupt."
                 )
             if not bool(torch.isfinite(tensor).all()):
                 raise MemoryFileError(f"gradient_sum[{name!r}] holds NaN or infinity: the memory is corrupt.")

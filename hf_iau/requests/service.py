@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -24,7 +25,7 @@ from transformers import Trainer
 
 from hf_iau.errors import IAUError, MissingMemoryError, RequestError, StorageError
 from hf_iau.forget import ForgetContext, MethodOutcome, WeightTransaction
-from hf_iau.parallel import is_main_process, of_main_process, together
+from hf_iau.parallel import is_main_process, of_main_process, together, whole_parameters
 from hf_iau.remember import (
     MEMORY_FOLDER,
     GradientMemory,
@@ -160,6 +161,29 @@ class RequestService:
             output = run(journaled, keep)
         return kept[0], output
 
+    def answer(self, row_indices: Any, request_id: str | None) -> LedgerEntry | None:
+        """The entry of a request of these rows that was served before, or of that name and some of these rows; else None.
+
+        Args:
+            row_indices: numbers of rows that are all out by now.
+            request_id: the caller's name for the request, or None.
+        """
+        rows, _ = self.trainer._resolve_request(None, row_indices)
+        with self.alone():
+            self.recover()
+            entries = self._catch_up()
+            model, memory = self.trainer._bare_model(), self.trainer.memory
+            identity = None if memory is None else memory.row_identity
+            run_name = "" if identity is None else identity.training_run
+            fingerprints = keyed_fingerprints(self.key, model, rows)
+            name, weights = request_name(self.key, fingerprints, request_id), weights_fingerprint(model)
+            found = on_main_process(lambda: _served_before(entries, name, run_name, weights), "the ledger")
+        if found is None:
+            return None
+        entry = LedgerEntry(**found)
+        others = Counter(entry.row_ids) - Counter(row.tobytes().hex() for row in fingerprints)
+        return None if others else entry
+
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Hold the lock of the output directory.
@@ -252,7 +276,7 @@ class RequestService:
     def _load_weights(self, expected: str) -> None:
         trainer = self.trainer
         logger.warning("The model has the weights from before the last request: loading those in %s.", self.folder)
-        with WeightTransaction(trainer._bare_model()):
+        with whole_parameters(trainer._bare_model()), WeightTransaction(trainer._bare_model()):
             try:
                 trainer._load_from_checkpoint(str(self.folder))
             except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:

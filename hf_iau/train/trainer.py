@@ -13,7 +13,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 from transformers import Trainer
@@ -34,6 +33,7 @@ from hf_iau.forget import (
     agree_on_request,
     first_order_rise,
     moved_gradient_sum,
+    non_finite_parameter,
     settle_weights,
     step_norm,
     weights_norm,
@@ -51,6 +51,7 @@ from hf_iau.objective.adapters import check_adapters
 from hf_iau.objective.evaluation_mode import RandomState, placed_on
 from hf_iau.objective.row_loss import TrainerRowLoss, UserLossFunction, describe_function
 from hf_iau.objective.rows import refuse_iterable, row_bytes, rows_are_deterministic, select_rows
+from hf_iau.objective.targets import look_for_real_labels
 from hf_iau.objective.working import memory_device, working
 from hf_iau.parallel import is_main_process, is_sharded, refuse_wrapped, together, whole_parameters
 from hf_iau.phases import PhaseTimer
@@ -357,14 +358,23 @@ class UnlearningTrainer(Trainer):
         """As in `Trainer`; the memory that belongs to these weights is saved with them, under `_iau/`.
 
         Where a request has ended the memory, an old one that lies there is removed, for it is of other weights.
-        Checkpoints (saved by the training loop itself) carry no memory.
+        Checkpoints (saved by the training loop itself) carry no memory. A model or memory that is spread over processes is
+        saved by all of them together.
         """
-        super().save_model(output_dir, _internal_call)
-        if not _internal_call and not self.is_in_train and self.args.should_save:
-            self._save_private_files(Path(output_dir or self.args.output_dir or ".") / MEMORY_FOLDER)
+        with contextlib.nullcontext() if self.model is None else whole_parameters(self._bare_model()):
+            super().save_model(output_dir, _internal_call)
+            if not _internal_call and not self.is_in_train:
+                folder = Path(output_dir or self.args.output_dir or ".") / MEMORY_FOLDER
+                self._save_private_files(folder, self.args.should_save)
 
-    def _save_private_files(self, folder: Path) -> None:
+    def _save_private_files(self, folder: Path, write: bool) -> None:
         memory = self._memory_in_ram()
+        memory = None if memory is None else memory.on_main_process()
+        with whole_parameters(self._bare_model()):
+            if write:
+                self._write_private_files(folder, memory)
+
+    def _write_private_files(self, folder: Path, memory: GradientMemory | None) -> None:
         if memory is not None:
             memory.save(folder)
         elif self._memory_ended and _memory_is_of_other_weights(folder, self._bare_model()):
@@ -436,7 +446,10 @@ class UnlearningTrainer(Trainer):
 
         def run(served: UnlearningMethod, keep: Callable[..., None] | None = None) -> UnlearnOutput:
             state = _random_state_kept(model)
-            with together("the request"), whole_parameters(model), state, self._working_as_gathered():
+            # Most methods are written for whole parameters.
+            sharded = getattr(chosen, "works_on_shards", False) and is_sharded(model)
+            whole = contextlib.nullcontext() if sharded else whole_parameters(model)
+            with together("the request"), whole, state, self._working_as_gathered():
                 return self._serve(
                     forget_dataset,
                     row_indices,
@@ -476,11 +489,15 @@ class UnlearningTrainer(Trainer):
 
         Raises:
             RequestError: no `id_column`, or ids that no training row has.
-            AlreadyForgottenError: all their rows are forgotten.
+            AlreadyForgottenError: all their rows are forgotten; with `save=True`, by other requests than this one.
         """
         positions = rows_of_ids(self.train_dataset, self.id_column, ids)
         still, notes = self._still_in(positions) if len(positions) else (positions, [])
         if len(positions) and not len(still):
+            if settings.get("save"):
+                entry = RequestService(self).answer(positions, settings.get("request_id"))
+                if entry is not None:
+                    return UnlearnOutput(report_of(entry), applied=False, memory=self.memory, entry=entry)
             raise AlreadyForgottenError(
                 f"All {len(positions)} rows of these ids were already forgotten by an earlier request: there is nothing "
                 "left to do."
@@ -586,7 +603,9 @@ class UnlearningTrainer(Trainer):
             context.predicted[measured] = before.forget
             if held_out is not None and before.held_out is not None:
                 context.predicted[held_out] = before.held_out
-        transaction = WeightTransaction(model, memory_device(None))
+        only_trained = getattr(method, "moves_only_trained", False)
+        transaction = WeightTransaction(model, memory_device(None), only_trained=only_trained)
+        context.weights = transaction.copies
         undo: Callable[[], None] | None = None
         with transaction:
             with together("the update"):  # what fails in one process is rolled back in all
@@ -604,7 +623,9 @@ class UnlearningTrainer(Trainer):
             else:
                 card = card.with_report(report)
                 if keep is not None:
-                    keep(context, memory, report, card)
+                    kept = memory.on_main_process() if memory is not None else None
+                    with whole_parameters(model):  # to be written
+                        keep(context, kept, report, card)
                 undo = self._commit(transaction, context, memory, card)
         if dry_run:
             return UnlearnOutput(report, applied=False, memory=self.memory)
@@ -700,9 +721,10 @@ class UnlearningTrainer(Trainer):
         forget = self._rows(forget_rows, "forget rows", args.per_device_train_batch_size)
         _refuse_random_rows(forget)
         self._check_columns(forget)
+        look_for_real_labels(model, forget.dataset if train is None else train.dataset)
         memory = self.memory
         if memory is not None:
-            memory = memory.whole()  # as the parameters are during a request
+            memory = memory.spread_like(model) if is_sharded(model) else memory.whole()
             memory.check_model(model)
             memory.check_loss(self.row_loss)
             if positions is not None and train is not None:
@@ -864,12 +886,12 @@ class UnlearningTrainer(Trainer):
             else [name for name, parameter in context.model.named_parameters() if parameter.requires_grad]
         )
         with context.timer.phase("remember"):
-            for name, parameter in context.model.named_parameters():
-                if not bool(torch.isfinite(parameter).all()):
-                    raise RequestError(
-                        f"The update made {name!r} non-finite, so it was not applied. Take a shorter step (smaller eta, "
-                        "lr or length)."
-                    )
+            bad = non_finite_parameter(context.model)
+            if bad is not None:
+                raise RequestError(
+                    f"The update made {bad!r} non-finite, so it was not applied. Take a shorter step (smaller eta, lr or "
+                    "length)."
+                )
             move = transaction.moved(names)
             length = step_norm(move)
             relative = length / max(weights_norm(context.model, names), 1e-30)
@@ -886,6 +908,7 @@ class UnlearningTrainer(Trainer):
                 moved_sum = moved_gradient_sum(
                     memory.gradient_sum, outcome.forget_sum, memory.curvature, move, memory.n_targets - targets
                 )
+            outcome.forget_sum = None  # as large as the weights, and not needed any more
             newer = memory.after_step(
                 context.model,
                 rows=rows,
@@ -916,9 +939,12 @@ class UnlearningTrainer(Trainer):
         if context.forget_positions is not None:
             self._forgotten_positions += tuple(context.forget_positions.tolist())
         self._unlearning_card = card
+        model = context.model  # and nothing else of the context, which holds batches
+
+        on_shards = is_sharded(context.model)
 
         def undo() -> None:
-            with whole_parameters(context.model):
+            with contextlib.nullcontext() if on_shards else whole_parameters(model):
                 revert_weights()
             self._memory_of_request, self._memory_ended, self._forgotten, self._unlearning_card = earlier
 
@@ -966,7 +992,7 @@ class UnlearningTrainer(Trainer):
         """
         if self.is_world_process_zero():
             refuse_private_files(self.args.output_dir or ".", TRAINER_IGNORES)
-            self._save_private_files(Path(self.args.output_dir or ".") / MEMORY_FOLDER)
+        self._save_private_files(Path(self.args.output_dir or ".") / MEMORY_FOLDER, self.is_world_process_zero())
         with hub_errors_explained(self._repository()):
             return super().push_to_hub(*args, **kwargs)
 

@@ -56,7 +56,7 @@ def test_directions_are_the_formula(scene, runner):
         numerator = {k: 0.7 * runner.directions.forget_sum[k] - 0.02 * exact[k] for k in exact}
         expected = scene.memory.curvature.solve(numerator, 0.1)[name] / 900
         torch.testing.assert_close(change, expected, rtol=1e-3, atol=1e-6)
-    slope = sum(float((directions.forget_sum[n] * directions.at(0.1)[0][n]).sum()) for n in step)
+    slope = sum(float((directions.forget_sum[n].double() * directions.at(0.1)[n].double()).sum()) for n in step)
     assert directions.slope(0.1) == pytest.approx(slope, rel=1e-9)
 
 

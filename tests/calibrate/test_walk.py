@@ -247,10 +247,20 @@ def test_no_more_anchors_are_kept_than_there_is_room_for(scene, monkeypatch):
     a_row = 4 * (WIDTH + CLASSES) + 8  # inputs and logits, and a label
     monkeypatch.setattr(WALK, "_ANCHOR_BYTES", 300 * a_row)
     anchors = WALK._Anchors(scene.model, retained)
-    assert [len(group) for group in anchors.groups] == [256, 44]
-    assert [sum(len(part) for part in outputs) for outputs in anchors.outputs] == [256, 44]
+    assert [len(group) for group in anchors.groups] == [150, 150]
+    assert [sum(len(part) for part in outputs) for outputs in anchors.outputs] == [150, 150]
     monkeypatch.setattr(WALK, "_ANCHOR_BYTES", 1)
     assert [len(group) for group in WALK._Anchors(scene.model, retained).groups] == [8]
+
+
+def test_anchors_that_take_turns_come_from_all_over_rows_that_are_sorted(scene):
+    ordered = scene.train.take(np.argsort(scene.train.labels.numpy(), kind="stable"))
+    anchors = WALK._Anchors(scene.model, rows_of(ordered, 128))
+    shares = np.bincount(scene.train.labels.numpy(), minlength=CLASSES) / len(scene.train)
+    assert len(anchors.groups) > 2
+    for group in anchors.groups:
+        labels = torch.cat([inputs["labels"] for _, inputs in group]).numpy()
+        assert np.abs(np.bincount(labels, minlength=CLASSES) / len(labels) - shares).max() < 0.03
 
 
 # --- the walk --------------------------------------------------------------------------------------------------------
@@ -259,7 +269,7 @@ def test_no_more_anchors_are_kept_than_there_is_room_for(scene, monkeypatch):
 def test_the_weights_are_put_back_bit_for_bit(scene):
     path = walked(scene)
     assert path.steps > 0 and unchanged(scene)
-    assert all(change.dtype == torch.float64 for change in path.step.values())
+    assert all(change.dtype == torch.float32 for change in path.step.values())
 
 
 @pytest.mark.parametrize("call", [1, 3, 4])
@@ -396,7 +406,7 @@ def test_models_of_tokens_are_walked_alike(family, monkeypatch):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     shortfall = Shortfall.of(*(predict_rows(model, rows) for rows in (forget, known, unseen)))
     assert shortfall.at_start > 0.02
-    monkeypatch.setattr(WALK, "_MOST_STEPS", 15)
+    monkeypatch.setattr(WALK, "MOST_STEPS", 15)
     path = walk(
         model, memory.curvature, forget, known, unseen, shortfall, names=list(memory.parameters), max_relative_step=0.5
     )

@@ -9,15 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from memorising_network import CLASSES, WIDTH, Classifier, draw, fit
+from memorising_network import CLASSES, WIDTH, Classifier, Scene, draw, fit
 from tiny_models import FAMILIES, as_dataset, build, pad_right, rows_of
 from torch import nn
 from transformers import TrainingArguments
 
 import hf_iau
+import hf_iau.forecast as forecast_module
 from hf_iau import ConfigError, GatherConfig, IAUConfig, UnlearningTrainer, UnsupportedModelError
+from hf_iau.calibrate.walk import WalkWork
+from hf_iau.curvature import Curvature
 from hf_iau.forget.transaction import WeightTransaction
 from hf_iau.gather.gradient_sum import sum_row_gradients
+from hf_iau.methods.iau import IAU
 from hf_iau.objective import ModelRowLoss, RowSource
 from hf_iau.phases import peak_allocated_bytes
 
@@ -33,7 +37,7 @@ def test_the_memory_has_the_bytes_that_were_forecast(family: str) -> None:
     assert memory.gradient_sum is not None and memory.curvature is not None
     assert forecast.bytes["memory"] == pytest.approx(memory.nbytes(), rel=0.2)
     assert forecast.bytes["factors"] == pytest.approx(memory.curvature.nbytes(), rel=0.2)
-    assert forecast.bytes["gradient_sum"] == sum(t.numel() * 8 for t in memory.gradient_sum.values())
+    assert forecast.bytes["gradient_sum"] == sum(t.numel() * t.element_size() for t in memory.gradient_sum.values())
     assert sum(forecast.coverage.values()) == sum(memory.curvature.coverage().values())
     source = RowSource(rows, pad_right(), batch_size=4)
     sum_row_gradients(model, ModelRowLoss(), source)
@@ -109,6 +113,63 @@ def test_what_it_says() -> None:
     assert "memory" in str(forecast) and "MiB" in lines[0]
     unprobed = hf_iau.estimate(model, rows, GatherConfig(**QUIET), data_collator=pad_right(), probe=False)
     assert unprobed.seconds == {} and unprobed.bytes["activations"] == 0
+
+
+def test_the_work_of_a_walk_is_that_of_the_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are counted, for seconds depend on what else the machine does."""
+    torch.manual_seed(0)
+    train, held_out = draw(1200, 1), draw(800, 2)
+    model = fit(Classifier(), train, epochs=90, seed=0)  # sure of its rows
+    memory = hf_iau.gather(model, train, config=GatherConfig(batch_size=128, progress=False))
+    rows: dict[str, int] = {}
+
+    def count(module: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
+        kind = "gradients" if torch.is_grad_enabled() else "forwards"
+        rows[kind] = rows.get(kind, 0) + len(inputs["labels"])
+
+    walked, solved = IAU._walk, Curvature.solve
+
+    def walk(*args: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(Curvature, "solve", solve)
+            hook = model.register_forward_pre_hook(count, with_kwargs=True)
+            try:
+                return walked(*args)
+            finally:
+                hook.remove()
+
+    def solve(*args: Any) -> Any:
+        rows["solves"] = rows.get("solves", 0) + 1
+        return solved(*args)
+
+    monkeypatch.setattr(IAU, "_walk", walk)
+    trainer = Scene(model, train, held_out, held_out, memory, dict(model.state_dict())).trainer(tmp_path)
+    report = trainer.unlearn(row_indices=np.arange(200)).report
+    steps = len(report.diagnostics["calibration"]["finish_curve"])
+    assert "walk" in report.diagnostics and steps > 2
+    work = WalkWork.of(steps, forget=200, held_out=800, known=1000, anchors=1000)
+    assert rows["gradients"] == pytest.approx(work.gradients, rel=0.15)
+    assert rows["forwards"] == pytest.approx(work.forwards, rel=0.15)
+    assert rows["solves"] == pytest.approx(work.solves, abs=2)
+
+
+def test_seconds_of_a_walk_come_on_top_where_there_can_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast_module, "_seconds", lambda work, device: work() is None or 1.0)
+    model, train = Classifier(), draw(600, 1)
+    settings: dict[str, Any] = {"held_out_rows": 300, "config": GatherConfig(batch_size=32, progress=False)}
+    seconds = hf_iau.estimate(model, train, request_rows=50, **settings).seconds
+    # A pass over three batches took a second, whatever was done; so did a solve.
+    for name, steps in (("walk", 8), ("walk_at_most", 40)):
+        looked_at = steps * 300 + 2 * 50 + 550 + 550 + 300
+        gradients = steps * 50 + (steps - 1) * 256
+        assert seconds[name] == pytest.approx((gradients + looked_at) / 96 + 2 * steps - 1)
+    for changes in (
+        {"request_rows": 19},
+        {"method_config": IAUConfig(walk=False)},
+        {"method_config": IAUConfig(length=0.1)},
+        {"held_out_rows": 0},
+    ):
+        assert "walk" not in hf_iau.estimate(model, train, **({"request_rows": 50} | settings | changes)).seconds
 
 
 def test_bad_input() -> None:

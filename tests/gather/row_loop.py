@@ -95,5 +95,5 @@ def norm(tensors: dict[str, Tensor]) -> float:
 def relative_error(found: dict[str, Tensor], reference: dict[str, Tensor], each: list[dict[str, Tensor]]) -> float:
     """‖found − reference‖ / Σ‖∇ℓ_i‖."""
     assert found.keys() == reference.keys()
-    assert all(tensor.dtype == torch.float64 for tensor in found.values())
+    assert {tensor.dtype for tensor in found.values()} <= {torch.float32, torch.float64}
     return norm({name: found[name] - reference[name] for name in reference}) / sum(norm(row) for row in each)

@@ -7,6 +7,8 @@ the gradient sums and of the curvature. The reference is an independent optimum 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -51,7 +53,8 @@ class Rows(torch.utils.data.Dataset):
 class ExactCurvature:
     """The Hessian of mean loss + DECAY/2 ‖θ‖², as one dense matrix."""
 
-    kind, n_rows = "exact", N
+    kind, n_rows, is_spread = "exact", N, False
+    blocks: ClassVar = {"layer": SimpleNamespace(shapes={"layer.weight": None})}
 
     def __init__(self, model: Linear, rows: Rows) -> None:
         def objective(flat: Tensor) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -22,14 +24,31 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from unlearning_trainers import EXACT, FORGET, WITH_CURVATURE, make_trainer, relative_distance, state_of
 
-from hf_iau import GatherConfig, GradientMemory, IAUConfig, UnlearningTrainer, check_row_gradients, gather
+from hf_iau import (
+    GatherConfig,
+    GradientMemory,
+    IAUConfig,
+    UnlearningTrainer,
+    check_row_gradients,
+    gather,
+    register_method,
+)
+from hf_iau.calibrate import Shortfall, Walk, walk
 from hf_iau.curvature import Curvature, fit_curvature
 from hf_iau.errors import IAUError
-from hf_iau.forget import ForgetContext
+from hf_iau.forget import ForgetContext, MethodOutcome
 from hf_iau.gather import sum_row_gradients
 from hf_iau.methods import find_method
 from hf_iau.objective import ModelRowLoss, RowSource, predict_rows
-from hf_iau.parallel import is_main_process, process_number, processes, whole_parameters, whole_tensor
+from hf_iau.parallel import (
+    is_main_process,
+    is_sharded,
+    local_part,
+    process_number,
+    processes,
+    whole_parameters,
+    whole_tensor,
+)
 
 GIVEN = IAUConfig(length=0.1, damping=1.0, finish_weight=0.01)
 
@@ -115,6 +134,13 @@ def sharded(folder: Path) -> dict[str, Any]:
     os.environ["HF_IAU_KEY"] = "0123456789abcdef" * 4
     from_other.unlearn(row_indices=FORGET, config=GIVEN, save=True)
     from_alone = _wholly(model)
+    saved = GradientMemory.load(folder / "trainer")
+    saved.check_model(model)
+    from_other.save_model(str(folder / "again"))
+    dist.barrier()
+    again = GradientMemory.load(folder / "again")
+    again.check_model(model)
+    weights = [load_file(folder / name / "model.safetensors") for name in ("trainer", "again")]
     _train_step(model)  # still trains
     if is_main_process():
         save_file({n: v.contiguous() for n, v in after.items()}, folder / "after.safetensors")
@@ -129,7 +155,9 @@ def sharded(folder: Path) -> dict[str, Any]:
         "sums": relative_distance(whole.gradient_sum, memory.gradient_sum, _zeros(memory.gradient_sum)),
         "solved": relative_distance(solved[1], solved[0], _zeros(solved[0])),
         "weights": relative_distance(after, expected, start),
-        "saved": same_bits_of(load_file(folder / "trainer" / "model.safetensors"), _parameters(from_alone, model)),
+        "saved": all(same_bits_of(found, _parameters(from_alone, model)) for found in weights),
+        "memory": [saved.forgotten_rows, again.forgotten_rows],
+        "architectures": json.loads((folder / "again" / "config.json").read_text())["architectures"],
         "from_alone": relative_distance(from_alone, expected, start),
         "class": found.model["class"],
         "still_sharded": still_sharded,
@@ -183,7 +211,7 @@ def sharded_kinds(folder: Path) -> dict[str, Any]:
         found[name] = {
             "sums": relative_distance(whole(total.tensors), vector, _zeros(vector)),
             "solved": relative_distance(solved, expected, _zeros(expected)),
-            "norm": total.norm() / norm_of(vector) - 1.0,
+            "norm": total.norm() / _norm(vector) - 1.0,
             "batch_rows": sum(count for count, _ in total.batches),
             "kinds": sorted(curvature.coverage()),
             "trains_as_before": all(torch.equal(before[n], after[n]) for n in before),
@@ -191,7 +219,7 @@ def sharded_kinds(folder: Path) -> dict[str, Any]:
     return found
 
 
-def norm_of(vector: dict[str, Tensor]) -> float:
+def _norm(vector: dict[str, Tensor]) -> float:
     return float(sum(float(t.square().sum()) for t in vector.values()) ** 0.5)
 
 
@@ -371,6 +399,171 @@ def memory_of_shards(folder: Path) -> dict[str, Any]:
         "files": files,
         "fingerprints": fingerprint == expected.model,
     }
+
+
+class Precise(PlainClassifier):
+    """In float64, wide enough to learn rows by heart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.hidden, self.output = nn.Linear(6, 24), nn.Linear(24, 3)
+        self.double()
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        return super().forward(features.double(), labels)
+
+
+def by_heart(rows: list[dict[str, Any]]) -> nn.Module:
+    """A model that knows `rows`, whose labels have little to do with them, and no others."""
+    model = Precise()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    batch = pad_right()(rows)
+    for _ in range(150):
+        optimizer.zero_grad()
+        model(**batch)["loss"].backward()
+        optimizer.step()
+    return model
+
+
+def noisy_rows(n: int, seed: int) -> list[dict[str, Any]]:
+    labels = plain_rows(n, seed=seed + 50)
+    return [row | {"labels": other["labels"]} for row, other in zip(plain_rows(n, seed=seed), labels, strict=True)]
+
+
+def calibrated_on_shards(folder: Path) -> dict[str, Any]:
+    """A request whose k, λ and c are found on held-out rows; in one process, of a model that is not sharded."""
+    rows, held_out = noisy_rows(160, 1), as_dataset(noisy_rows(120, 2))
+    model = by_heart(rows)
+    trainer = make_trainer(folder / "trainer", "plain", model=model, rows=rows, eval_dataset=held_out)
+    trainer.gather(GatherConfig(gradient_sum="exact", progress=False))
+    found: dict[str, Any] = {"before": _norms(model)}
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        memory = trainer.memory
+        assert memory is not None
+        assert not memory.is_spread
+        shard(model, [model.hidden])
+    output = trainer.unlearn(row_indices=list(range(30)))
+    assert output.memory is not None
+    calibration = output.report.diagnostics["calibration"]
+    found |= {
+        "calibration": {name: calibration[name] for name in ("length", "damping", "finish_weight", "source")},
+        "after": {name: value for name, value in output.report.after.items() if isinstance(value, float)},
+        "weights": _norms(model),
+        "memory": [output.memory.is_spread, output.memory.gradient_sum_kind, output.memory.nbytes()],
+        "sum": _norm(whole(output.memory.gradient_sum or {})),
+    }
+    again = trainer.unlearn(row_indices=list(range(30, 50)))
+    found["remembered"] = again.report.diagnostics["calibration"]["source"]
+    again.revert()
+    output.revert()
+    found["reverted"] = _norms(model) == found["before"]
+    return found
+
+
+def _norms(model: nn.Module) -> list[float]:
+    return [float(whole_tensor(p.detach()).norm()) for _, p in model.named_parameters()]
+
+
+def walked_on_shards(folder: Path) -> dict[str, Any]:
+    """A walk of short steps, alone and then on shards."""
+    rows = noisy_rows(60, 1)
+    sources = [RowSource(as_dataset(part), pad_right(), batch_size=8) for part in (rows[:25], rows[25:])]
+    sources.append(RowSource(as_dataset(noisy_rows(50, 2)), pad_right(), batch_size=16))
+    model = by_heart(rows)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def take(model: nn.Module) -> Walk:
+        everything = RowSource(as_dataset(rows), pad_right(), batch_size=8)
+        curvature = fit_curvature(model, everything)
+        shortfall = Shortfall.of(*(predict_rows(model, source) for source in sources))
+        return walk(model, curvature, *sources, shortfall, names=list(start), max_relative_step=0.5)
+
+    alone = take(model)
+    join()
+    path = take(shard(model, [model.hidden]))
+    return {
+        "steps": [path.steps, alone.steps],
+        "remaining": [path.remaining, alone.remaining],
+        "distance": relative_distance(whole(path.step), alone.step, _zeros(alone.step)),
+        "unchanged": all(torch.equal(whole_tensor(p.detach()), start[name]) for name, p in model.named_parameters()),
+    }
+
+
+@dataclass(frozen=True)
+class FailingConfig:
+    where: int = 1
+
+
+@register_method
+class Failing:
+    """Changes the weights, of shards too, and then fails in one process."""
+
+    name: ClassVar[str] = "failing"
+    config_class: ClassVar[type] = FailingConfig
+    citation: ClassVar[str] = "none"
+    works_on_shards: ClassVar[bool] = True
+
+    def check(self, context: ForgetContext, config: FailingConfig) -> None:
+        """Needs nothing."""
+
+    def run(self, context: ForgetContext, config: FailingConfig) -> MethodOutcome:
+        assert is_sharded(context.model)
+        with torch.no_grad():
+            for number, parameter in enumerate(context.model.parameters()):
+                local = local_part(parameter)
+                local += float("nan") if config.where < 0 and number == 0 and process_number() == 1 else 0.1
+        if process_number() == config.where:
+            raise OSError("no space left")
+        return MethodOutcome()
+
+
+def all_or_nothing_on_shards(folder: Path) -> dict[str, Any]:
+    """Requests that fail, are empty, or are not meant leave every bit of the shards; one that is saved writes it all."""
+    os.environ["HF_IAU_KEY"] = "0123456789abcdef" * 4
+    trainer = make_trainer(folder / "trainer", "bert", model=(model := build("bert", num_hidden_layers=6)))
+    shard(model, model.bert.encoder.layer)  # type: ignore[union-attr]
+    rows = as_dataset(rows_of("bert", 12))
+    trainer._given_memory = gather(model, rows, data_collator=pad_right(), config=WITH_CURVATURE)
+    before = {name: local_part(p).clone() for name, p in model.named_parameters()}
+
+    def unchanged() -> bool:
+        return all(torch.equal(local_part(p), before[name]) for name, p in model.named_parameters())
+
+    found: dict[str, Any] = {}
+    calls: dict[str, dict[str, Any]] = {
+        "fails": {"row_indices": FORGET, "method": "failing"},
+        "not finite": {"row_indices": FORGET, "method": "failing", "config": FailingConfig(-1)},
+        "nothing": {"row_indices": []},
+        "dry": {"row_indices": FORGET, "config": GIVEN, "dry_run": True},
+    }
+    for name, settings in calls.items():
+        error = None
+        try:
+            trainer.unlearn(**settings)
+        except Exception as raised:
+            error = f"{type(raised).__name__}: {raised}"
+        found[name] = [error, unchanged()]
+    with watched(model) as seen:
+        output = trainer.unlearn(row_indices=FORGET, config=GIVEN)
+    found["gathered"] = [seen["gathered"], sum(p.numel() * p.element_size() for p in model.parameters())]
+    found["moved"] = not unchanged()
+    assert output.memory is not None
+    found["spread"] = output.memory.is_spread
+    output.memory.check_model(model)
+    output.memory.save(folder / "newer")
+    dist.barrier()
+    newer = GradientMemory.load(folder / "newer")
+    newer.check_model(model)
+    found["sums"] = all(
+        torch.equal(whole_tensor(total), (newer.gradient_sum or {})[name])
+        for name, total in (output.memory.gradient_sum or {}).items()
+    )
+    output.revert()
+    found["reverted"] = unchanged()
+    trainer.unlearn(row_indices=FORGET, method="gradient-ascent")  # written for whole parameters
+    found["other method"] = not unchanged()
+    return found
 
 
 class WrongBackward(torch.autograd.Function):

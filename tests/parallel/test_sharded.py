@@ -16,6 +16,9 @@ JOBS = {
     "few_rows_of_shards": 3,
     "all_kinds_of_layers": 2,
     "memory_of_shards": 2,
+    "calibrated_on_shards": 2,
+    "walked_on_shards": 2,
+    "all_or_nothing_on_shards": 2,
     "checked": 2,
     "troubles": 2,
     "sharded_refusals": 2,
@@ -24,10 +27,11 @@ JOBS = {
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """Scenario → what each process has to say."""
-    names = [f"{name}:{count}" for name, count in JOBS.items()]
+    """Scenario → what each process has to say; "calibrated_alone" is the one in a single process."""
+    names = ["calibrated_on_shards:1", *(f"{name}:{count}" for name, count in JOBS.items())]
     folder = tmp_path_factory.mktemp("scenarios")
     found = run_in_processes(Path(__file__).with_name("sharded_scenarios.py"), folder, *names)
+    found = {"calibrated_alone": found.pop("calibrated_on_shards:1")} | found
     return {name.split(":")[0]: processes for name, processes in found.items()}
 
 
@@ -38,6 +42,8 @@ def test_sharded_parameters_give_the_same_memory_and_weights(jobs: dict[str, Any
             assert found[name] < 1e-10, name
         assert found["still_sharded"]
         assert found["saved"]
+        assert found["memory"] == [3, 3]
+        assert found["architectures"] == [found["class"]]
         assert found["reverted"]
         assert found["moved_after"]
         assert found["class"] == "BertForSequenceClassification"
@@ -97,6 +103,49 @@ def test_a_process_holds_its_share_of_the_memory(jobs: dict[str, Any]) -> None:
 def test_files_are_those_of_a_whole_memory(jobs: dict[str, Any]) -> None:
     files = results(jobs["memory_of_shards"])[0]["files"]
     assert files["spread"] == files["whole"]  # named by their digest
+
+
+def test_calibration_on_shards_is_that_of_one_process(jobs: dict[str, Any]) -> None:
+    (alone,) = results(jobs["calibrated_alone"])
+    first, second = results(jobs["calibrated_on_shards"])
+    assert first == second
+    assert first["before"] == alone["before"]
+    assert first["calibration"].pop("source") == alone["calibration"].pop("source") == "proxies"
+    for name in ("calibration", "after", "weights", "sum"):
+        assert first[name] == pytest.approx(alone[name], rel=1e-10), name
+    assert first["memory"] == [True, *alone["memory"][1:]]
+    assert first["memory"][1] == "first-order"
+    assert first["remembered"] == alone["remembered"]
+    assert first["reverted"]
+    assert alone["reverted"]
+
+
+def test_a_walk_on_shards_is_that_of_one_process(jobs: dict[str, Any]) -> None:
+    for found in results(jobs["walked_on_shards"]):
+        assert found["steps"][0] == found["steps"][1] > 3
+        assert found["remaining"][0] == pytest.approx(found["remaining"][1], rel=1e-10)
+        assert found["distance"] < 1e-10
+        assert found["unchanged"]
+
+
+def test_requests_on_shards_are_all_or_nothing(jobs: dict[str, Any]) -> None:
+    for found in results(jobs["all_or_nothing_on_shards"]):
+        unchanged = {name: found[name][1] for name in ("fails", "not finite", "nothing", "dry")}
+        assert all(unchanged.values()), unchanged
+        assert "no space left" in found["fails"][0]
+        assert "non-finite, so it was not applied" in found["not finite"][0]
+        assert found["nothing"][0] is found["dry"][0] is None
+        assert found["moved"]
+        assert found["reverted"]
+        assert found["other method"]
+
+
+def test_a_request_on_shards_holds_shards(jobs: dict[str, Any]) -> None:
+    for found in results(jobs["all_or_nothing_on_shards"]):
+        gathered, parameters = found["gathered"]
+        assert 0 < gathered < 0.35 * parameters
+        assert found["spread"]
+        assert found["sums"]
 
 
 def test_the_checker_on_shards(jobs: dict[str, Any]) -> None:

@@ -19,6 +19,8 @@ from tiny_models import as_dataset, bert, language_rows, llama, pad_right, plain
 from torch import Tensor, nn
 
 from hf_iau import GatherConfig, GradientMemory, MemoryFileError, MemoryMismatchError, gather
+from hf_iau.calibrate import Directions
+from hf_iau.forget import moved_gradient_sum
 from hf_iau.remember import memory as memory_module
 from hf_iau.remember.files import file_digest, write_atomically
 
@@ -75,7 +77,7 @@ def assert_same(one: GradientMemory, other: GradientMemory) -> None:
         if field.name == "gradient_sum":
             assert (a is None) == (b is None)
             for name in a or {}:
-                assert a[name].dtype == b[name].dtype == torch.float64 and a[name].equal(b[name]), name
+                assert a[name].dtype == b[name].dtype and a[name].equal(b[name]), name
         elif field.name == "curvature":
             assert (a is None) == (b is None)
             if a is not None:
@@ -90,6 +92,26 @@ def assert_same(one: GradientMemory, other: GradientMemory) -> None:
 
 
 # --- round trip -------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_with_sums_in_float64_still_serves(memory: GradientMemory, saved: Path) -> None:
+    """Sums were kept in float64 whatever the weights' type."""
+
+    def widen(tensors: dict[str, Tensor]) -> None:
+        tensors.update({name: t.double() for name, t in tensors.items() if name.startswith("gradient_sum.")})
+
+    rewrite_tensors(saved, widen)
+    loaded = GradientMemory.load(saved)
+    assert memory.gradient_sum is not None and loaded.gradient_sum is not None and loaded.curvature is not None
+    for name, tensor in loaded.gradient_sum.items():
+        assert tensor.dtype == torch.float64 and tensor.equal(memory.gradient_sum[name].double())
+    forget = {name: torch.ones_like(tensor) for name, tensor in memory.gradient_sum.items()}
+    newer, older = (Directions(loaded.curvature, forget, m.gradient_sum, 9) for m in (memory, loaded))
+    for name, change in newer.step(0.5, 0.1, 0.3).items():
+        torch.testing.assert_close(older.step(0.5, 0.1, 0.3)[name].to(change), change)
+    moved = [moved_gradient_sum(m.gradient_sum, forget, loaded.curvature, forget, 9) for m in (memory, loaded)]  # type: ignore[arg-type]
+    for name, tensor in moved[0].items():
+        torch.testing.assert_close(moved[1][name].to(tensor), tensor)
 
 
 def test_round_trip_is_bit_exact(memory: GradientMemory, saved: Path) -> None:
@@ -333,7 +355,7 @@ FIRST = "gradient_sum.hidden.weight"
 @pytest.mark.parametrize(
     "change",
     [
-        lambda tensors: tensors.update({FIRST: tensors[FIRST].float()}),
+        lambda tensors: tensors.update({FIRST: tensors[FIRST].half()}),
         lambda tensors: tensors.update({FIRST: tensors[FIRST].long()}),
         lambda tensors: tensors.update({FIRST: tensors[FIRST].T.contiguous()}),
         lambda tensors: tensors.update({FIRST: tensors[FIRST][:-1].contiguous()}),
@@ -350,7 +372,7 @@ FIRST = "gradient_sum.hidden.weight"
             {name: t[..., :-1].contiguous() for name, t in tensors.items() if not name.startswith("gradient_sum.")}
         ),
     ],
-    ids=["float32", "int64", "transposed", "shorter", "nan", "inf", "absent", "unknown", "no tensors"]
+    ids=["float16", "int64", "transposed", "shorter", "nan", "inf", "absent", "unknown", "no tensors"]
     + ["no curvature", "half curvature", "shorter curvature"],
 )
 def test_tensors_of_the_wrong_kind(change: Callable[[dict[str, Tensor]], Any], saved: Path) -> None:

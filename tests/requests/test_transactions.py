@@ -380,6 +380,29 @@ def test_named_requests(trainer: UnlearningTrainer, tmp_path: Path, monkeypatch:
         serve(trainer, [10], dry_run=True)
 
 
+def test_a_request_of_ids_is_answered_when_it_is_run_again(tmp_path: Path) -> None:
+    rows = [row | {"user_id": f"u{i // 10}"} for i, row in enumerate(plain_rows(60))]
+    trainer = make_trainer(tmp_path, "plain", rows=rows, id_column="user_id")
+    trainer.gather(WITH_CURVATURE)
+    trainer.save_model()
+
+    def by_id(*ids: str, **settings: Any) -> Any:
+        return trainer.unlearn_by_id(ids, **({"config": GIVEN, "save": True} | settings))
+
+    assert by_id("u0", "u1").applied
+    assert by_id("u1", "u2", request_id="ticket").entry.rows == 10  # those of u1 were out already
+    bits, files = state_of(trainer.model), on_disk(tmp_path)
+    for again, number in ((by_id("u1", "u0"), 1), (by_id("u1", "u2", request_id="ticket"), 2)):
+        assert not again.applied and again.entry.number == number and "served at" in again.report.warnings[0]
+    for settings in ({}, {"request_id": "unheard of"}, {"save": False}):
+        with pytest.raises(AlreadyForgottenError, match="All 10 rows of these ids"):
+            by_id("u1", **settings)
+    with pytest.raises(AlreadyForgottenError):
+        by_id("u0", request_id="ticket")  # a request of that name, but of rows of u2
+    assert_bits(trainer.model, bits)
+    assert on_disk(tmp_path) == files
+
+
 def test_a_later_training_run_on_the_same_rows_has_requests_of_its_own(trainer: UnlearningTrainer) -> None:
     assert serve(trainer).applied
     trainer.train()

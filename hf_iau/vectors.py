@@ -1,0 +1,116 @@
+"""Vectors as large as the trained weights: in which type they are kept, and sums over them without a float64 copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+PIECE = 2**16
+"""Scalars of which a float64 copy is made at a time."""
+
+# Batches whose gradients are added up by autograd itself before they are moved to the sum. Eight float32 additions lose
+# less than one part in a million, and the sum costs an eighth.
+_BATCHES_PER_FLUSH = 8
+
+
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which what belongs to a weight of `dtype` is kept: float64 for float64 weights, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of tensors of one shape, side by side, of about `PIECE` scalars each."""
+    first = tensors[0]
+    if first.numel() <= PIECE or first.dim() == 0:
+        yield tensors
+        return
+    length = max(1, PIECE * first.shape[0] // first.numel())
+    yield from zip(*(tensor.split(length) for tensor in tensors), strict=True)
+
+
+def dot(one: Tensor, other: Tensor) -> float:
+    """Σ one·other over the scalars of two tensors of one shape, added up in float64."""
+    return float(sum(_dot(a.to(b.device), b) for a, b in pieces(one.detach(), other.detach())))
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.double().reshape(-1), b.double().reshape(-1))
+
+
+class GradientAccumulator:
+    """Adds up the `.grad` of parameters, and keeps no more than the sum beside them.
+
+    Where sum and gradient are of one type and on one device, what a sum's rounding loses is put back as the parameter's
+    `.grad`, to which autograd adds the next gradient (compensated summation, Kahan 1965); the sum is then as exact as
+    one in twice the precision. Elsewhere it is made in float64.
+
+    Args:
+        parameters: by name; the caller takes care of their `.grad` before and after.
+        device: where the sums are kept; beside each parameter if None.
+        compensated: False makes all sums in float64.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], device: torch.device | None = None, *, compensated: bool = True
+    ) -> None:
+        self.parameters = parameters
+        self.pending = 0  # batches in `.grad`
+        self._half = any(p.dtype in (torch.float16, torch.bfloat16) for p in parameters.values())
+        self._compensated = {
+            name: compensated and p.dtype == kept_dtype(p.dtype) and (device is None or _is_same(p.device, device))
+            for name, p in parameters.items()
+        }
+        types = {name: p.dtype if self._compensated[name] else torch.float64 for name, p in parameters.items()}
+        self._sums = {
+            name: torch.zeros_like(p, dtype=types[name]).detach().to(device or p.device)
+            for name, p in parameters.items()
+        }
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the next `add` empties `.grad`."""
+        return self._half or self.pending + 1 == _BATCHES_PER_FLUSH
+
+    def add(self, *, at_once: bool = False) -> None:
+        """Take account of a batch whose gradients autograd has added to `.grad`.
+
+        Args:
+            at_once: empty `.grad` now, and not after a few batches.
+        """
+        now = at_once or self.is_full
+        self.pending += 1
+        if now:
+            self._flush()
+
+    @torch.no_grad()
+    def _flush(self) -> None:
+        self.pending = 0
+        for name, parameter in self.parameters.items():
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            total = self._sums[name]
+            parameter.grad = None
+            if not self._compensated[name] or gradient.is_sparse:
+                total += gradient.to(total.device)
+                continue
+            for part, added in pieces(total, gradient):
+                new = part + added
+                added -= new.sub(part)
+                part.copy_(new)
+            parameter.grad = gradient
+
+    def finish(self) -> dict[str, Tensor]:
+        """The sums by parameter name, in the type in which they are kept; clears every `.grad`."""
+        self._flush()
+        sums = {}
+        for name, parameter in self.parameters.items():
+            parameter.grad = None
+            sums[name] = self._sums.pop(name).to(kept_dtype(parameter.dtype))
+        return sums
+
+
+def _is_same(one: torch.device, other: torch.device) -> bool:
+    return one == other or (one.type == other.type and other.index is None)
