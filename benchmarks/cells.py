@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,7 @@ def _beside_training(
     }
 
 
+@cache
 def source_digest() -> str:
     """Digest of the package's own source, to tell apart results of two versions."""
     folder = Path(hf_iau.__file__).parent
