@@ -27,6 +27,7 @@ from hf_iau.objective.row_loss import UserLossFunction
 from hf_iau.objective.rows import Collator, sample_positions
 from hf_iau.objective.working import working
 from hf_iau.objective.wrappers import unwrapped
+from hf_iau.parallel import whole_parameters
 from hf_iau.phases import peak_allocated_bytes
 from hf_iau.vectors import PIECE, kept_dtype
 
@@ -97,7 +98,8 @@ def estimate(
 ) -> Estimate:
     """Expected bytes and seconds of gathering and of one request of `iau`.
 
-    Bytes follow from the model's layers; for seconds and activations a few batches are passed through it.
+    Bytes follow from the model's layers; for seconds and activations a few batches are passed through it. They are those of
+    a process that holds all of the model and the memory, as under DDP; of a sharded model each holds a part.
 
     Args:
         model: the model that is to be gathered from; left as it was found.
@@ -141,12 +143,12 @@ def estimate(
     loss = choose_row_loss(
         row_loss=row_loss, compute_loss_func=compute_loss_func, label_smoothing_factor=label_smoothing_factor
     )
-    plan = plan_layers(model, kronecker=config.curvature == "ekfac", max_factor_size=config.max_factor_size)
-    coverage, factors = _factors(model, plan, config)
-    with working(config.precision, config.memory_device):
+    with working(config.precision, config.memory_device), whole_parameters(model):
+        plan = plan_layers(model, kronecker=config.curvature == "ekfac", max_factor_size=config.max_factor_size)
+        coverage, factors = _factors(model, plan, config)
         seconds, activations, cached = _probe(model, source, loss, config, wishes, plan, rows) if probe else ({}, 0, 0)
         predictions = _prediction_bytes(model, source, prediction_batch_size) if probe else 0
-    sizes = _sizes(model, config, plan, factors, activations, cached, predictions, source.batch_size)
+        sizes = _sizes(model, config, plan, factors, activations, cached, predictions, source.batch_size)
     return Estimate(sizes, seconds, rows, coverage)
 
 

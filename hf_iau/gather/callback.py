@@ -136,7 +136,7 @@ class IAUCallback(TrainerCallback):
                 loss = self._choose_loss(args, model)
                 self._memory = build_memory(model, source, loss, self.config, optimizer=kwargs.get("optimizer"))
                 self._memory.row_identity = identify_rows(model, source.dataset, args.output_dir)
-                if self.save and args.should_save:
+                if self.save and (args.should_save or self._memory.is_spread):
                     self._memory.save(Path(args.output_dir or ".") / MEMORY_FOLDER)
             logger.info("Gathered a gradient memory: %s", dict(describe_memory(self._memory)))
         except Exception as error:  # whatever it is, the training that has just ended is not to be lost with it
@@ -179,11 +179,20 @@ def refuse_unsupported_engines(args: TrainingArguments) -> None:
         )
     if getattr(args, "deepspeed", None):
         raise UnsupportedModelError("deepspeed=… is not supported: parameters and gradients are not visible. Use DDP.")
+    variables = {name: os.environ.get(name, "") for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")}
+    chosen = {name: value for name, value in variables.items() if value.lower() in ("1", "true", "yes", "on")}
     if getattr(args, "fsdp", None):
-        raise UnsupportedModelError(f"fsdp={args.fsdp!r} is not supported: parameters are sharded. Use DDP.")
-    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
-        if os.environ.get(variable, "").lower() in ("1", "true", "yes", "on"):
+        chosen.pop("ACCELERATE_USE_FSDP", None)  # Accelerate sets it then
+        settings = getattr(args, "fsdp_plugin_args", None) or {}
+        if int(settings.get("fsdp_version", 1)) != 2 or (getattr(args, "fsdp_config", None) or {}).get("xla"):
             raise UnsupportedModelError(
-                f"{variable}={os.environ[variable]} is set, by `accelerate launch` or by hand, but sharded parameters "
-                "are not supported. Launch with DDP (`accelerate launch --multi_gpu`)."
+                f"fsdp={args.fsdp!r} is not supported as it is set up: FSDP1 (and that of XLA) flattens parameters. Use "
+                "FSDP2 (fsdp_config={'version': 2}), or DDP."
             )
+    elif "ACCELERATE_USE_FSDP" in chosen and os.environ.get("FSDP_VERSION", "1") == "2":
+        del chosen["ACCELERATE_USE_FSDP"]
+    for variable, value in chosen.items():
+        raise UnsupportedModelError(
+            f"{variable}={value} is set, by `accelerate launch` or by hand, but neither DeepSpeed nor FSDP1 is supported. "
+            "Launch with DDP (`accelerate launch --multi_gpu`) or with FSDP2 (`--use_fsdp --fsdp_version 2`)."
+        )

@@ -276,7 +276,7 @@ class RequestService:
     def _load_weights(self, expected: str) -> None:
         trainer = self.trainer
         logger.warning("The model has the weights from before the last request: loading those in %s.", self.folder)
-        with whole_parameters(trainer._bare_model()), WeightTransaction(trainer._bare_model()):
+        with _whole_weights(trainer), WeightTransaction(trainer._bare_model()):
             try:
                 trainer._load_from_checkpoint(str(self.folder))
             except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
@@ -458,7 +458,8 @@ class RequestService:
 
     def _stage_weights(self, staged: Path) -> None:
         try:
-            Trainer.save_model(self.trainer, str(staged), _internal_call=True)
+            with _whole_weights(self.trainer):
+                Trainer.save_model(self.trainer, str(staged), _internal_call=True)
         except RuntimeError as error:  # torch's own writer, on a full disk
             raise OSError(str(error)) from error
 
@@ -653,6 +654,17 @@ def finish_interrupted_request(trainer: UnlearningTrainer) -> None:
         return
     with service.alone():
         service.recover()
+
+
+@contextlib.contextmanager
+def _whole_weights(trainer: Any) -> Iterator[None]:
+    """Inside, the weights are whole in every process, and the Trainer writes and reads them as it does in one."""
+    with whole_parameters(trainer._bare_model()):
+        sharded, trainer.is_fsdp_enabled = trainer.is_fsdp_enabled, False
+        try:
+            yield
+        finally:
+            trainer.is_fsdp_enabled = sharded
 
 
 def on_main_process(work: Callable[[], Any], what: str) -> Any:

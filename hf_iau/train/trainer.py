@@ -159,10 +159,11 @@ class UnlearningTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`. The memory of an earlier run no longer fits afterwards and is dropped here."""
-        if self.model is not None and is_sharded(self.model):
+        if self.model is not None and not self.is_fsdp_enabled and is_sharded(self.model):
             raise UnsupportedModelError(
-                "The model's parameters are sharded by fully_shard (FSDP2), which the Trainer cannot train here. Train "
-                "with a loop of your own, gather with hf_iau.gather(model, rows), and use this trainer to unlearn()."
+                "The model's parameters are sharded by fully_shard (FSDP2) already, which the Trainer cannot train. Let "
+                "Accelerate shard it (`accelerate launch --use_fsdp --fsdp_version 2`), or train with a loop of your own, "
+                "gather with hf_iau.gather(model, rows), and use this trainer to unlearn()."
             )
         self._memory_of_request = None
         self._given_memory = None
@@ -361,11 +362,13 @@ class UnlearningTrainer(Trainer):
         Checkpoints (saved by the training loop itself) carry no memory. A model or memory that is spread over processes is
         saved by all of them together.
         """
-        with contextlib.nullcontext() if self.model is None else whole_parameters(self._bare_model()):
+        # Accelerate writes what it has sharded itself.
+        alone = self.model is None or self.is_fsdp_enabled
+        with contextlib.nullcontext() if alone else whole_parameters(self._bare_model()):
             super().save_model(output_dir, _internal_call)
-            if not _internal_call and not self.is_in_train:
-                folder = Path(output_dir or self.args.output_dir or ".") / MEMORY_FOLDER
-                self._save_private_files(folder, self.args.should_save)
+        if not _internal_call and not self.is_in_train:
+            folder = Path(output_dir or self.args.output_dir or ".") / MEMORY_FOLDER
+            self._save_private_files(folder, self.args.should_save)
 
     def _save_private_files(self, folder: Path, write: bool) -> None:
         memory = self._memory_in_ram()

@@ -19,6 +19,7 @@ from hf_iau.accelerate_configs import available_configs, config_file
 EXPECTED = {
     "single": (DistributedType.NO, 1, False),
     "ddp": (DistributedType.MULTI_GPU, 2, False),
+    "fsdp2": (DistributedType.FSDP, 2, False),
     "cpu_two_processes": (DistributedType.MULTI_GPU, 2, True),
 }
 REPOSITORY = Path(__file__).parents[2]

@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from tiny_models import PlainClassifier, RowList, as_dataset, build, pad_right, plain_rows, rows_of
 from torch import Tensor, nn
@@ -27,9 +29,11 @@ from unlearning_trainers import EXACT, FORGET, WITH_CURVATURE, make_trainer, rel
 from hf_iau import (
     GatherConfig,
     GradientMemory,
+    IAUCallback,
     IAUConfig,
     UnlearningTrainer,
     check_row_gradients,
+    estimate,
     gather,
     register_method,
 )
@@ -196,13 +200,17 @@ def sharded_kinds(folder: Path) -> dict[str, Any]:
     kinds: dict[str, dict[str, Any]] = {
         "plain": {},
         "kept whole": {"reshard_after_forward": False},
+        "as Accelerate does": {},
         "bf16": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)},
         "replicas": {"mesh": init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))},
     }
     found: dict[str, Any] = {}
     for name, settings in kinds.items():
         model = build("gpt2", dtype=torch.float64)
-        shard(model, model.transformer.h, **settings)  # type: ignore[union-attr]
+        blocks: list[Any] = list(model.transformer.h)  # type: ignore[union-attr, arg-type]
+        if name == "as Accelerate does":  # one group of several modules
+            blocks.append([model.transformer.ln_f, model.transformer.wte, model.lm_head])  # type: ignore[union-attr]
+        shard(model, blocks, **settings)
         before = _training_gradients(model)
         total = sum_row_gradients(model, ModelRowLoss(), rows, track_batches=True)
         curvature = fit_curvature(model, rows)
@@ -566,6 +574,69 @@ def all_or_nothing_on_shards(folder: Path) -> dict[str, Any]:
     return found
 
 
+def trained_by_trainer(folder: Path) -> dict[str, Any]:
+    """FSDP2 through the Trainer. Accelerate chooses it on accelerators only: here it takes two CPUs for such."""
+    os.environ |= {
+        "ACCELERATE_TORCH_DEVICE": "cpu",
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "1",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "BertLayer",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+        "HF_IAU_KEY": "0123456789abcdef" * 4,
+    }
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)  # type: ignore[method-assign]
+    dist.init_process_group("gloo")
+    found: dict[str, Any] = {}
+    settings = {"optim": "sgd", "weight_decay": 0.1}
+
+    def trainer_of(model: nn.Module) -> UnlearningTrainer:
+        callbacks = [IAUCallback(WITH_CURVATURE)]
+        return make_trainer(
+            folder / "trainer", model=model, callbacks=callbacks, settings=settings, dtype=torch.float64
+        )
+
+    try:
+        trainer_of(build("bert")).train()
+    except IAUError as error:
+        found["version 1"] = str(error)
+    os.environ["FSDP_VERSION"] = "2"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer = trainer_of(build("bert", dtype=torch.float64))
+    trainer.train()
+    model = trainer._bare_model()
+    memory = trainer.memory
+    assert memory is not None
+    found["sharded"] = [trainer.is_fsdp_enabled, is_sharded(model), memory.is_spread]
+    found["decay"] = sorted(set(memory.weight_decay.values()))
+    saved = GradientMemory.load(folder / "trainer")
+    saved.check_model(model)
+    # What is made of a plain model with these weights.
+    alone = build("bert", dtype=torch.float64)
+    alone.load_state_dict(start := _wholly(model), strict=False)
+    optimizer = torch.optim.SGD(alone.parameters(), lr=0.1, weight_decay=0.1)
+    rows = as_dataset(rows_of("bert", 12))
+    expected = gather(alone, rows, data_collator=pad_right(), config=WITH_CURVATURE, optimizer=optimizer)
+    found["all decayed"] = sorted(memory.weight_decay) == sorted(trainer.get_decay_parameter_names(alone))
+    sums, reference = whole(memory.gradient_sum or {}), expected.gradient_sum or {}
+    found["sums"] = relative_distance(sums, reference, _zeros(reference))
+    trainer.save_model()
+    trainer.unlearn(row_indices=FORGET, config=GIVEN, save=True)
+    expected.weight_decay = memory.weight_decay
+    forget = source_of([rows_of("bert", 12)[i] for i in FORGET])
+    find_method("iau", GIVEN)[0].run(ForgetContext(alone, ModelRowLoss(), forget, expected), GIVEN)
+    found["weights"] = relative_distance(_wholly(model), state_of(alone), start)
+    on_disk = load_file(folder / "trainer" / "model.safetensors")
+    found["saved"] = same_bits_of(on_disk, _parameters(_wholly(model), model))
+    GradientMemory.load(folder / "trainer").check_model(model)
+    before = _wholly(model)
+    trainer.train()  # goes on
+    found["trained"] = not same_bits_of(before, _wholly(model))
+    found["again"] = trainer.memory is not memory
+    return found
+
+
 class WrongBackward(torch.autograd.Function):
     """The identity, whose backward divides by the batch size: right for one row, wrong for a batch."""
 
@@ -600,7 +671,12 @@ def checked(folder: Path) -> dict[str, Any]:
 
     alone = numbers(lambda model: model)
     join()
-    return {"alone": alone, "together": numbers(shard)}
+    model = build("bert")
+    first = estimate(model, as_dataset(rows_of("bert", 6)), data_collator=pad_right(), probe=False)
+    shard(model)
+    second = estimate(model, as_dataset(rows_of("bert", 6)), data_collator=pad_right())
+    sizes = [first.bytes["memory"], second.bytes["memory"]]
+    return {"alone": alone, "together": numbers(shard), "estimate": sizes, "sharded": is_sharded(model)}
 
 
 def troubles(folder: Path) -> dict[str, Any]:

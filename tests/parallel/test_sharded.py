@@ -19,6 +19,7 @@ JOBS = {
     "calibrated_on_shards": 2,
     "walked_on_shards": 2,
     "all_or_nothing_on_shards": 2,
+    "trained_by_trainer": 2,
     "checked": 2,
     "troubles": 2,
     "sharded_refusals": 2,
@@ -51,7 +52,7 @@ def test_sharded_parameters_give_the_same_memory_and_weights(jobs: dict[str, Any
 
 def test_kinds_of_sharding(jobs: dict[str, Any]) -> None:
     for found in results(jobs["sharded_kinds"]):
-        assert found.keys() == {"plain", "kept whole", "bf16", "replicas"}
+        assert found.keys() == {"plain", "kept whole", "as Accelerate does", "bf16", "replicas"}
         for kind in found.values():
             assert kind["sums"] < 1e-10
             assert kind["solved"] < 1e-10
@@ -148,11 +149,26 @@ def test_a_request_on_shards_holds_shards(jobs: dict[str, Any]) -> None:
         assert found["sums"]
 
 
+def test_the_trainer_trains_shards(jobs: dict[str, Any]) -> None:
+    for found in results(jobs["trained_by_trainer"]):
+        assert "neither DeepSpeed nor FSDP1" in found["version 1"]
+        assert found["sharded"] == [True, True, True]
+        assert found["decay"] == [0.1]
+        assert found["all decayed"]
+        assert found["sums"] < 1e-10
+        assert found["weights"] < 1e-10
+        assert found["saved"]
+        assert found["trained"]
+        assert found["again"]
+
+
 def test_the_checker_on_shards(jobs: dict[str, Any]) -> None:
     for found in results(jobs["checked"]):
         alone, together = found["alone"], found["together"]
         assert together["good"] == alone["good"] == [True, 1e-5, 6]
         assert together["bad"][0] == alone["bad"][0] == ["output.bias"]
+        assert found["estimate"][0] == found["estimate"][1] > 0
+        assert found["sharded"]
         assert together["bad"][1]["2"] == pytest.approx(alone["bad"][1]["2"], rel=1e-4)
 
 
