@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from benchmarks.comparison import Comparison
 from benchmarks.files import file_name, write_arrays, write_json
 from benchmarks.hardware import hardware, peak_process_memory_bytes
 from benchmarks.requests import gather_config, serve
-from benchmarks.suites import Suite
+from benchmarks.suites import Suite, Work
 from benchmarks.training import Case, ModelStore, TrainedModel, restore_moments
 from benchmarks.tuning import tune
 from benchmarks.variants import RETRAIN, Variant, options
@@ -115,27 +116,13 @@ def run_cells(
     memories: dict[str, GradientMemory] = {}
     failures = []
     for variant in wanted:
-        settings = json.dumps(variant.gather, sort_keys=True)
-        trainer = models.trainer(
-            case.work,
-            original.model,
-            train,
-            seed=case.seed,
-            held_out=held_out,
-            for_request=variant.method != RETRAIN,
-            memory=memories.get(settings),
-        )
+        trainer, memory = request_trainer(models, case.work, variant, original, train, held_out, memories)
         if comparison is None:
             comparison = Comparison(models, case, original, references, trainer.args.device)
             comparison.write_losses(cells.references(case))
-        if variant.gather is not None and settings not in memories:
-            if variant.gather.get("curvature") == "adam":
-                restore_moments(trainer, original)
-            memories[settings] = trainer.gather(gather_config(variant))
-        memory = None if variant.gather is None else memories[settings]
         name = f"{case.work.name} {case.scenario.name} seed {case.seed} {variant.name}"
         try:
-            config, tuning = _configuration(models, trainer, case, variant)
+            config, tuning = configuration(models, trainer, case, variant)
             measured, after = serve(trainer, variant, config, case.requests, comparison)
         except IAUError as error:
             failures.append(f"{name}: {error}")
@@ -167,7 +154,48 @@ def run_cells(
     return failures
 
 
-def _configuration(
+def request_trainer(
+    models: ModelStore,
+    work: Work,
+    variant: Variant,
+    original: TrainedModel,
+    train: Any,
+    held_out: Any,
+    memories: dict[str, GradientMemory],
+) -> tuple[UnlearningTrainer, GradientMemory | None]:
+    """A trainer of a trained model with the memory that the method needs.
+
+    Args:
+        models: makes the trainer.
+        work: of the model.
+        variant: the method.
+        original: the model; its seed is the trainer's.
+        train, held_out: data sets.
+        memories: those gathered for this model so far, by their settings; a new one is added.
+
+    Returns:
+        The trainer and its memory, or None where the method needs none.
+    """
+    settings = json.dumps(variant.gather, sort_keys=True)
+    trainer = models.trainer(
+        work,
+        original.model,
+        train,
+        seed=original.record["seed"],
+        held_out=held_out,
+        for_request=variant.method != RETRAIN,
+        memory=memories.get(settings),
+    )
+    if variant.gather is None:
+        return trainer, None
+    if settings not in memories:
+        if variant.gather.get("curvature") == "adam":
+            restore_moments(trainer, original)
+        memories[settings] = trainer.gather(gather_config(variant))
+    return trainer, memories[settings]
+
+
+def configuration(
     models: ModelStore, trainer: UnlearningTrainer, case: Case, variant: Variant
 ) -> tuple[Any, dict[str, Any] | None]:
     """The method's configuration: as given, or tuned on the case's first request."""
@@ -200,7 +228,7 @@ def _describe(
         "settings_to_choose_among": [options(config) for config in variant.settings(case.work)],
         "gather_config": variant.gather,
         "hardware": hardware(),
-        "source": _source_digest(),
+        "source": source_digest(),
         "training": {
             "original": original.record,
             "retrained": references[0].record,
@@ -220,7 +248,8 @@ def _beside_training(
     }
 
 
-def _source_digest() -> str:
+@cache
+def source_digest() -> str:
     """Digest of the package's own source, to tell apart results of two versions."""
     folder = Path(hf_iau.__file__).parent
     digest = hashlib.sha256()

@@ -74,30 +74,9 @@ class Comparison:
         references: list[TrainedModel],
         device: Any,
     ) -> None:
-        tokenizer = models.tokenizer(case.work)
-        collator = models.collator(case.work)
-        train = case.train
-
-        def source(split: Any, name: str) -> RowSource:
-            return RowSource(
-                split.dataset(tokenizer),
-                collator,
-                batch_size=case.work.eval_batch_size,
-                device=device,
-                name=name,
-            ).keep_batches()
-
-        kept = np.setdiff1d(np.arange(len(train)), case.forget_rows)
-        retained = kept[sample_positions(len(kept), MEASURED_RETAINED_ROWS, case.seed)]
-        held_out = sample_positions(len(case.splits.held_out), MEASURED_HELD_OUT_ROWS, case.seed)
         self._device = device
         self._seed = case.seed
-        self._sources = (
-            source(train.select(case.forget_rows), "forget rows"),
-            source(train.select(retained), "retained rows"),
-            source(case.splits.held_out.select(held_out), "held-out rows"),
-            source(case.splits.test, "test rows"),
-        )
+        self._sources = measured_rows(models, case, device)
         self.counts = {
             name: len(rows)
             for name, rows in zip(
@@ -152,6 +131,32 @@ class Comparison:
             if a.probabilities is not None and np.isfinite(a.probabilities).all():
                 found[side] = jsonable(agreement(a, b, bootstrap=0).to_dict())
         return found
+
+
+def measured_rows(models: ModelStore, case: Case, device: Any) -> tuple[RowSource, RowSource, RowSource, RowSource]:
+    """The case's forget rows, a sample of its retained and held-out rows, and its test rows."""
+    tokenizer = models.tokenizer(case.work)
+    collator = models.collator(case.work)
+    train = case.train
+
+    def source(split: Any, name: str) -> RowSource:
+        return RowSource(
+            split.dataset(tokenizer),
+            collator,
+            batch_size=case.work.eval_batch_size,
+            device=device,
+            name=name,
+        ).keep_batches()
+
+    kept = np.setdiff1d(np.arange(len(train)), case.forget_rows)
+    retained = kept[sample_positions(len(kept), MEASURED_RETAINED_ROWS, case.seed)]
+    held_out = sample_positions(len(case.splits.held_out), MEASURED_HELD_OUT_ROWS, case.seed)
+    return (
+        source(train.select(case.forget_rows), "forget rows"),
+        source(train.select(retained), "retained rows"),
+        source(case.splits.held_out.select(held_out), "held-out rows"),
+        source(case.splits.test, "test rows"),
+    )
 
 
 def _svc_mia(rows: Measurement, seed: int) -> float | None:

@@ -1,5 +1,9 @@
 """`python -m benchmarks.memory --out DIR`: peak memory of gathering and of a request beside training's own, and forecasts.
 
+The bound is training's own peak, one float32 copy of the trained weights and the factors; with a memory on another device
+than the model's, training's own peak. `eigenvectors` is what is held beside all that while those of the largest factor are
+found, which does not grow with the number of layers.
+
 Bytes are those of PyTorch's allocator: on a CPU its events, on CUDA `max_memory_allocated`. Rows are random tokens, for
 bytes and seconds do not depend on what is in them. Seconds are taken in a second run, without the profiler.
 """
@@ -26,6 +30,8 @@ from transformers import BertConfig, BertForSequenceClassification, TrainingArgu
 
 from benchmarks.hardware import hardware
 from hf_iau import Estimate, GatherConfig, IAUConfig, UnlearningTrainer, estimate
+from hf_iau.curvature.fit import eigenvector_bytes
+from hf_iau.curvature.layers import plan_layers
 from hf_iau.phases import peak_allocated_bytes
 
 _LENGTH, _VOCABULARY, _CLASSES = 32, 2000, 10
@@ -41,6 +47,9 @@ def main(
     width: Annotated[int, typer.Option(help="Hidden size of the BERT-style model.", min=64)] = 256,
     layers: Annotated[int, typer.Option(help="Its layers.", min=1)] = 1,
     batch_size: Annotated[int, typer.Option(help="Rows a batch.", min=1)] = 16,
+    eval_batch_size: Annotated[
+        int | None, typer.Option(help="Rows a batch without gradients; default: as with them, as in the Trainer.")
+    ] = None,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Gradient checkpointing.")] = False,
     memory_device: Annotated[str | None, typer.Option(help="As in GatherConfig.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
@@ -57,17 +66,18 @@ def main(
         model = _model(name, width, layers)
         if checkpointing:
             model.gradient_checkpointing_enable()
-        results.append({"model": name, **_measure(model, config, batch_size)})
+        results.append({"model": name, **_measure(model, config, batch_size, eval_batch_size or batch_size)})
     out.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "benchmarks.memory", *sys.argv[1:]])
-    about = {"command": command, "hardware": hardware(), "settings": {"width": width, "layers": layers}}
+    settings = {"width": width, "layers": layers, "memory_device": memory_device}
+    about = {"command": command, "hardware": hardware(), "settings": settings}
     (out / "memory.json").write_text(json.dumps(about | {"results": results}, indent=1))
     table = _table(results)
     (out / "memory.md").write_text(f"{table}\n\n`{command}`\n")
     typer.echo(table)
 
 
-def _measure(model: nn.Module, config: GatherConfig, batch_size: int) -> dict[str, Any]:
+def _measure(model: nn.Module, config: GatherConfig, batch_size: int, eval_batch_size: int) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     train, held_out = _rows(_ROWS, 0), _rows(_HELD_OUT, 1)
@@ -77,7 +87,7 @@ def _measure(model: nn.Module, config: GatherConfig, batch_size: int) -> dict[st
         arguments = TrainingArguments(
             folder,
             per_device_train_batch_size=batch_size,
-            per_device_eval_batch_size=4 * batch_size,
+            per_device_eval_batch_size=eval_batch_size,
             max_steps=6,
             save_strategy="no",
             disable_tqdm=True,
@@ -105,7 +115,7 @@ def _measure(model: nn.Module, config: GatherConfig, batch_size: int) -> dict[st
         method_config=wishes,
         request_rows=_FORGET,
         held_out_rows=_HELD_OUT,
-        prediction_batch_size=4 * batch_size,
+        prediction_batch_size=eval_batch_size,
         data_collator=default_data_collator,
     )
     gathered: list[Any] = []
@@ -120,6 +130,8 @@ def _measure(model: nn.Module, config: GatherConfig, batch_size: int) -> dict[st
     requesting = held + peak_allocated_bytes(request, device)
     seconds = {"gather": _seconds(lambda: trainer().gather(config)), "unlearn": _seconds(request)}
     factors = memory.curvature.nbytes()
+    # With a memory device, what belongs to the memory is not on the device that trains.
+    kept_away = device.type == "cuda" and torch.device(config.memory_device or "cuda").type != "cuda"
     return {
         "trainable": trainable,
         "weights": weights,
@@ -128,7 +140,8 @@ def _measure(model: nn.Module, config: GatherConfig, batch_size: int) -> dict[st
         "request_peak": requesting,
         "memory": memory.nbytes(),
         "factors": factors,
-        "bound": training + 4 * trainable + factors,
+        "bound": training + (0 if kept_away else 4 * trainable + factors),
+        "eigenvectors": eigenvector_bytes(plan_layers(model, kronecker=True, max_factor_size=config.max_factor_size)),
         "seconds": seconds,
         "forecast": forecast.to_dict(),
     }
@@ -169,9 +182,13 @@ def _rows(count: int, seed: int) -> datasets.Dataset:
 def _table(results: list[dict[str, Any]]) -> str:
     lines = ["| MiB | " + " | ".join(str(result["model"]) for result in results) + " |"]
     lines.append("|---" * (len(results) + 1) + "|")
-    for key in ("weights", "training_peak", "bound", "gathering_peak", "request_peak", "memory", "factors"):
+    keys = ("weights", "training_peak", "bound", "gathering_peak", "request_peak", "memory", "factors", "eigenvectors")
+    for key in keys:
         sizes = [f"{result[key] / 2**20:.1f}" for result in results]
         lines.append(f"| {key.replace('_', ' ')} | " + " | ".join(sizes) + " |")
+    for key in ("gathering_peak", "request_peak"):
+        held = [_verdict(result[key], result["bound"]) for result in results]
+        lines.append(f"| {key.replace('_', ' ')} within the bound | " + " | ".join(held) + " |")
     for key in ("gathering_peak", "request_peak", "memory"):
         sizes = [f"{result['forecast']['bytes'][key] / 2**20:.1f}" for result in results]
         lines.append(f"| forecast {key.replace('_', ' ')} | " + " | ".join(sizes) + " |")
@@ -179,6 +196,10 @@ def _table(results: list[dict[str, Any]]) -> str:
         pairs = [f"{result['seconds'][key]:.1f} ({result['forecast']['seconds'][key]:.1f})" for result in results]
         lines.append(f"| seconds of {key} (forecast) | " + " | ".join(pairs) + " |")
     return "\n".join(lines)
+
+
+def _verdict(peak: int, bound: int) -> str:
+    return "yes" if peak <= bound else f"no, {(peak - bound) / 2**20:.1f} above"
 
 
 if __name__ == "__main__":

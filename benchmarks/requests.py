@@ -60,7 +60,7 @@ def serve(
             report = output.report.to_dict()
             del output  # holds a copy of the weights
             path += report["diagnostics"]["relative_step_norm"]
-            served.append(_one_request(report, seconds, cpu_seconds))
+            served.append(one_request(report, seconds, cpu_seconds))
             if number in CHECKPOINTS and number < len(requests):
                 so_far = np.isin(forget_rows, np.concatenate(requests[:number]))
                 checkpoints.append(_checkpoint(comparison, model, so_far, number, path))
@@ -99,7 +99,8 @@ def gather_config(variant: Variant) -> GatherConfig:
     return GatherConfig(progress=False, **(variant.gather or {}))
 
 
-def _one_request(report: dict[str, Any], seconds: float, cpu_seconds: float) -> dict[str, Any]:
+def one_request(report: dict[str, Any], seconds: float, cpu_seconds: float) -> dict[str, Any]:
+    """What a cell says of one request, from its report and its clocked seconds."""
     sides = ("forget_accuracy", "held_out_accuracy", "held_out_loss", "mia_auc_held_out")
     calibration = report["diagnostics"].get("calibration") or {}
     return {

@@ -39,19 +39,15 @@ def main(
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
 ) -> None:
     """Train, forget, measure against retraining. Finished cells are not run again."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    for chatty in ("hf_iau", "transformers", "datasets", "accelerate", "httpx"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    torch.set_num_threads(threads)
+    set_up(threads)
     if suite not in SUITES:
         raise typer.BadParameter(f"{suite!r} is unknown: choose one of {', '.join(SUITES)}.", param_hint="suite")
     chosen = SUITES[suite]
     variants = [*chosen.variants, *(chosen.ablation if ablation else ())]
     if methods is not None:
-        methods = _groups_spelled_out(methods, variants)
-    variants = _only(variants, methods, "--methods")
-    picked = _only(list(chosen.scenarios), scenarios, "--scenarios")
+        methods = groups_spelled_out(methods, variants)
+    variants = only(variants, methods, "--methods")
+    picked = only(list(chosen.scenarios), scenarios, "--scenarios")
     models = ModelStore(out / "models", data, weights)
     cells = CellStore(out / chosen.name)
     command = shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]])
@@ -78,7 +74,16 @@ def main(
         raise typer.Exit(code=1)
 
 
-def _groups_spelled_out(names: str, variants: list[Variant]) -> str:
+def set_up(threads: int) -> None:
+    """Progress of the benchmark on standard error, and nothing of what the libraries say besides."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    for chatty in ("hf_iau", "transformers", "datasets", "accelerate", "httpx"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    torch.set_num_threads(threads)
+
+
+def groups_spelled_out(names: str, variants: list[Variant]) -> str:
     """Names of methods, with each group replaced by its methods."""
     found: list[str] = []
     for name in names.split(";"):
@@ -87,7 +92,12 @@ def _groups_spelled_out(names: str, variants: list[Variant]) -> str:
     return ";".join(found)
 
 
-def _only(named: list, names: str | None, option: str) -> list:
+def only(named: list, names: str | None, option: str) -> list:
+    """Those of `named` whose names are asked for, separated by semicolons; all for None.
+
+    Raises:
+        typer.BadParameter: a name is unknown.
+    """
     if names is None:
         return named
     asked = [name.strip() for name in names.split(";")]

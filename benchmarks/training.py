@@ -26,7 +26,8 @@ from hf_iau.methods import RetrainConfig
 
 logger = logging.getLogger(__name__)
 
-_SECOND_SEED = 1000
+SECOND_SEED = 1000
+"""Retrained models that must not share a seed with the original have seeds from the case's plus this on."""
 
 
 @dataclass
@@ -91,18 +92,19 @@ class ModelStore:
         splits = self._splits[key]
         return Case(work, scenario, seed, splits, scenario.forget_rows(splits.train.labels, seed))
 
-    def original(self, case: Case) -> TrainedModel:
-        """The model trained on all rows."""
+    def original(self, case: Case, seed: int | None = None) -> TrainedModel:
+        """The model trained on all rows, from the case's seed or another one."""
         everything = np.arange(len(case.train))
-        return self._model(case, "original", case.seed, everything, keep_optimizer=case.work.keep_optimizer)
+        seed = case.seed if seed is None else seed
+        return self._model(case, "original", seed, everything, keep_optimizer=case.work.keep_optimizer)
 
-    def retrained(self, case: Case) -> TrainedModel:
-        """The model trained without the forget rows, from the same seed."""
-        return self._model(case, "retrained", case.seed, _kept(case))
+    def retrained(self, case: Case, seed: int | None = None) -> TrainedModel:
+        """The model trained without the forget rows, from the case's seed or another one."""
+        return self._model(case, "retrained", case.seed if seed is None else seed, _kept(case))
 
     def retrained_again(self, case: Case) -> TrainedModel:
         """The same from another seed."""
-        return self._model(case, "retrained", case.seed + _SECOND_SEED, _kept(case))
+        return self.retrained(case, case.seed + SECOND_SEED)
 
     def retrain_config(self, case: Case) -> RetrainConfig:
         """For `method="retrain"`: training starts from a new model."""

@@ -44,7 +44,7 @@ class GradientAccumulator:
 
     Where sum and gradient are of one type and on one device, what a sum's rounding loses is put back as the parameter's
     `.grad`, to which autograd adds the next gradient (compensated summation, Kahan 1965); the sum is then as exact as
-    one in twice the precision. Elsewhere it is made in float64.
+    one in twice the precision. Elsewhere it is made in float64. There is no sum beside `.grad` for the first few batches.
 
     Args:
         parameters: by name; the caller takes care of their `.grad` before and after.
@@ -62,11 +62,8 @@ class GradientAccumulator:
             name: compensated and p.dtype == kept_dtype(p.dtype) and (device is None or _is_same(p.device, device))
             for name, p in parameters.items()
         }
-        types = {name: p.dtype if self._compensated[name] else torch.float64 for name, p in parameters.items()}
-        self._sums = {
-            name: torch.zeros_like(p, dtype=types[name]).detach().to(device or p.device)
-            for name, p in parameters.items()
-        }
+        self._device = device
+        self._sums: dict[str, Tensor] = {}
 
     @property
     def is_full(self) -> bool:
@@ -91,8 +88,13 @@ class GradientAccumulator:
             gradient = parameter.grad
             if gradient is None:
                 continue
-            total = self._sums[name]
             parameter.grad = None
+            if name not in self._sums:  # the first batches' sum is autograd's
+                gradient = gradient.to_dense() if gradient.is_sparse else gradient
+                dtype = gradient.dtype if self._compensated[name] else torch.float64
+                self._sums[name] = gradient.to(self._device or gradient.device, dtype)
+                continue
+            total = self._sums[name]
             if not self._compensated[name] or gradient.is_sparse:
                 total += gradient.to(total.device)
                 continue
@@ -108,7 +110,12 @@ class GradientAccumulator:
         sums = {}
         for name, parameter in self.parameters.items():
             parameter.grad = None
-            sums[name] = self._sums.pop(name).to(kept_dtype(parameter.dtype))
+            kept = kept_dtype(parameter.dtype)
+            if name in self._sums:
+                sums[name] = self._sums.pop(name).to(kept)
+            else:
+                nothing = torch.zeros_like(parameter, dtype=kept).detach()
+                sums[name] = nothing.to(self._device or parameter.device)
         return sums
 
 

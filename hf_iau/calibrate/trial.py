@@ -77,10 +77,13 @@ class Directions:
         forget = self.at(damping)
         for block in self.curvature.blocks.values():
             names = [name for name in block.shapes if name in forget]
-            finish = None
-            if self.finish_sum is not None and finish_weight != 0.0:
-                finish = self._solve({name: self.finish_sum[name] for name in names}, damping)
-            yield finish_forgetting_step({name: forget[name] for name in names}, finish, length, finish_weight)
+            if self.finish_sum is None or finish_weight == 0.0:
+                yield finish_forgetting_step({name: forget[name] for name in names}, None, length, 0.0)
+                continue
+            part = self._solve({name: self.finish_sum[name] for name in names}, damping)
+            for name, change in part.items():  # in its place
+                change.mul_(-finish_weight).add_(forget[name].to(change.device), alpha=length)
+            yield part
 
     def step(self, length: float, damping: float, finish_weight: float) -> Step:
         """The same at once."""

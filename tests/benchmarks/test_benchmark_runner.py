@@ -22,7 +22,7 @@ from benchmarks import cells as cells_module  # noqa: E402
 from benchmarks.data import _LOADERS, Split, load_splits  # noqa: E402
 from benchmarks.files import read_arrays  # noqa: E402
 from benchmarks.models import make_model  # noqa: E402
-from benchmarks.run import _groups_spelled_out, main  # noqa: E402
+from benchmarks.run import groups_spelled_out, main  # noqa: E402
 from benchmarks.scenarios import Scenario  # noqa: E402
 from benchmarks.suites import CIFAR10_RESNET18, LENET, SUITES  # noqa: E402
 from benchmarks.training import ModelStore  # noqa: E402
@@ -246,7 +246,7 @@ def test_a_cell_holds_attacks_that_nothing_was_optimised_for(finished: Path) -> 
 
 
 def test_a_group_of_methods_can_be_named() -> None:
-    assert _groups_spelled_out("published;iau", list(SUITES["synthetic"].variants)).split(";") == [
+    assert groups_spelled_out("published;iau", list(SUITES["synthetic"].variants)).split(";") == [
         "iau-released",
         "iau-released, tuned",
         "iau",

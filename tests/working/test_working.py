@@ -15,9 +15,11 @@ from unlearning_trainers import EXACT, FORGET, WITH_CURVATURE, collator, make_tr
 
 import hf_iau
 from hf_iau import ConfigError, GatherConfig, GradientMemory, IAUCallback, IAUConfig, check_row_gradients
+from hf_iau.forget import WeightTransaction
 from hf_iau.gather.gradient_sum import sum_row_gradients
 from hf_iau.objective import ModelRowLoss, RowSource, evaluation_mode
 from hf_iau.objective.working import memory_device, working
+from hf_iau.vectors import GradientAccumulator
 
 STEP = IAUConfig(length=0.1, damping=1.0, finish_weight=0.01)
 
@@ -271,3 +273,23 @@ def test_sums_on_the_memory_device() -> None:
     assert all(torch.equal(tensor, expected.tensors[name]) for name, tensor in total.tensors.items())
     assert {tensor.device.type for tensor in total.tensors.values()} == {"cpu"}
     assert EXACT.memory_device is None
+
+
+def test_what_a_request_keeps_lies_on_the_memory_device() -> None:
+    """The device "meta" stands in for another one than the model's."""
+    model, elsewhere = plain(), torch.device("meta")
+    with working(memory_device=elsewhere):
+        source = RowSource(as_dataset(plain_rows(8)), pad_right(), batch_size=4).keep_batches()
+        transaction = WeightTransaction(model, memory_device(None))
+        moved = transaction.moved(["hidden.weight"])
+        accumulator = GradientAccumulator(dict(model.named_parameters()), memory_device(None))
+        for _ in range(9):
+            model(**pad_right()(plain_rows(4)))["loss"].backward()
+            accumulator.add()
+        assert [p.grad is None for p in model.parameters()] == [False] * 4  # of the ninth, which are added at the end
+        sums = accumulator.finish()
+    assert source._kept is not None
+    kept = [tensor for _, inputs in source._kept for tensor in inputs.values()]
+    for tensor in (*kept, *transaction.copies.values(), moved["hidden.weight"], *sums.values()):
+        assert tensor.device == elsewhere
+    assert all(p.grad is None for p in model.parameters())
