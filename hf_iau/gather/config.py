@@ -97,7 +97,7 @@ class GatherConfig:
             value = getattr(self, name)
             try:
                 torch.device(value or "cpu")
-            except (RuntimeError, TypeError) as error:
+            except (RuntimeError, TypeError, ValueError) as error:
                 raise ConfigError(f"GatherConfig({name}={value!r}): give a device, e.g. 'cpu' or 'cuda:0'.") from error
 
     def to_dict(self) -> dict[str, Any]:
