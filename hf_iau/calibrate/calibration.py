@@ -34,7 +34,7 @@ class Calibration:
         source: "forget rows", "proxies", "class share", "remembered", "given", "uncalibrated" or "walk" (many short
             steps were taken instead of one; `length` and `finish_weight` are those of the one step not taken).
         reached: whether the criterion was brought within its tolerance.
-        criterion: its value at the step chosen; `tolerance` and `standard_error` beside it.
+        criterion: its value at the trial next to the k chosen; `tolerance` and `standard_error` beside it.
         held_out_loss_before, held_out_loss: mean loss of the held-out rows without and with the step.
         lengths: k of every draw (their spread is the uncertainty of `length`).
         curve: every trial that looked for k and λ, for the report.
@@ -86,10 +86,11 @@ def find_length(
     max_relative_step: float,
     guess: float | None = None,
     trials: int = _TRIALS_PER_LENGTH,
-) -> tuple[Trial, bool]:
+) -> tuple[Trial, bool, float]:
     """The k at which the criterion vanishes, by bracketing and interpolation.
 
-    Where the held-out loss rises by more than `MAX_DRIFT` before that, the longest step tried that spares it is taken.
+    Trials end where the criterion is within the tolerance. They come from below, so the k returned is where it vanishes
+    by one more interpolation, which is not tried. Where the held-out loss rises by more than `MAX_DRIFT` before that, the longest step tried that spares it is taken.
 
     Args:
         runner: tries steps.
@@ -101,7 +102,7 @@ def find_length(
         trials: how many steps may be tried.
 
     Returns:
-        The best trial, and whether it is within the tolerance.
+        The best trial, whether it is within the tolerance, and k: near that trial's, or the trial's own where it is not.
     """
     limit = runner.longest(damping, max_relative_step)
     ruin = (1.0 + MAX_DRIFT) * start.held_out_loss
@@ -115,7 +116,7 @@ def find_length(
         tried.append(trial)
         spared = trial.held_out_loss <= ruin
         if spared and abs(trial.criterion) <= tolerance:
-            return trial, True
+            return trial, True, min(_root(start.criterion, tried), limit)
         if spared and trial.criterion > 0:
             if length >= limit:
                 break
@@ -123,7 +124,7 @@ def find_length(
         else:
             high, high_value = length, min(trial.criterion, -start.criterion if not spared else 0.0)
         if high is None:
-            length = min(length * _further(start.criterion, tried), limit)
+            length = min(length * min(max(_power(start.criterion, tried), _LEAST_FACTOR), 4.0), limit)
         else:
             gap = low_value - high_value  # not positive where the rows look no better known than held-out ones at k = 0
             share = min(max(low_value / gap, 0.1), 0.9) if gap > 0 else 0.1
@@ -132,28 +133,45 @@ def find_length(
             else:
                 length = share * high
     sparing = [trial for trial in tried if trial.held_out_loss <= ruin]
-    if not sparing:
-        return min(tried, key=lambda trial: trial.length), False
-    return min(sparing, key=lambda trial: abs(trial.criterion)), False
+    best = min(sparing, key=lambda trial: abs(trial.criterion)) if sparing else min(tried, key=lambda t: t.length)
+    return best, False, best.length
 
 
-def _further(distance: float, tried: list[Trial]) -> float:
-    """The factor by which k is raised where every step tried was too short.
+def _power(distance: float, tried: list[Trial]) -> float:
+    """The factor that takes the last k to where the criterion vanishes, were what a step brings a power of k.
 
-    What a step brings grows like a power of k: with exponent 1 by the first step alone, else by the last two, and from
-    there at most fourfold at a time.
+    The exponent is 1 by one step alone, else that of the last two.
 
     Args:
         distance: the criterion of no step.
-        tried: steps that brought less than that, in rising length.
+        tried: steps; the last two are looked at.
     """
     brought = [distance - trial.criterion for trial in tried[-2:]]
-    if not 0.0 < brought[-1] < distance:
-        return 4.0 if distance > 0.0 else _LEAST_FACTOR  # nothing was brought; or there is nothing to be brought
+    if not brought[-1] > 0.0 or not distance > 0.0:
+        return math.inf if distance > 0.0 else 0.0  # nothing was brought; or there is nothing to be brought
     exponent = 1.0
-    if len(brought) == 2 and 0.0 < brought[0] < brought[1]:
-        exponent = math.log(brought[1] / brought[0]) / math.log(tried[-1].length / tried[-2].length)
-    return min(max((distance / brought[-1]) ** (1.0 / max(exponent, 0.25)), _LEAST_FACTOR), 4.0)
+    if len(brought) == 2 and brought[0] > 0.0:
+        first, last = sorted(zip((trial.length for trial in tried[-2:]), brought, strict=True))
+        if first[0] < last[0] and first[1] < last[1]:
+            exponent = math.log(last[1] / first[1]) / math.log(last[0] / first[0])
+    return (distance / brought[-1]) ** (1.0 / max(exponent, 0.25))
+
+
+def _root(distance: float, tried: list[Trial]) -> float:
+    """Where the criterion vanishes, next to the last trial, which nearly does that.
+
+    Between that trial and the nearest one on the other side, or by `_power`; at most a quarter away from the trial.
+    """
+    last = tried[-1]
+    others = [t for t in tried[:-1] if t.criterion * last.criterion < 0.0 and math.isfinite(t.held_out_loss)]
+    if others and last.length > 0.0:
+        other = min(others, key=lambda trial: abs(trial.criterion))
+        share = last.criterion / (last.criterion - other.criterion)
+        factor = (other.length / last.length) ** share if other.length > 0.0 else 1.0
+    else:
+        factor = _power(distance, tried)
+        factor = factor if 0.0 < factor < math.inf else 1.0
+    return last.length * min(max(factor, 0.8), 1.25)
 
 
 def _first_guess(runner: TrialRunner, damping: float, start: Trial) -> float:
@@ -199,11 +217,11 @@ def calibrate(
 
     def at(value: float, neighbour: _Candidate | None) -> _Candidate:
         if length is not None:
-            return _Candidate(runner.run(length, value), True)
+            return _Candidate(runner.run(length, value), True, length)
         guess = None
         if neighbour is not None and neighbour.trial.length > 0 and neighbour.slope > 0:
             slope = runner.directions.slope(value)
-            guess = neighbour.trial.length * neighbour.slope / slope if slope > 0 else None
+            guess = neighbour.length * neighbour.slope / slope if slope > 0 else None
         found = find_length(
             runner,
             value,
@@ -219,7 +237,7 @@ def calibrate(
     best = at(damping, None) if damping is not None else _downhill(at, damping_range)
     trial, reached = best.trial, best.reached
     return Calibration(
-        length=trial.length,
+        length=best.length,
         damping=trial.damping,
         finish_weight=0.0,
         source=source,
@@ -227,7 +245,7 @@ def calibrate(
         criterion=trial.criterion,
         tolerance=tolerance,
         standard_error=error,
-        lengths=[trial.length],
+        lengths=[best.length],
         curve=[t.to_dict() for t in runner.trials],
         draws=[runner.n_target],
     )
@@ -298,6 +316,7 @@ class _Candidate:
 
     trial: Trial
     reached: bool
+    length: float
     slope: float = 0.0
 
     def better_than(self, other: _Candidate) -> bool:

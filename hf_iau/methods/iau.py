@@ -393,7 +393,7 @@ class IAU:
                 continue
             if config.length is not None:
                 break
-            trial, reached = find_length(
+            _, reached, length = find_length(
                 runner,
                 calibration.damping,
                 calibration.finish_weight,
@@ -404,7 +404,7 @@ class IAU:
                 trials=3,
             )
             if reached:
-                calibration.lengths.append(trial.length)
+                calibration.lengths.append(length)
                 calibration.draws.append(len(proxies))
             calibration.curve += [t.to_dict() for t in runner.trials]
             del runner
