@@ -259,6 +259,7 @@ def finish(
     finish_weights: tuple[float, ...],
     max_relative_step: float,
     finish_weight: float | None = None,
+    keep_length: bool = False,
 ) -> Calibration:
     """Look at the request's own step: choose c for it, and halve it (up to four times) while it ruins the held-out rows.
 
@@ -273,6 +274,7 @@ def finish(
         finish_weights: c to be tried beside 0, ascending; empty without a gradient sum.
         max_relative_step: longest ‖Δ‖/‖θ‖ allowed.
         finish_weight: keep c at this value.
+        keep_length: keep k as well; else it grows by c, so that what is finished on is the retained rows alone.
 
     Returns:
         The calibration with c, the held-out losses and `halvings` filled in.
@@ -280,21 +282,26 @@ def finish(
     first = len(runner.trials)
     length = min(calibration.length, runner.longest(calibration.damping, max_relative_step))
     given = finish_weight or 0.0
-    best = runner.run(length, calibration.damping, given)
+
+    def run(length: float, weight: float) -> Trial:
+        # Σ_D is of the forget rows too, and c·Σ_D would learn them again: (k + c)·Σ_f − c·Σ_D finishes on the others.
+        return runner.run(length if keep_length else length + weight, calibration.damping, weight)
+
+    best = run(length, given)
     halvings = 0
     while not best.held_out_loss <= (1.0 + MAX_DRIFT) * before.held_out_loss and halvings < _MOST_HALVINGS:
         halvings += 1
-        best = runner.run(length * 0.5**halvings, calibration.damping, given)
+        best = run(length * 0.5**halvings, given)
     for weight in finish_weights if finish_weight is None else ():
         if best.held_out_loss <= before.held_out_loss:
             break
-        tried = runner.run(best.length, calibration.damping, weight)
+        tried = run(length * 0.5**halvings, weight)
         if not tried.held_out_loss < best.held_out_loss or tried.relative_step > max_relative_step:
             break
         if tried.held_out_loss < before.held_out_loss:
             share = (best.held_out_loss - before.held_out_loss) / (best.held_out_loss - tried.held_out_loss)
             between = best.finish_weight + share * (weight - best.finish_weight)
-            best = runner.run(best.length, calibration.damping, between)
+            best = run(length * 0.5**halvings, between)
             break
         best = tried
     return replace(

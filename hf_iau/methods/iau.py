@@ -504,6 +504,7 @@ class IAU:
             finish_weights=tuple(sorted(w for w in config.finish_weights if w > 0)) if directions.finish_sum else (),
             max_relative_step=config.max_relative_step,
             finish_weight=config.finish_weight,
+            keep_length=config.length is not None,
         )
 
     def _look_back(

@@ -371,6 +371,27 @@ def test_finishing_stops_at_the_loss_of_before():
     )
     assert done.finish_weight == pytest.approx(0.01)
     assert done.held_out_loss == pytest.approx(1.0)
+    assert done.length == pytest.approx(0.51)  # Σ_D holds Σ_f too
+
+
+def test_finishing_does_not_learn_the_forget_rows_again(scene):
+    """The step taken is k·Σ_f against c times the gradient sum of the *retained* rows."""
+    scene.model.load_state_dict(scene.state)
+    kept, rows = rows_of(scene.train.take(np.arange(300, 1200))), rows_of(scene.train.take(np.arange(300)))
+    directions = directions_of(scene, rows, scene.memory.gradient_sum)
+    own = TrialRunner(scene.model, directions, None, rows_of(scene.held_out), criterion=lambda *_: 0.0)
+    before = own.outset(None, predict_rows(scene.model, rows_of(scene.held_out)))
+    found = Calibration(0.2, 0.1, 0.0, source="forget rows")
+    weights = (0.003, 0.01, 0.03)
+    done = finish(own, found, before=before, finish_weights=weights, max_relative_step=0.5)
+    assert done.finish_weight > 0.0
+    retained = sum_row_gradients(scene.model, ModelRowLoss(), kept)
+    against = Directions(scene.memory.curvature, directions.forget_sum, retained.tensors, directions.remaining)
+    step = directions.step(done.length, done.damping, done.finish_weight)
+    for name, change in against.step(0.2, 0.1, done.finish_weight).items():
+        assert torch.allclose(step[name], change, rtol=0, atol=1e-4 * float(change.abs().max()))
+    kept_length = finish(own, found, before=before, finish_weights=weights, max_relative_step=0.5, keep_length=True)
+    assert kept_length.length == 0.2
 
 
 def test_rows_that_look_no_better_known_than_held_out_ones():
