@@ -54,6 +54,8 @@ _SPARED = 0.03
 _CLASS_TOLERANCE = 0.01
 # Memories may be moved this far, relative to the weights, before an earlier calibration is not trusted any more.
 _CALIBRATION_RANGE = 0.05
+# An earlier calibration whose step raises the held-out loss by more than this share is not trusted either.
+_REMEMBERED_COST = 0.02
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,15 @@ class IAU:
             after = _After()
             if held_out is not None and not config.is_given:
                 calibration = self._finish(context, config, directions, calibration, outset, notes)
+                if calibration.source == "remembered" and _is_dear(calibration):
+                    anew = replace(config, recalibrate=True)
+                    basis, notes = self._basis(context, anew, memory, outset)
+                    found = (
+                        self._calibrate_on_proxies(context, anew, memory, outset, notes)
+                        if basis == "proxies"
+                        else self._calibrate(context, anew, memory, directions, outset, basis, notes)
+                    )
+                    calibration = self._finish(context, anew, directions, found, outset, notes)
                 path, after = self._walk(context, config, directions, calibration, outset, notes)
             found_by_main = of_main_process(
                 [calibration.length, calibration.damping, calibration.finish_weight], "k, λ and c"
@@ -794,6 +805,14 @@ def _remembered(config: IAUConfig, memory: GradientMemory) -> Calibration | None
         return None
     fields = {name: known[name] for name in Calibration.__dataclass_fields__ if name in known}
     return Calibration(**{**fields, "source": "remembered"})
+
+
+def _is_dear(calibration: Calibration) -> bool:
+    """Whether the step costs the held-out rows more than an earlier calibration may; so does a step that was halved."""
+    before, after = calibration.held_out_loss_before, calibration.held_out_loss
+    if before is None or after is None:
+        return False
+    return calibration.halvings > 0 or not after <= before + _REMEMBERED_COST * abs(before)
 
 
 def _check_remembered(known: Mapping[str, Any]) -> None:

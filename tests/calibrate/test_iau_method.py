@@ -156,6 +156,19 @@ def test_an_answer_is_remembered_and_reused(trainer_of):
     assert again.diagnostics["calibration"]["source"] == "proxies"
 
 
+def test_a_remembered_answer_that_is_dear_is_found_anew(trainer_of):
+    """k = 20 would raise the held-out loss by far more than 2 %."""
+    trainer = trainer_of()
+    first = trainer.unlearn(row_indices=[3, 4, 5])
+    usual = first.report.diagnostics["calibration"]["length"]
+    trainer.memory.calibration["length"] = 20.0 * max(usual, 1.0)
+    report = trainer.unlearn(row_indices=list(range(20, 60))).report
+    found = report.diagnostics["calibration"]
+    assert found["source"] == "proxies" and found["length"] < 5.0 * max(usual, 1.0)
+    assert report.after["held_out_loss"] < 1.1 * report.before["held_out_loss"]
+    assert trainer.memory.calibration["length"] < 5.0 * max(usual, 1.0)
+
+
 def test_only_a_free_calibration_is_remembered(trainer_of):
     """A k or λ that the user gave for one request is no answer for the next."""
     trainer = trainer_of()
