@@ -388,3 +388,16 @@ def build(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **s
 def rows_of(family: str, n: int = 12, *, seed: int = 0) -> list[Row]:
     """Rows that fit the models of a family in `FAMILIES`."""
     return FAMILIES[family][1](n, seed=seed)
+
+
+class WrongBackward(torch.autograd.Function):
+    """The identity, whose backward divides by the batch size: right for one row, wrong for a batch."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, rows: int) -> Tensor:
+        ctx.rows = rows
+        return parameter.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient / ctx.rows, None

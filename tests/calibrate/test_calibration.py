@@ -48,6 +48,21 @@ def runner(scene):
     return TrialRunner(scene.model, directions_of(scene, forget), forget, rows_of(scene.held_out))
 
 
+class Response:
+    """Answers trials by formulas of k."""
+
+    n_target = 500
+
+    def __init__(self, criterion, loss=lambda k: 1.0, longest=1e9, target_loss=0.5):
+        self.criterion, self.loss, self.limit, self.target_loss = criterion, loss, longest, target_loss
+
+    def longest(self, *_):
+        return self.limit
+
+    def run(self, k, damping, c=0.0):
+        return Trial(k, damping, c, 0.1, self.criterion(k), self.loss(k), self.target_loss)
+
+
 def test_directions_are_the_formula(scene, runner):
     exact = scene.memory.gradient_sum
     directions = Directions(scene.memory.curvature, runner.directions.forget_sum, exact, 900)
@@ -103,16 +118,7 @@ def test_the_step_stays_within_its_bound(runner):
 def test_a_step_that_ruins_the_held_out_rows_is_too_long():
     """The criterion vanishes at k = 1, but the held-out loss has risen by 30 % at k = 0.3 already."""
 
-    class Fake:
-        n_target = 500
-
-        def longest(self, *_):
-            return 1e9
-
-        def run(self, k, damping, c=0.0):
-            return Trial(k, damping, c, 0.1, 0.1 * (1 - k), 1.0 + k, 0.5)
-
-    fake = Fake()
+    fake = Response(lambda k: 0.1 * (1 - k), loss=lambda k: 1.0 + k)
     trial, reached, _ = find_length(
         fake, 0.1, 0.0, start=fake.run(0.0, 0.1), tolerance=0.005, max_relative_step=0.5, guess=0.9
     )
@@ -123,16 +129,7 @@ def test_a_step_that_ruins_the_held_out_rows_is_too_long():
 def test_a_length_that_is_too_short_is_raised_by_a_power_law(power):
     """What the response is: so the third step arrives, wherever the first one was."""
 
-    class Fake:
-        n_target = 500
-
-        def longest(self, *_):
-            return 1e9
-
-        def run(self, k, damping, c=0.0):
-            return Trial(k, damping, c, 0.1, 0.1 * (1 - (k / 0.8) ** power), 1.0, 0.5)
-
-    fake = Fake()
+    fake = Response(lambda k: 0.1 * (1 - (k / 0.8) ** power))
     start = fake.run(0.0, 0.1)
     first = 0.8 * 0.45 ** (1 / power)  # brings 45 % of what is missing
     _, reached, length = find_length(
@@ -159,16 +156,7 @@ def test_the_power_law_of_what_steps_bring():
 def test_the_length_returned_is_nearer_than_the_tolerance(guess):
     """What a step brings is a power of k with exponent 0.85; a trial within 0.01 of 0.1 ends the search."""
 
-    class Fake:
-        n_target = 500
-
-        def longest(self, *_):
-            return 0.81
-
-        def run(self, k, damping, c=0.0):
-            return Trial(k, damping, c, 0.1, 0.1 * (1 - (k / 0.8) ** 0.85), 1.0, 0.5)
-
-    fake = Fake()
+    fake = Response(lambda k: 0.1 * (1 - (k / 0.8) ** 0.85), longest=0.81)
     trial, reached, length = find_length(
         fake, 0.1, 0.0, start=fake.run(0.0, 0.1), tolerance=0.01, max_relative_step=0.5, guess=guess
     )
@@ -177,16 +165,7 @@ def test_the_length_returned_is_nearer_than_the_tolerance(guess):
 
 
 def test_a_length_that_is_not_reached_is_the_trials_own():
-    class Fake:
-        n_target = 500
-
-        def longest(self, *_):
-            return 0.5
-
-        def run(self, k, damping, c=0.0):
-            return Trial(k, damping, c, 0.1, 0.1 * (1 - k / 0.8), 1.0, 0.5)
-
-    fake = Fake()
+    fake = Response(lambda k: 0.1 * (1 - k / 0.8), longest=0.5)
     trial, reached, length = find_length(
         fake, 0.1, 0.0, start=fake.run(0.0, 0.1), tolerance=0.005, max_relative_step=0.5, guess=0.3
     )
@@ -397,16 +376,7 @@ def test_finishing_does_not_learn_the_forget_rows_again(scene):
 def test_rows_that_look_no_better_known_than_held_out_ones():
     """The criterion is below zero at k = 0 and ranks do not change: the search ends, with a short step."""
 
-    class Fake:
-        n_target = 500
-
-        def longest(self, *_):
-            return 1e9
-
-        def run(self, k, damping, c=0.0):
-            return Trial(k, damping, c, 0.1, -0.02, 1.0, 1.1)
-
-    fake = Fake()
+    fake = Response(lambda k: -0.02, target_loss=1.1)
     start = fake.run(0.0, 0.1)
     trial, reached, _ = find_length(fake, 0.1, 0.0, start=start, tolerance=0.005, max_relative_step=0.5, guess=0.1)
     assert not reached and 0.0 <= trial.length <= 0.1

@@ -12,6 +12,7 @@ from tiny_models import (
     FAMILIES,
     PlainClassifier,
     RowList,
+    WrongBackward,
     as_dataset,
     bert,
     build,
@@ -52,19 +53,6 @@ def test_the_tolerance_follows_the_weights() -> None:
     assert check_row_gradients(plain().bfloat16(), rows).tolerance == 2e-2
     strict = check_row_gradients(plain(), rows, tolerance=0.0, batch_sizes=(5,))
     assert not strict.passed and set(strict.relative_error) == {5}
-
-
-class WrongBackward(torch.autograd.Function):
-    """The identity, whose backward divides by the batch size: right for one row, wrong for a batch."""
-
-    @staticmethod
-    def forward(ctx: Any, parameter: Tensor, rows: int) -> Tensor:
-        ctx.rows = rows
-        return parameter.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient / ctx.rows, None
 
 
 class Broken(PlainClassifier):

@@ -17,7 +17,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
-from tiny_models import PlainClassifier, RowList, as_dataset, build, pad_right, plain_rows, rows_of
+from tiny_models import PlainClassifier, RowList, WrongBackward, as_dataset, build, pad_right, plain_rows, rows_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -635,19 +635,6 @@ def trained_by_trainer(folder: Path) -> dict[str, Any]:
     found["trained"] = not same_bits_of(before, _wholly(model))
     found["again"] = trainer.memory is not memory
     return found
-
-
-class WrongBackward(torch.autograd.Function):
-    """The identity, whose backward divides by the batch size: right for one row, wrong for a batch."""
-
-    @staticmethod
-    def forward(ctx: Any, parameter: Tensor, rows: int) -> Tensor:
-        ctx.rows = rows
-        return parameter.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient / ctx.rows, None
 
 
 class Broken(PlainClassifier):
