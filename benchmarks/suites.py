@@ -19,6 +19,7 @@ from benchmarks.variants import (
     BASELINE_VARIANTS,
     CURVATURES,
     IAU,
+    IAU_GATHERED_ANEW,
     IAU_ON_PROXIES,
     IAU_WITH_SUM,
     PAPER,
@@ -236,7 +237,7 @@ SUITES = {
             "consecutive",
             (replace(LENET, baseline_epochs=1),),  # a pass over all rows for each 200 that go
             (RANDOM_10_PERCENT, TWENTY_REQUESTS),
-            SHORT,
+            (*SHORT, IAU_GATHERED_ANEW),
             seeds=1,
         ),
         Suite("cifar10_resnet18", (CIFAR10_RESNET18,), (RANDOM_10_PERCENT,), SHORT, seeds=1),
