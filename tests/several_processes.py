@@ -40,6 +40,29 @@ def run_in_processes(program: Path, folder: Path, *jobs: str, timeout: float = 2
     return found
 
 
+def run_jobs(program: Path, folder: Path, jobs: dict[str, int], *alone: str) -> dict[str, list[dict[str, Any]]]:
+    """Run functions of `program` in several processes.
+
+    Args:
+        program: file with the functions.
+        folder: for their files.
+        jobs: function → processes.
+        alone: functions to be run in a single process as well.
+
+    Returns:
+        Function (with ":1" the one in a single process) → for each process what `run_in_processes` tells.
+    """
+    single = [f"{name}:1" for name in alone]
+    found = run_in_processes(program, folder, *single, *(f"{name}:{count}" for name, count in jobs.items()))
+    return {name if name in single else name.split(":")[0]: processes for name, processes in found.items()}
+
+
+def results(processes: list[dict[str, Any]]) -> list[Any]:
+    """What each process returned, none having failed."""
+    assert [process["error"] for process in processes] == [None] * len(processes), processes
+    return [process["result"] for process in processes]
+
+
 def _process(function: Callable[[Path], Any], folder: Path, environment: dict[str, str], out: Path) -> None:
     os.environ.update(environment)
     started = time.perf_counter()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_iau.curvature.blocks import Block, read_block
+from hf_iau.errors import ParallelError
 from hf_iau.parallel import (
     from_one_process,
     gather_arrays,
@@ -56,7 +57,10 @@ class RemoteBlock(Block):
         return _dtype(self._known["dtype"])
 
     def apply(self, vector: Mapping[str, Tensor], transform: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        raise NotImplementedError(f"Process {self.owner} holds the block of {self.name!r}.")
+        raise ParallelError(
+            f"The curvature of {self.name!r} is held by process {self.owner} alone. Scale through the `Curvature`, in every "
+            "process, which asks the one that holds it."
+        )
 
     def to(self, device: torch.device | str) -> RemoteBlock:
         return self

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
@@ -39,7 +40,8 @@ from hf_iau import (
 )
 from hf_iau.calibrate import Shortfall, Walk, walk
 from hf_iau.curvature import Curvature, fit_curvature
-from hf_iau.errors import IAUError
+from hf_iau.curvature.spread import RemoteBlock
+from hf_iau.errors import IAUError, ParallelError
 from hf_iau.forget import ForgetContext, MethodOutcome
 from hf_iau.gather import sum_row_gradients
 from hf_iau.methods import find_method
@@ -385,6 +387,10 @@ def memory_of_shards(folder: Path) -> dict[str, Any]:
     dist.barrier()
     held = held_bytes() - before
     nbytes, fingerprint = memory.nbytes(), memory.model
+    assert memory.curvature is not None
+    away = [block for block in memory.curvature.blocks.values() if isinstance(block, RemoteBlock)]
+    with pytest.raises(ParallelError, match=f"held by process {1 - dist.get_rank()} alone"):
+        away[0].apply({}, torch.square)
     everything = memory.whole()
     files = {}
     if is_main_process():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from several_processes import run_in_processes
+from several_processes import results, run_jobs
 
 JOBS = {
     "few_rows": 3,
@@ -27,17 +27,8 @@ JOBS = {
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """Scenario (with ":1" the one in a single process) → what each process has to say."""
-    folder = tmp_path_factory.mktemp("scenarios")
-    names = ["calibrated:1", *(f"{name}:{count}" for name, count in JOBS.items())]
-    found = run_in_processes(Path(__file__).with_name("scenarios.py"), folder, *names)
-    alone = {"calibrated:1": found.pop("calibrated:1")}
-    return {name.split(":")[0]: processes for name, processes in found.items()} | alone
-
-
-def results(processes: list[dict[str, Any]]) -> list[Any]:
-    """What each process returned, none having failed."""
-    assert [process["error"] for process in processes] == [None] * len(processes), processes
-    return [process["result"] for process in processes]
+    program = Path(__file__).with_name("scenarios.py")
+    return run_jobs(program, tmp_path_factory.mktemp("scenarios"), JOBS, "calibrated")
 
 
 def test_few_rows_and_processes_without_any(jobs: dict[str, Any]) -> None:

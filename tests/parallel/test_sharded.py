@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from several_processes import run_in_processes
-from test_parallel import results
+from several_processes import results, run_jobs
 
 JOBS = {
     "sharded": 2,
@@ -28,12 +27,9 @@ JOBS = {
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """Scenario → what each process has to say; "calibrated_alone" is the one in a single process."""
-    names = ["calibrated_on_shards:1", *(f"{name}:{count}" for name, count in JOBS.items())]
-    folder = tmp_path_factory.mktemp("scenarios")
-    found = run_in_processes(Path(__file__).with_name("sharded_scenarios.py"), folder, *names)
-    found = {"calibrated_alone": found.pop("calibrated_on_shards:1")} | found
-    return {name.split(":")[0]: processes for name, processes in found.items()}
+    """Scenario (with ":1" the one in a single process) → what each process has to say."""
+    program = Path(__file__).with_name("sharded_scenarios.py")
+    return run_jobs(program, tmp_path_factory.mktemp("scenarios"), JOBS, "calibrated_on_shards")
 
 
 def test_sharded_parameters_give_the_same_memory_and_weights(jobs: dict[str, Any]) -> None:
@@ -107,7 +103,7 @@ def test_files_are_those_of_a_whole_memory(jobs: dict[str, Any]) -> None:
 
 
 def test_calibration_on_shards_is_that_of_one_process(jobs: dict[str, Any]) -> None:
-    (alone,) = results(jobs["calibrated_alone"])
+    (alone,) = results(jobs["calibrated_on_shards:1"])
     first, second = results(jobs["calibrated_on_shards"])
     assert first == second
     assert first["before"] == alone["before"]
