@@ -347,9 +347,9 @@ class _Fit:
                             "compute in a wider type (bfloat16 or float32 instead of float16)."
                         )
         if not bool(loss.isfinite()):
+            places = ", ".join(str(self.start + position) for position in np.sort(positions))
             raise NonFiniteGradientError(
-                f"The loss of the {self.source.name} at positions {self.start + positions[0]} to {self.start + positions[-1]} is {float(loss)}. "
-                "Remove or repair such rows."
+                f"The loss of the {self.source.name} at positions {places} is {float(loss)} in all. Remove or repair such rows."
             )
 
     def _name_row(self, bad: Tensor, positions: np.ndarray) -> str:
@@ -430,11 +430,9 @@ class _Fit:
         return _norm(parts)
 
     def _batches(self, what: str, start: int = 0) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
-        """The batches from row `start` on, which is the first of one."""
-        rows = self.source if start == 0 else self.source.select(range(start, len(self.source)))
-        total = -(-len(rows) // rows.batch_size)
-        for positions, inputs in tqdm(rows, total=total, desc=what, disable=not self.progress):
-            yield start + positions, inputs
+        """Batches of rows of similar length, without the first `start` rows."""
+        total = -(-(len(self.source) - start) // self.source.batch_size)
+        yield from tqdm(self.source.by_length(start), total=total, desc=what, disable=not self.progress)
 
     def _first_pass(self) -> None:
         """Covariances of the Kronecker layers and squared gradients of the diagonal ones."""
