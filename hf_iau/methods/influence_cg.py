@@ -142,7 +142,9 @@ class CurvatureProduct:
     def scale_of(self, rows: RowSource) -> float:
         """Targets of `rows`, estimated from those of the source by the number of rows."""
         with evaluation_mode(self.context.model), torch.no_grad():
-            self.targets = sum(self.context.row_loss(self.context.model, inputs)[1] for _, inputs in self.source.by_length())
+            self.targets = sum(
+                self.context.row_loss(self.context.model, inputs)[1] for _, inputs in self.source.by_length()
+            )
         return self.targets * len(rows) / len(self.source)
 
     def __call__(self, vector: Tensor) -> Tensor:
