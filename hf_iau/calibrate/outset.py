@@ -43,6 +43,8 @@ class Outset:
         size = max(len(held_out) if held_out is not None else 0, ENOUGH_FORGET_ROWS)
         self.forget_rows = self._every_row if size >= len(self._every_row) else self._every_row.sample(size, 0)
         self.forget_rows.keep_batches()
+        # Every request looks at them again at the end; later than now the weights may have moved.
+        self._retained = None if self.retained_rows is None else self._look(self.retained_rows)
 
     def _look(self, rows: RowSource) -> RowPredictions:
         if rows not in self._context.predicted:
@@ -58,11 +60,11 @@ class Outset:
         """Of all forget rows."""
         return self._look(self._every_row)
 
-    @functools.cached_property
+    @property
     def retained(self) -> RowPredictions:
         """Of `retained_rows`."""
-        assert self.retained_rows is not None
-        return self._look(self.retained_rows)
+        assert self._retained is not None
+        return self._retained
 
     @functools.cached_property
     def held_out(self) -> RowPredictions:

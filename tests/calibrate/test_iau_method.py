@@ -210,6 +210,19 @@ def test_a_given_step_that_is_too_long_is_shortened_and_says_so(trainer_of):
     assert report.verdict != SAFE and any("max_relative_step" in reason for reason in report.diagnostics["reasons"])
 
 
+@pytest.mark.parametrize("held_out", ["with held-out rows", "without"])
+def test_what_a_given_step_costs_retained_rows_is_seen(scene, trainer_of, held_out):
+    """They are looked at before the step, too, though nothing is calibrated on them."""
+    trainer = trainer_of() if held_out == "with held-out rows" else trainer_of(eval_dataset=None)
+    report = trainer.unlearn(
+        row_indices=RANDOM, config=IAUConfig(length=6.0, damping=0.1, max_relative_step=2.0)
+    ).report
+    lost = report.diagnostics["retained_accuracy_lost"]
+    assert lost > 0.1
+    assert lost == pytest.approx(report.before["retain_accuracy"] - report.after["retain_accuracy"], abs=0.02)
+    assert any("accuracy on retained rows" in reason for reason in report.diagnostics["reasons"])
+
+
 def test_a_given_length_holds_without_held_out_rows(trainer_of):
     report = trainer_of(eval_dataset=None).unlearn(row_indices=[5], config=IAUConfig(length=0.003)).report
     assert report.calibrated is False
