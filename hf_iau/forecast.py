@@ -17,6 +17,7 @@ from hf_iau.curvature.capture import Capture
 from hf_iau.curvature.eigenvectors import eigenvector_bytes
 from hf_iau.curvature.fit import LOOP_ROWS, cached_size, usual_cache_bytes
 from hf_iau.curvature.layers import LayerPlan, MatrixLayer, plan_layers, spare_bytes
+from hf_iau.devices import memory_counters, synchronise
 from hf_iau.errors import ConfigError
 from hf_iau.forget.transaction import model_state
 from hf_iau.gather.config import GatherConfig
@@ -293,8 +294,7 @@ def _probe(
 
 def _seconds(work: Callable[[], Any], device: torch.device) -> float:
     def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronise(device)
         return time.perf_counter()
 
     started = now()
@@ -324,7 +324,8 @@ def _prediction_bytes(model: nn.Module, source: RowSource, batch_size: int | Non
     """The most bytes that a batch takes without gradients."""
     rows = min(batch_size or source.batch_size, len(source))
     batch = source.select(range(rows)).resized(rows)
-    before = torch.cuda.memory_allocated(source.device) if source.device.type == "cuda" else 0
+    counters = memory_counters(source.device)
+    before = 0 if counters is None else counters.memory_allocated(source.device)
     return peak_allocated_bytes(lambda: predict_rows(model, batch), source.device) - before
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_iau.curvature.blocks import PREFIX, Block, read_block
 from hf_iau.curvature.spread import RemoteBlock, fetch, keep_own, scale_by_owner
 from hf_iau.errors import ConfigError, MemoryFileError, MemoryMismatchError, MissingMemoryError
+from hf_iau.objective.full_precision import full_float32
 from hf_iau.parallel import together
 
 CurvatureKind = Literal["ekfac", "diagonal", "adam", "identity"]
@@ -289,7 +290,8 @@ class Curvature:
         moved = {
             name: tensor.detach().to(block.device, block.working_dtype(tensor.dtype)) for name, tensor in part.items()
         }
-        scaled = operation(block, moved)
+        with full_float32():
+            scaled = operation(block, moved)
         return {name: scaled[name].to(tensor.device, tensor.dtype) for name, tensor in part.items()}
 
     def __repr__(self) -> str:

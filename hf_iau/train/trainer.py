@@ -6,7 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ from hf_iau.methods import find_method
 from hf_iau.methods.base import UnlearningMethod
 from hf_iau.objective import RowLoss, RowSource, probe_additivity
 from hf_iau.objective.adapters import check_adapters
-from hf_iau.objective.evaluation_mode import RandomState, placed_on
+from hf_iau.objective.evaluation_mode import placed_on, random_state_kept
 from hf_iau.objective.row_loss import TrainerRowLoss, UserLossFunction, describe_function
 from hf_iau.objective.rows import refuse_iterable, row_bytes, rows_are_deterministic, select_rows
 from hf_iau.objective.targets import look_for_real_labels
@@ -448,7 +448,7 @@ class UnlearningTrainer(Trainer):
         models, model = _models(retrained_model), self._bare_model()
 
         def run(served: UnlearningMethod, keep: Callable[..., None] | None = None) -> UnlearnOutput:
-            state = _random_state_kept(model)
+            state = random_state_kept(model)  # data sets and collators may draw numbers
             # Most methods are written for whole parameters.
             sharded = getattr(chosen, "works_on_shards", False) and is_sharded(model)
             whole = contextlib.nullcontext() if sharded else whole_parameters(model)
@@ -1153,16 +1153,6 @@ def _models(retrained_model: Any) -> list[nn.Module]:
                 "AutoModelForSequenceClassification.from_pretrained(path)."
             )
     return models
-
-
-@contextlib.contextmanager
-def _random_state_kept(model: nn.Module) -> Iterator[None]:
-    """Data sets and collators may draw numbers; afterwards every generator is where it was."""
-    state = RandomState(model)
-    try:
-        yield
-    finally:
-        state.restore()
 
 
 def _plain(config: Any) -> dict[str, Any]:
