@@ -30,6 +30,7 @@ from hf_iau.calibrate.walk import ARRIVED, DAMPING, DEAR
 from hf_iau.errors import CalibrationError, ConfigError, MemoryFileError, MissingMemoryError, RequestError
 from hf_iau.forget import ForgetContext, MethodOutcome, apply_step, step_norm, weights_norm
 from hf_iau.gather.gradient_sum import GradientSum, sum_row_gradients
+from hf_iau.gather.renewal import renew_curvature, renewal_settings
 from hf_iau.methods.base import add_weight_decay, register_method
 from hf_iau.methods.settings import is_finite
 from hf_iau.methods.verdict import judge
@@ -65,7 +66,7 @@ class IAUConfig:
     Parameters that control the step:
         length, damping, finish_weight, max_relative_step.
     Parameters that control calibration:
-        calibrate_on, damping_range, finish_weights, proxy_rows, held_out_rows, walk, recalibrate.
+        calibrate_on, damping_range, finish_weights, proxy_rows, held_out_rows, walk, renew_curvature, recalibrate.
 
     Raises:
         ConfigError: a value is out of range.
@@ -104,6 +105,13 @@ class IAUConfig:
             "must be at hand."
         },
     )
+    renew_curvature: float | None = field(
+        default=0.25,
+        metadata={
+            "help": "Where the weights have moved farther than this share of their norm since the curvature was "
+            "estimated, and retained rows are at hand, it is estimated anew first. None: never."
+        },
+    )
     recalibrate: bool = field(default=False, metadata={"help": "Calibrate anew though the memory knows the answer."})
 
     def __post_init__(self) -> None:
@@ -127,6 +135,10 @@ class IAUConfig:
             )
         if not self.proxy_rows or any(rows < 20 for rows in self.proxy_rows):
             raise ConfigError(f"IAUConfig(proxy_rows={self.proxy_rows}): give one or more sizes of at least 20 rows.")
+        if self.renew_curvature is not None and not (is_finite(self.renew_curvature) and self.renew_curvature >= 0):
+            raise ConfigError(
+                f"IAUConfig(renew_curvature={self.renew_curvature}): give a share of the weights' norm, e.g. 0.25, or None."
+            )
         if self.held_out_rows < _FEWEST_HELD_OUT_ROWS:
             raise ConfigError(
                 f"IAUConfig(held_out_rows={self.held_out_rows}): give at least {_FEWEST_HELD_OUT_ROWS}, for the "
@@ -186,7 +198,7 @@ class IAU:
         _refuse_overlap(context)
 
     def run(self, context: ForgetContext, config: IAUConfig) -> MethodOutcome:
-        memory = context.require_memory(self.name)
+        memory = self._with_near_curvature(context, config, context.require_memory(self.name))
         curvature = memory.require_curvature(self.name)
         names = list(memory.parameters)
         with context.timer.phase("calibration"):
@@ -263,7 +275,12 @@ class IAU:
             diagnostics={
                 "forget_gradient_norm": forget.norm(),
                 "calibration": calibration.to_dict(),
-                "curvature": {"kind": curvature.kind, "rows": curvature.n_rows, "parameters": curvature.coverage()},
+                "curvature": {
+                    "kind": curvature.kind,
+                    "rows": curvature.n_rows,
+                    "parameters": curvature.coverage(),
+                    "renewed": memory is not context.memory,
+                },
                 "reasons": reasons,
                 **notes,
             },
@@ -272,7 +289,23 @@ class IAU:
             warnings=warnings,
             # A request that had to be walked says nothing about one step for the next.
             calibration=memory.calibration if path is not None else _to_remember(found, config, memory, notes),
+            memory=memory,
         )
+
+    def _with_near_curvature(self, context: ForgetContext, config: IAUConfig, memory: GradientMemory) -> GradientMemory:
+        """The memory; with its curvature estimated anew where that was estimated too far away."""
+        if config.is_given or config.renew_curvature is None or memory.path_since_curvature <= config.renew_curvature:
+            return memory
+        settings = renewal_settings(memory, progress=context.progress)
+        with context.timer.phase("curvature"):
+            seed = context.seed + 11
+            rows = (
+                None if settings is None else context.retained_sample(settings.curvature_rows, seed, "curvature rows")
+            )
+            if settings is None or rows is None:
+                return memory
+            rows = rows.resized(context.forget.batch_size)
+            return renew_curvature(memory, context.model, context.row_loss, rows, settings)
 
     # --- calibration ----------------------------------------------------------------------------------------------
 

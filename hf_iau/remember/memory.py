@@ -36,7 +36,7 @@ from hf_iau.remember.files import (
 from hf_iau.remember.fingerprints import data_fingerprint, model_fingerprint, package_versions, weights_fingerprint
 from hf_iau.remember.row_identity import RowIdentity
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MEMORY_FOLDER = "_iau"
 MEMORY_HEADER = "memory.json"
 _TENSOR_FILE = re.compile(r"memory-[0-9a-f]{32}\.safetensors")
@@ -74,6 +74,7 @@ class GradientMemory:
         calibration: what earlier calibrations found, or None.
         forgotten_rows, forgotten_targets: taken out by requests since the memory was gathered.
         relative_path: summed length of all steps since then, relative to the weights' norm.
+        curvature_path: what `relative_path` was when the curvature was estimated; 0 where that was when gathering.
         row_identity: keyed fingerprints of the training rows, forgotten ones among them; None without a key.
         held_out: `loss` of the held-out rows at the weights that were gathered from and a digest (`content`) of those
             rows; None until the first request measures it.
@@ -99,6 +100,7 @@ class GradientMemory:
     forgotten_rows: int = 0
     forgotten_targets: int = 0
     relative_path: float = 0.0
+    curvature_path: float = 0.0
     row_identity: RowIdentity | None = None
     held_out: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -235,6 +237,11 @@ class GradientMemory:
         curvature = None if self.curvature is None else self.curvature.spread()
         return dataclasses.replace(self, gradient_sum=sums, curvature=curvature)
 
+    @property
+    def path_since_curvature(self) -> float:
+        """Summed length of the steps since the curvature was estimated, relative to the weights' norm."""
+        return self.relative_path - self.curvature_path
+
     def nbytes(self) -> int:
         """Bytes of all tensors, those that other processes hold among them."""
         held = sum(t.numel() * t.element_size() for t in (self.gradient_sum or {}).values())
@@ -282,6 +289,7 @@ class GradientMemory:
             forgotten_rows=self.forgotten_rows + rows,
             forgotten_targets=self.forgotten_targets + targets,
             relative_path=self.relative_path + relative_step,
+            curvature_path=self.curvature_path,
             row_identity=self.row_identity,
             held_out=self.held_out,
             seconds=self.seconds,
@@ -429,7 +437,7 @@ def _check_fields(plain: Mapping[str, Any]) -> None:
 
     for name in ("n_rows", "n_targets", "gradient_sum_rows", "forgotten_rows", "forgotten_targets"):
         demand(name, type(plain[name]) is int and 0 <= plain[name] < 2**63, "a whole number of at least 0")
-    for name in ("gradient_sum_error", "relative_path"):
+    for name in ("gradient_sum_error", "relative_path", "curvature_path"):
         infinite = name == "gradient_sum_error" and plain[name] == math.inf  # of a sample of one batch
         demand(name, infinite or (_is_number(plain[name]) and plain[name] >= 0), "a number of at least 0")
     kinds = ("exact", "sampled", "first-order", "none")

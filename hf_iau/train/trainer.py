@@ -882,7 +882,7 @@ class UnlearningTrainer(Trainer):
         self, context: ForgetContext, outcome: MethodOutcome, transaction: WeightTransaction
     ) -> tuple[GradientMemory | None, dict[str, Any]]:
         """The memory that belongs to the moved weights, and figures about the move."""
-        memory = context.memory
+        memory = outcome.memory or context.memory
         names = (
             list(memory.parameters)
             if memory is not None
