@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_iau.calibrate.config import ENOUGH_FORGET_ROWS, FEWEST_COMPARED_ROWS, IAUConfig
 from hf_iau.calibrate.walk import MOST_STEPS, USUAL_STEPS, WalkWork, anchor_rows
 from hf_iau.curvature import fit_curvature
 from hf_iau.curvature.capture import Capture
@@ -20,8 +21,6 @@ from hf_iau.forget.transaction import model_state
 from hf_iau.gather.config import GatherConfig
 from hf_iau.gather.gather import check_gatherable, choose_row_loss, default_collator, keep_input_columns
 from hf_iau.gather.gradient_sum import sum_row_gradients, trainable_parameters
-from hf_iau.methods import IAUConfig
-from hf_iau.methods.iau import ENOUGH_FORGET_ROWS, FEWEST_WALKED_ROWS
 from hf_iau.objective import RowLoss, RowSource, evaluation_mode, predict_rows
 from hf_iau.objective.row_loss import UserLossFunction
 from hf_iau.objective.rows import Collator, sample_positions
@@ -282,7 +281,7 @@ def _probe(
     unlearn += solve * (_SOLVES if calibrated else 1)
     seconds = {"gradient_sum": total, "curvature": curvature, "gather": total + curvature, "unlearn": unlearn}
     free = wishes.length is None and wishes.finish_weight is None
-    if calibrated and wishes.walk and free and asked >= FEWEST_WALKED_ROWS:
+    if calibrated and wishes.walk and free and asked >= FEWEST_COMPARED_ROWS:
         retained = source.select(sample_positions(len(source), min(_RETAINED, rows["training"] - asked), config.seed))
         anchors = anchor_rows(model, retained)
         for name, steps in {"walk": USUAL_STEPS, "walk_at_most": MOST_STEPS}.items():

@@ -36,6 +36,17 @@ class DuplicateSearch:
         """Plain JSON."""
         return asdict(self)
 
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences for people."""
+        if not self.similar:
+            return []
+        return [
+            f"{self.similar} of {self.forget_rows} forget rows looked at have near-duplicates among "
+            f"{self.retained_rows} retained rows looked at. A retrained model would still know those: forget the "
+            "duplicates too, if they are to go."
+        ]
+
 
 def find_near_duplicates(forget: RowSource, retained: RowSource, seed: int = 0) -> DuplicateSearch | None:
     """Compare up to 500 forget rows with `retained`, a sample of the rows that stay.

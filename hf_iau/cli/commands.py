@@ -18,6 +18,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
+from hf_iau.calibrate.verdict import RETRAIN
 from hf_iau.cli.output import ExitCode, Output, reported
 from hf_iau.errors import ConfigError, RequestError
 from hf_iau.forecast import estimate
@@ -25,7 +26,6 @@ from hf_iau.gather import GatherConfig, gather
 from hf_iau.gather.gather import default_collator, describe_memory, keep_input_columns
 from hf_iau.measure import gap, measure_model
 from hf_iau.methods import method_config
-from hf_iau.methods.verdict import RETRAIN
 from hf_iau.objective import RowSource
 from hf_iau.publish import UnlearningCard, audit
 from hf_iau.remember import MEMORY_FOLDER, GradientMemory

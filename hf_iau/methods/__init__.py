@@ -1,11 +1,12 @@
 """Unlearning methods, one file each, chosen by name."""
 
+from hf_iau.calibrate import IAUConfig
 from hf_iau.methods.bad_teacher import BadTeacher, BadTeacherConfig
 from hf_iau.methods.base import UnlearningMethod, available_methods, find_method, method_config, register_method
 from hf_iau.methods.fine_tune import FineTune, FineTuneConfig
 from hf_iau.methods.fisher_forgetting import FisherForgetting, FisherForgettingConfig
 from hf_iau.methods.gradient_ascent import GradientAscent, GradientAscentConfig
-from hf_iau.methods.iau import IAU, IAUConfig
+from hf_iau.methods.iau import IAU
 from hf_iau.methods.iau_paper import IAUPaper, IAUPaperConfig
 from hf_iau.methods.iau_released import IAUReleased, IAUReleasedConfig
 from hf_iau.methods.influence_cg import InfluenceCG, InfluenceCGConfig

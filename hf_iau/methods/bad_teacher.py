@@ -17,9 +17,9 @@ from hf_iau.forget import ForgetContext, MethodOutcome
 from hf_iau.methods.base import register_method
 from hf_iau.methods.epochs import EpochsConfig, descend, fitting_batch_size
 from hf_iau.methods.outputs import Student, Teacher, check_task, divergence
-from hf_iau.methods.settings import check_number
 from hf_iau.objective import RowSource, TaskKind, evaluation_mode
 from hf_iau.objective.rows import Batch
+from hf_iau.settings import check_number
 
 
 @dataclass(frozen=True)

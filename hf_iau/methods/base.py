@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from torch import Tensor
 
 from hf_iau.errors import ConfigError, MissingMemoryError, RequestError
-from hf_iau.forget.request import ForgetContext, MethodOutcome
+from hf_iau.forget import ForgetContext, MethodOutcome, add_weight_decay
 from hf_iau.gather.gradient_sum import GradientSum, sum_row_gradients
 
 
@@ -122,18 +122,6 @@ def forget_and_retain_sums(context: ForgetContext, name: str) -> tuple[GradientS
         add_weight_decay(context, forget)
         add_weight_decay(context, retain)
     return forget, retain
-
-
-def add_weight_decay(context: ForgetContext, gradient_sum: GradientSum) -> None:
-    """Add the rows' share of a coupled L2 term, n·decay·θ, in place."""
-    decay = context.memory.weight_decay if context.memory is not None else {}
-    parameters = dict(context.model.named_parameters())
-    for parameter_name, coefficient in decay.items():
-        if parameter_name in gradient_sum.tensors:
-            total = gradient_sum.tensors[parameter_name]
-            value = parameters[parameter_name].detach()
-            value = value.to(total.device, total.dtype)
-            gradient_sum.tensors[parameter_name] += gradient_sum.n_targets * coefficient * value
 
 
 def _on_device_of(reference: dict[str, Tensor], gradient_sum: GradientSum) -> GradientSum:

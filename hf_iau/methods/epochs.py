@@ -22,9 +22,9 @@ from transformers import set_seed
 from hf_iau.errors import NonFiniteGradientError, RequestError
 from hf_iau.forget import ForgetContext
 from hf_iau.gather.gradient_sum import trainable_parameters
-from hf_iau.methods.settings import check_choice, check_number
 from hf_iau.objective import RowSource, evaluation_mode
 from hf_iau.objective.rows import Batch
+from hf_iau.settings import check_choice, check_number
 
 Item = TypeVar("Item")
 

@@ -11,7 +11,7 @@ from hf_iau.forget import ForgetContext, MethodOutcome
 from hf_iau.methods.base import register_method
 from hf_iau.methods.epochs import trained_parameters
 from hf_iau.methods.fisher import fisher_diagonal
-from hf_iau.methods.settings import check_number
+from hf_iau.settings import check_number
 
 _SMALLEST_FISHER = 1e-8
 

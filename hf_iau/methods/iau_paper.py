@@ -8,7 +8,7 @@ from typing import ClassVar
 from hf_iau.errors import ConfigError
 from hf_iau.forget import ForgetContext, MethodOutcome, apply_step, step_norm
 from hf_iau.methods.base import check_gradient_difference, forget_and_retain_sums, register_method
-from hf_iau.methods.settings import is_finite
+from hf_iau.settings import is_finite
 
 
 @dataclass(frozen=True)

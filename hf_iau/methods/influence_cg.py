@@ -16,9 +16,9 @@ from hf_iau.forget import ForgetContext, MethodOutcome, apply_step, step_norm
 from hf_iau.gather.gradient_sum import sum_row_gradients
 from hf_iau.methods.base import register_method
 from hf_iau.methods.epochs import trained_parameters
-from hf_iau.methods.settings import check_choice, check_number
 from hf_iau.objective import ModelRowLoss, RowSource, SmoothedRowLoss, evaluation_mode, read_targets
 from hf_iau.objective.rows import Batch
+from hf_iau.settings import check_choice, check_number
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from torch import Tensor
 from hf_iau.forget import ForgetContext, MethodOutcome
 from hf_iau.methods.base import register_method
 from hf_iau.methods.epochs import EpochsConfig, batches_of, descend, mean_loss, shuffled, trained_parameters
-from hf_iau.methods.settings import check_number
 from hf_iau.objective.rows import Batch
+from hf_iau.settings import check_number
 
 
 @dataclass(frozen=True)

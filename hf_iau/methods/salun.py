@@ -14,8 +14,8 @@ from hf_iau.methods.base import register_method
 from hf_iau.methods.epochs import EpochsConfig, trained_parameters
 from hf_iau.methods.outputs import check_task
 from hf_iau.methods.random_labels import learn_other_labels
-from hf_iau.methods.settings import check_number
 from hf_iau.objective import TaskKind
+from hf_iau.settings import check_number
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from hf_iau.forget import ForgetContext, MethodOutcome, apply_step, step_norm
 from hf_iau.gather.gradient_sum import sum_row_gradients
 from hf_iau.methods.base import register_method
 from hf_iau.methods.epochs import trained_parameters
-from hf_iau.methods.settings import check_number
 from hf_iau.methods.start import StartConfig, check_alike, check_start, initial_model
+from hf_iau.settings import check_number
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hf_iau.forget import ForgetContext
-from hf_iau.methods.verdict import (
+from hf_iau.calibrate.verdict import (
     CHECK,
     DRIFT,
     LONG_STEP,
@@ -16,6 +15,7 @@ from hf_iau.methods.verdict import (
     TOO_LONG_STEP,
     TOO_MUCH_DRIFT,
 )
+from hf_iau.forget import ForgetContext
 from hf_iau.remember import GradientMemory, data_fingerprint
 from hf_iau.report import UnlearningReport
 

@@ -17,12 +17,12 @@ from transformers import default_data_collator
 
 from hf_iau import GatherConfig, IAUConfig, gather
 from hf_iau.calibrate import Directions, Shortfall, TrialRunner, Walk, walk
+from hf_iau.calibrate.verdict import SAFE
 from hf_iau.calibrate.walk import ARRIVED, DEAR, drift, push_gradient, weighted_gradient
 from hf_iau.curvature import fit_curvature
 from hf_iau.forget import step_norm
 from hf_iau.gather.gradient_sum import sum_row_gradients
-from hf_iau.methods.verdict import SAFE
-from hf_iau.objective import ModelRowLoss, RowPredictions, RowSource, Targets, TaskKind, predict_rows
+from hf_iau.objective import ModelRowLoss, RowSource, Targets, TaskKind, predict_rows
 
 # The module; the package has a function of the same name.
 WALK = import_module("hf_iau.calibrate.walk")
@@ -68,69 +68,6 @@ def walked(scene, *, forget=FORGET, batch_size=512, **options) -> Walk:
 
 def unchanged(scene) -> bool:
     return all(torch.equal(value, scene.model.state_dict()[name]) for name, value in scene.state.items())
-
-
-# --- targets ---------------------------------------------------------------------------------------------------------
-
-
-def test_targets_by_hand():
-    """A row better known than half of the training rows is to be known as the median held-out row is."""
-    rows, known = RowPredictions.from_losses(np.array([0.25, 0.0, 9.0])), RowPredictions.from_losses(np.arange(4) / 10)
-    held_out = RowPredictions.from_losses(np.array([1.0, 2.0, 3.0, 4.0, 5.0]))
-    found = Shortfall.of(rows, known, held_out)
-    # Ranks: 3 of 4 below; half of one (a tie) of 4; all, but for half a place.
-    assert found.targets == pytest.approx(np.quantile([1.0, 2.0, 3.0, 4.0, 5.0], [0.75, 0.125, 0.875]))
-
-
-def test_rows_known_like_held_out_rows_have_nothing_left():
-    losses = np.random.default_rng(0).exponential(size=500)
-    same = classifier_rows(losses)
-    found = Shortfall.of(same, same, same)
-    assert found.at_start < 0.005
-    known = classifier_rows(losses / 100.0)
-    found = Shortfall.of(known, known, same)
-    assert found.at_start > 0.1 and found.remaining(known.loss) == pytest.approx(1.0)
-    assert found.remaining(losses) < 0.01 and found.remaining(2.0 * losses) == 0.0
-    assert found.remaining(np.random.default_rng(1).permutation(losses)) < 0.01  # rows may change places
-    assert found.remaining(np.full(500, np.nan)) == float("inf")
-
-
-def test_the_luck_of_an_easy_draw_stays():
-    """Forget rows that are easier than training rows are on average get targets that are easier, too."""
-    losses = np.random.default_rng(0).exponential(size=2000)
-    known, held_out = classifier_rows(losses / 10.0), classifier_rows(losses)
-    easy = classifier_rows(np.sort(losses)[:400] / 10.0)
-    assert Shortfall.of(easy, known, held_out).targets.mean() == pytest.approx(np.sort(losses)[:400].mean(), rel=0.02)
-
-
-def test_a_row_without_targets_does_not_count():
-    """Every label of a text may be ignored; such a row has no loss."""
-    rows = classifier_rows(np.array([0.11, 0.21, 0.31, 0.41]))
-    bare = dataclasses.replace(
-        rows, loss=np.where([1, 0, 1, 1], rows.loss, np.nan), targets=np.array([1.0, 0.0, 1.0, 1.0])
-    )
-    known, held_out = classifier_rows(np.arange(1, 9) / 20), classifier_rows(np.arange(1, 9) / 2)
-    found, without = (Shortfall.of(r, known, held_out) for r in (bare, rows.select(np.array([0, 2, 3]))))
-    assert found.at_start == without.at_start > 0
-    assert found.remaining(bare.loss) == pytest.approx(1.0)
-    assert found.each(bare.loss)[1] == 0.0 and np.isnan(found.targets[1])
-    assert found.remaining(np.array([0.11, np.nan, np.inf, 0.41])) == float("inf")
-
-
-def test_q_is_the_probability_at_softness_one_and_softer_beyond(monkeypatch):
-    losses = np.array([1e-6, 0.01, 0.5, 3.0, 40.0])
-    found = Shortfall(losses, 1.0, 1.0)
-    p = np.exp(-losses)
-    assert found.known(losses) == pytest.approx(1 / (1 + np.exp(-np.log(p / (1 - p)) / WALK._SOFTNESS)), rel=1e-6)
-    monkeypatch.setattr(WALK, "_SOFTNESS", 1.0)
-    assert found.known(losses) == pytest.approx(p, rel=1e-6)
-    assert found.doubt(losses) == pytest.approx(1 - p, rel=1e-6)
-
-
-def classifier_rows(losses) -> RowPredictions:
-    p = np.exp(-np.asarray(losses))
-    found = RowPredictions.from_probabilities(np.stack([p, 1 - p], axis=1), np.zeros(len(p)))
-    return found
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------
@@ -455,7 +392,7 @@ class Regressor(Classifier):
 
 
 def test_a_regression_is_walked_and_told_of_without_accuracies(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_iau.methods.iau._LEFT", -1.0)  # no step is good enough
+    monkeypatch.setattr("hf_iau.calibrate.walk_choice._LEFT", -1.0)  # no step is good enough
     torch.manual_seed(0)
 
     def numbers(n, seed):
@@ -490,8 +427,8 @@ def fake_walk(monkeypatch, loss_of, *, remaining):
         reached = remaining <= ARRIVED
         return Walk(step, damping, 1, reached, remaining, loss_of(before), 0.0, [{"damping": damping}])
 
-    monkeypatch.setattr("hf_iau.methods.iau.walk", pretend)
-    monkeypatch.setattr("hf_iau.methods.iau._LEFT", -1.0)  # no step is good enough
+    monkeypatch.setattr("hf_iau.calibrate.walk_choice.walk", pretend)
+    monkeypatch.setattr("hf_iau.calibrate.walk_choice._LEFT", -1.0)  # no step is good enough
     return seen
 
 
@@ -538,15 +475,15 @@ def test_a_walk_keeps_to_a_damping_that_was_given(scene, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("config", [IAUConfig(walk=False), IAUConfig(length=0.01), IAUConfig(finish_weight=0.01)])
 def test_no_walk_when_it_is_switched_off_or_the_step_is_given(scene, tmp_path, monkeypatch, config):
-    monkeypatch.setattr("hf_iau.methods.iau.walk", lambda *_, **__: pytest.fail("walked"))
-    monkeypatch.setattr("hf_iau.methods.iau._LEFT", -1.0)
+    monkeypatch.setattr("hf_iau.calibrate.walk_choice.walk", lambda *_, **__: pytest.fail("walked"))
+    monkeypatch.setattr("hf_iau.calibrate.walk_choice._LEFT", -1.0)
     scene.trainer(tmp_path).unlearn(row_indices=FORGET, config=config)
 
 
 def test_rows_unlike_others_are_not_walked(scene, tmp_path, monkeypatch):
     """Of two of the four classes: a retrained model would not treat them as held-out rows of all classes."""
-    monkeypatch.setattr("hf_iau.methods.iau.walk", lambda *_, **__: pytest.fail("walked"))
-    monkeypatch.setattr("hf_iau.methods.iau._LEFT", -1.0)
+    monkeypatch.setattr("hf_iau.calibrate.walk_choice.walk", lambda *_, **__: pytest.fail("walked"))
+    monkeypatch.setattr("hf_iau.calibrate.walk_choice._LEFT", -1.0)
     odd = np.flatnonzero(scene.train.labels.numpy() < 2)[:100]
     report = scene.trainer(tmp_path).unlearn(row_indices=odd).report
     assert not report.diagnostics["shift_test"]["passed"]

@@ -17,11 +17,11 @@ from transformers import TrainingArguments
 import hf_iau
 import hf_iau.forecast as forecast_module
 from hf_iau import ConfigError, GatherConfig, IAUConfig, UnlearningTrainer, UnsupportedModelError
+from hf_iau.calibrate import decision
 from hf_iau.calibrate.walk import WalkWork
 from hf_iau.curvature import Curvature
 from hf_iau.forget.transaction import WeightTransaction
 from hf_iau.gather.gradient_sum import sum_row_gradients
-from hf_iau.methods.iau import IAU
 from hf_iau.objective import ModelRowLoss, RowSource
 from hf_iau.phases import peak_allocated_bytes
 
@@ -127,14 +127,14 @@ def test_the_work_of_a_walk_is_that_of_the_walk(tmp_path: Path, monkeypatch: pyt
         kind = "gradients" if torch.is_grad_enabled() else "forwards"
         rows[kind] = rows.get(kind, 0) + len(inputs["labels"])
 
-    walked, solved = IAU._walk, Curvature.solve
+    chosen, solved = decision.choose_walk, Curvature.solve
 
-    def walk(*args: Any) -> Any:
+    def choose(*args: Any) -> Any:
         with monkeypatch.context() as patch:
             patch.setattr(Curvature, "solve", solve)
             hook = model.register_forward_pre_hook(count, with_kwargs=True)
             try:
-                return walked(*args)
+                return chosen(*args)
             finally:
                 hook.remove()
 
@@ -142,7 +142,7 @@ def test_the_work_of_a_walk_is_that_of_the_walk(tmp_path: Path, monkeypatch: pyt
         rows["solves"] = rows.get("solves", 0) + 1
         return solved(*args)
 
-    monkeypatch.setattr(IAU, "_walk", walk)
+    monkeypatch.setattr(decision, "choose_walk", choose)
     trainer = Scene(model, train, held_out, held_out, memory, dict(model.state_dict())).trainer(tmp_path)
     report = trainer.unlearn(row_indices=np.arange(200)).report
     steps = len(report.diagnostics["calibration"]["finish_curve"])

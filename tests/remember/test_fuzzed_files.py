@@ -31,8 +31,9 @@ from unlearning_trainers import assert_bits, state_of
 
 import hf_iau
 from hf_iau import GatherConfig, GradientMemory, IAUError, RequestError, UnlearningReport, UnlearningTrainer, gather
+from hf_iau.calibrate.remembered import remembered_calibration
 from hf_iau.errors import ConfigError, LedgerError, MemoryFileError, PublishError, StorageError
-from hf_iau.methods import IAUConfig, available_methods, base, iau, method_config
+from hf_iau.methods import IAUConfig, available_methods, base, method_config
 from hf_iau.publish import UnlearningCard, audit
 from hf_iau.remember.files import file_digest
 from hf_iau.remember.keys import Key, find_key
@@ -187,7 +188,7 @@ def use(folder: Path) -> None:
     before = state_of(model)
     try:
         memory = GradientMemory.load(folder)
-        iau._remembered(IAUConfig(), memory)
+        remembered_calibration(IAUConfig(), memory)
         trainer = UnlearningTrainer(
             model=model,
             args=TrainingArguments(

@@ -20,7 +20,6 @@ from tiny_models import as_dataset, build, plain_rows, rows_of
 from torch import Tensor
 from unlearning_trainers import WITH_CURVATURE, assert_bits, make_trainer, parameters_of, relative_distance, state_of
 
-import hf_iau.methods.iau as iau_module
 from hf_iau import (
     AlreadyForgottenError,
     ConfigError,
@@ -34,7 +33,7 @@ from hf_iau import (
     UnlearningTrainer,
     gather,
 )
-from hf_iau.calibrate import Walk
+from hf_iau.calibrate import Walk, decision, search, walk_choice
 from hf_iau.remember.files import file_digest
 from hf_iau.requests import journal as journal_module
 from hf_iau.requests import milestones, service
@@ -457,8 +456,8 @@ def test_an_interrupted_request_takes_the_step_that_it_had_found(
         serve(trainer, config=None)
     milestones.observer = None
     assert_bits(trainer.model, scene.state)
-    monkeypatch.setattr(iau_module, "calibrate", lambda *a, **k: pytest.fail("it calibrated again"))
-    monkeypatch.setattr(iau_module, "finish", lambda *a, **k: pytest.fail("it calibrated again"))
+    monkeypatch.setattr(search, "calibrate", lambda *a, **k: pytest.fail("it calibrated again"))
+    monkeypatch.setattr(decision, "finish", lambda *a, **k: pytest.fail("it calibrated again"))
     result = serve(trainer, config=None)
     assert result.applied and result.entry.calibration == whole.entry.calibration
     assert result.entry.config == whole.entry.config and result.report.verdict == whole.report.verdict
@@ -473,8 +472,8 @@ def test_a_walk_is_not_recorded_as_one_step(scene: Scene, tmp_path: Path, monkey
         step = {name: torch.full_like(model.get_parameter(name), 1e-4, dtype=torch.float64) for name in names}
         return Walk(step, damping, 7, True, 0.0, 0.0, 0.0)
 
-    monkeypatch.setattr(iau_module, "walk", walked)
-    monkeypatch.setattr(iau_module, "_LEFT", -1.0)  # no step is good enough
+    monkeypatch.setattr(walk_choice, "walk", walked)
+    monkeypatch.setattr(walk_choice, "_LEFT", -1.0)  # no step is good enough
     entry = serve(scene_trainer(tmp_path, scene), range(40), config=None).entry
     assert entry.outcome["walked"] and entry.calibration is None
     text = (tmp_path / "_iau" / "certificates" / "00001.md").read_text()
@@ -502,8 +501,8 @@ def test_a_found_step_is_not_taken_for_other_rows_of_that_name(
         serve(trainer, [100, 101], config=None, request_id="ticket")
     milestones.observer = None
     calibrated = []
-    whole = iau_module.calibrate
-    monkeypatch.setattr(iau_module, "calibrate", lambda *a, **k: calibrated.append(1) or whole(*a, **k))
+    whole = search.calibrate
+    monkeypatch.setattr(search, "calibrate", lambda *a, **k: calibrated.append(1) or whole(*a, **k))
     assert serve(trainer, [102, 103], config=None, request_id="ticket").applied and calibrated
 
 

@@ -14,7 +14,7 @@ from unlearning_trainers import WITH_CURVATURE, collator, make_trainer
 
 from hf_iau import GatherConfig, GradientMemory, IAUConfig, UnlearningTrainer, gather
 from hf_iau.errors import ConfigError
-from hf_iau.gather.renewal import renew_curvature, renewal_settings
+from hf_iau.forget.renewal import renew_curvature, renewal_settings
 from hf_iau.objective import ModelRowLoss, RowSource
 
 GIVEN = IAUConfig(length=1.0, damping=0.1)

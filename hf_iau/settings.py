@@ -1,4 +1,4 @@
-"""Checks that the configurations of the methods share."""
+"""Checks that configurations share."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_iau.calibrate import Calibration
+from hf_iau.calibrate.calibration import Calibration
 
 SAFE, CHECK, RETRAIN = "safe", "check", "retrain"
 
@@ -22,19 +22,17 @@ def judge(
     share_forgotten: float,
     kronecker_share: float,
     whole_class: int | None,
-    halvings: int = 0,
     retained_accuracy_lost: float = 0.0,
     accuracy_lead: float | None = None,
 ) -> tuple[str, list[str]]:
     """ "safe", "check" or "retrain", and the reasons.
 
     Args:
-        calibration: what was found, with the held-out loss before and with the step.
+        calibration: of what was taken, with the held-out loss before and with the step.
         relative_step: ‖Δ‖ / ‖θ‖. The picture is first-order: it ends where steps are long.
         share_forgotten: of all training rows, by this and earlier requests.
         kronecker_share: share of the parameters whose curvature is more than a diagonal.
         whole_class: the class that was removed altogether, if any.
-        halvings: how often the step had to be shortened to spare the held-out rows.
         retained_accuracy_lost: accuracy on a sample of retained rows, before minus after. An overconfident model's
             held-out loss may fall while it forgets what it should keep.
         accuracy_lead: accuracy on the forget rows minus that on held-out rows, after the step, where the forget rows
@@ -82,8 +80,8 @@ def judge(
         mild.append(f"the proxy draws disagree on the length (by a factor of {1 + calibration.relative_spread:.1f})")
     if kronecker_share < _LITTLE_CURVATURE:
         mild.append(f"only {kronecker_share:.0%} of the parameters have curvature beyond a diagonal")
-    if halvings:
-        mild.append(f"the step was halved {halvings} times to spare the held-out rows")
+    if calibration.halvings:
+        mild.append(f"the step was halved {calibration.halvings} times to spare the held-out rows")
     if grave:
         return RETRAIN, grave + mild
     if mild:
