@@ -25,6 +25,7 @@ from transformers import Trainer
 
 from hf_iau.errors import IAUError, MissingMemoryError, RequestError, StorageError
 from hf_iau.forget import ForgetContext, MethodOutcome, WeightTransaction
+from hf_iau.objective.trainer_rows import model_of, trainer_rows
 from hf_iau.parallel import is_main_process, of_main_process, together, whole_parameters
 from hf_iau.remember import (
     MEMORY_FOLDER,
@@ -46,6 +47,7 @@ from hf_iau.requests.journal import JOURNAL_NAME, Journal, JournalFile
 from hf_iau.requests.ledger import LEDGER_NAME, Ledger, LedgerEntry
 from hf_iau.requests.milestones import passed
 from hf_iau.requests.queue import QUEUE_NAME, RequestQueue
+from hf_iau.requests.rows import requested_rows
 from hf_iau.requests.termination import Termination
 
 if TYPE_CHECKING:
@@ -107,14 +109,14 @@ class RequestService:
             StorageError: it could not be written; everything is as before.
         """
         trainer = self.trainer
-        rows, _ = trainer._resolve_request(forget_dataset, row_indices)
+        rows, _ = requested_rows(trainer.train_dataset, forget_dataset, row_indices)
         if len(rows) == 0:
             return None, run(method, None)
         with Termination() as termination, self.alone():
             passed("locked")
             interrupted = self.recover()
             entries = self._catch_up()
-            model = trainer._bare_model()
+            model = model_of(trainer)
             memory = trainer.memory
             self._identify(memory)
             identity = None if memory is None else memory.row_identity
@@ -168,11 +170,11 @@ class RequestService:
             row_indices: numbers of rows that are all out by now.
             request_id: the caller's name for the request, or None.
         """
-        rows, _ = self.trainer._resolve_request(None, row_indices)
+        rows, _ = requested_rows(self.trainer.train_dataset, None, row_indices)
         with self.alone():
             self.recover()
             entries = self._catch_up()
-            model, memory = self.trainer._bare_model(), self.trainer.memory
+            model, memory = model_of(self.trainer), self.trainer.memory
             identity = None if memory is None else memory.row_identity
             run_name = "" if identity is None else identity.training_run
             fingerprints = keyed_fingerprints(self.key, model, rows)
@@ -248,11 +250,11 @@ class RequestService:
             journal.time,
         )
         trainer = self.trainer
-        model = trainer._bare_model()
+        model = model_of(trainer)
         if weights_fingerprint(model) == journal.weights_before:
             self._load_weights(journal.weights_after)
         elif weights_fingerprint(model) == journal.weights_after:
-            trainer._adopt_memory_on_disk()
+            trainer.unlearning_state.adopt(self.folder / MEMORY_FOLDER)
         return None
 
     def _catch_up(self) -> list[LedgerEntry]:
@@ -269,21 +271,21 @@ class RequestService:
 
         last = on_main_process(read, "the ledger")
         if last is not None and last["weights_before"] != last["weights_after"]:
-            if weights_fingerprint(self.trainer._bare_model()) == last["weights_before"]:
+            if weights_fingerprint(model_of(self.trainer)) == last["weights_before"]:
                 self._load_weights(last["weights_after"])
         return entries
 
     def _load_weights(self, expected: str) -> None:
         trainer = self.trainer
         logger.warning("The model has the weights from before the last request: loading those in %s.", self.folder)
-        with _whole_weights(trainer), WeightTransaction(trainer._bare_model()):
+        with _whole_weights(trainer), WeightTransaction(model_of(trainer)):
             try:
                 trainer._load_from_checkpoint(str(self.folder))
             except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
                 raise self._cannot_load() from error
-            if weights_fingerprint(trainer._bare_model()) != expected:
+            if weights_fingerprint(model_of(trainer)) != expected:
                 raise self._cannot_load()
-        trainer._adopt_memory_on_disk()
+        trainer.unlearning_state.adopt(self.folder / MEMORY_FOLDER)
 
     def _cannot_load(self) -> StorageError:
         return StorageError(
@@ -307,11 +309,11 @@ class RequestService:
             UnknownRowsError: rows that were never trained on.
             AlreadyForgottenError: rows that are out already.
         """
-        rows, positions = self.trainer._resolve_request(forget_dataset, row_indices)
+        rows, positions = requested_rows(self.trainer.train_dataset, forget_dataset, row_indices)
         with self.alone():
             self.recover()
             identity = self._known_rows()
-            fingerprints = keyed_fingerprints(self.key, self.trainer._bare_model(), rows)
+            fingerprints = keyed_fingerprints(self.key, model_of(self.trainer), rows)
             identity.check_request(fingerprints)
 
             def add() -> list[int]:
@@ -358,8 +360,8 @@ class RequestService:
         trainer = self.trainer
         if memory is None or memory.row_identity is not None or memory.forgotten_rows or trainer.train_dataset is None:
             return
-        model = trainer._bare_model()
-        source = trainer._rows(trainer.train_dataset, "training rows", 1)
+        model = model_of(trainer)
+        source = trainer_rows(trainer, trainer.train_dataset, "training rows", 1)
         if memory.data == data_fingerprint(model, source.dataset):
             memory.row_identity = RowIdentity.of(self.key, model, source.dataset)
 
@@ -382,7 +384,7 @@ class RequestService:
         return interrupted.step if made_with(interrupted) == made_with(journal) else None
 
     def _check_room(self, memory: GradientMemory | None) -> None:
-        model = self.trainer._bare_model()
+        model = model_of(self.trainer)
         needed = sum(p.numel() * p.element_size() for p in model.parameters()) + 2**20
         needed += memory.nbytes() if memory is not None else 0
 
@@ -659,7 +661,7 @@ def finish_interrupted_request(trainer: UnlearningTrainer) -> None:
 @contextlib.contextmanager
 def _whole_weights(trainer: Any) -> Iterator[None]:
     """Inside, the weights are whole in every process, and the Trainer writes and reads them as it does in one."""
-    with whole_parameters(trainer._bare_model()):
+    with whole_parameters(model_of(trainer)):
         sharded, trainer.is_fsdp_enabled = trainer.is_fsdp_enabled, False
         try:
             yield
