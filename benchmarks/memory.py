@@ -30,7 +30,7 @@ from transformers import BertConfig, BertForSequenceClassification, TrainingArgu
 
 from benchmarks.hardware import hardware
 from hf_iau import Estimate, GatherConfig, IAUConfig, UnlearningTrainer, estimate
-from hf_iau.curvature.fit import eigenvector_bytes
+from hf_iau.curvature.eigenvectors import eigenvector_bytes
 from hf_iau.curvature.layers import plan_layers
 from hf_iau.phases import peak_allocated_bytes
 

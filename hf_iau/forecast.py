@@ -14,7 +14,8 @@ from hf_iau.calibrate.config import ENOUGH_FORGET_ROWS, FEWEST_COMPARED_ROWS, IA
 from hf_iau.calibrate.walk import MOST_STEPS, USUAL_STEPS, WalkWork, anchor_rows
 from hf_iau.curvature import fit_curvature
 from hf_iau.curvature.capture import Capture
-from hf_iau.curvature.fit import LOOP_ROWS, cached_size, eigenvector_bytes, usual_cache_bytes
+from hf_iau.curvature.eigenvectors import eigenvector_bytes
+from hf_iau.curvature.fit import LOOP_ROWS, cached_size, usual_cache_bytes
 from hf_iau.curvature.layers import LayerPlan, MatrixLayer, plan_layers, spare_bytes
 from hf_iau.errors import ConfigError
 from hf_iau.forget.transaction import model_state

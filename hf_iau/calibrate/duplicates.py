@@ -66,7 +66,7 @@ def find_near_duplicates(forget: RowSource, retained: RowSource, seed: int = 0) 
 def _describe(source: RowSource) -> Tensor | None:
     """`(rows, features)` float32."""
     parts: list[Tensor] = []
-    for _, inputs in source:
+    for _, inputs in source.by_length():  # in any order
         described = _describe_batch(inputs)
         if described is None:
             return None

@@ -360,8 +360,8 @@ def push_gradient(
         Tensors by parameter name; and every row's loss, a mean over its targets, `(rows,)` float64, NaN for a
         row without targets.
     """
-    _, start = source.share()
-    seen: list[np.ndarray] = [np.zeros(0)]
+    own, start = source.share()
+    seen = np.full(len(own), np.nan)
 
     def losses() -> Iterator[tuple[Tensor, int]]:
         for positions, targets, counts_here in _targets_of(model, source):
@@ -372,14 +372,14 @@ def push_gradient(
             counts = torch.bincount(targets.rows, minlength=targets.n_rows)
             sums = torch.zeros(targets.n_rows, dtype=torch.float64, device=each.device)
             sums.index_add_(0, targets.rows, each.detach().double())
-            seen.append((sums / counts).cpu().numpy())
-            weights = shortfall.weights(seen[-1], start + positions)
+            seen[positions] = (sums / counts).cpu().numpy()
+            weights = shortfall.weights(seen[positions], start + positions)
             share = torch.from_numpy(weights).to(each.device) / counts.clamp(min=1)
             yield (each * share.to(each.dtype)[targets.rows]).sum(), len(targets)
 
     what = f"the push of the {source.name}"
     gradient, _ = _gradient(model, losses(), names, what)
-    parts = gather_arrays({"loss": np.concatenate(seen)}, {}, what)
+    parts = gather_arrays({"loss": seen}, {}, what)
     return gradient, np.concatenate([arrays["loss"] for arrays, _ in parts])
 
 

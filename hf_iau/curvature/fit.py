@@ -13,6 +13,12 @@ from tqdm.auto import tqdm
 from hf_iau.curvature.blocks import Block, DiagonalBlock, IdentityBlock, KroneckerBlock
 from hf_iau.curvature.capture import Capture, parameter_gradients
 from hf_iau.curvature.curvature import KINDS, Curvature, CurvatureKind
+from hf_iau.curvature.eigenvectors import (
+    divide_and_conquer_bytes,
+    eigenvector_bytes,
+    eigenvectors,
+    spare_for_eigenvectors,
+)
 from hf_iau.curvature.layers import (
     Call,
     ConvolutionLayer,
@@ -48,11 +54,8 @@ LOOP_ROWS = 128
 
 PROBE_ROWS = 3
 
-EIGENVECTOR_COPIES = 3
-"""Float64 matrices of a factor's size that are held while its eigenvectors are found."""
-
 FEWEST_CACHE_BYTES = 24 * 2**20
-"""The eigenvectors and what spares a second pass may always take so much together."""
+"""What spares a second pass may always take so much, less what eigenvectors take that are found in the fastest way."""
 
 BASIS_POSITIONS = 131_072
 """About so many positions of a convolution make its bases, which are covariances of a few hundred columns and need no
@@ -347,9 +350,9 @@ class _Fit:
                             "compute in a wider type (bfloat16 or float32 instead of float16)."
                         )
         if not bool(loss.isfinite()):
+            places = ", ".join(str(self.start + position) for position in np.sort(positions))
             raise NonFiniteGradientError(
-                f"The loss of the {self.source.name} at positions {self.start + positions[0]} to {self.start + positions[-1]} is {float(loss)}. "
-                "Remove or repair such rows."
+                f"The loss of the {self.source.name} at positions {places} is {float(loss)} in all. Remove or repair such rows."
             )
 
     def _name_row(self, bad: Tensor, positions: np.ndarray) -> str:
@@ -430,11 +433,9 @@ class _Fit:
         return _norm(parts)
 
     def _batches(self, what: str, start: int = 0) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
-        """The batches from row `start` on, which is the first of one."""
-        rows = self.source if start == 0 else self.source.select(range(start, len(self.source)))
-        total = -(-len(rows) // rows.batch_size)
-        for positions, inputs in tqdm(rows, total=total, desc=what, disable=not self.progress):
-            yield start + positions, inputs
+        """Batches of rows of similar length, without the first `start` rows."""
+        total = -(-(len(self.source) - start) // self.source.batch_size)
+        yield from tqdm(self.source.by_length(start), total=total, desc=what, disable=not self.progress)
 
     def _first_pass(self) -> None:
         """Covariances of the Kronecker layers and squared gradients of the diagonal ones."""
@@ -570,7 +571,9 @@ class _Fit:
             bases = []
             while sums:  # a covariance is freed as its eigenvectors take its place
                 total = self._reduced(sums.pop(0))
-                bases.append(_eigenvectors(total, layer.name) if own else total)
+                if own:
+                    total = eigenvectors(total, layer.name, spare=spare_for_eigenvectors(layer))
+                bases.append(total)
             self.bases[layer.name] = (bases[0], bases[1])
         if self.owners > 1:
             for number, layer in enumerate(self.plan.kronecker):
@@ -703,17 +706,10 @@ class _Fit:
         return {name: total.to(self.factor_device or total.device) for name, total in sums.items()}
 
 
-def eigenvector_bytes(plan: LayerPlan) -> int:
-    """Bytes that are held while the eigenvectors of the largest factor are found."""
-    largest = max((layer.layout.groups * layer.largest_factor**2 for layer in plan.kronecker), default=0)
-    return 8 * EIGENVECTOR_COPIES * largest
-
-
 def usual_cache_bytes(model: nn.Module, plan: LayerPlan) -> int:
     """What `cache_bytes=None` comes to: the cache is there while eigenvectors are found."""
-    return max(
-        spare_bytes(model.parameters()) - eigenvector_bytes(plan), FEWEST_CACHE_BYTES - eigenvector_bytes(plan), 0
-    )
+    spared = spare_bytes(model.parameters()) - eigenvector_bytes(plan)
+    return max(spared, FEWEST_CACHE_BYTES - divide_and_conquer_bytes(plan), 0)
 
 
 def cached_size(shape: Sequence[int], columns: int, outputs: int) -> int:
@@ -725,43 +721,6 @@ def cached_size(shape: Sequence[int], columns: int, outputs: int) -> int:
 
 def _kept_as_matrices(positions: int, columns: int, outputs: int) -> bool:
     return positions > 1 and outputs * columns <= positions * (outputs + columns)
-
-
-def _eigenvectors(covariance: Tensor, name: str) -> Tensor:
-    """Eigenvectors in columns, `(groups, size, size)`, found in float64 and returned in the input's type."""
-    if not bool(covariance.isfinite().all()):
-        raise NonFiniteGradientError(
-            f"A covariance of layer {name!r} overflows although every row's gradient is finite. Compute in a wider "
-            "type, or scale the loss down."
-        )
-    if covariance.shape[-1] == 1:
-        return torch.ones_like(covariance)
-    where = torch.device("cpu") if covariance.device.type == "mps" else covariance.device
-    scale = covariance.diagonal(dim1=-2, dim2=-1).mean(dim=-1, dtype=torch.float64)[:, None, None].to(where)
-    scale = torch.where(scale > 0, scale, 1.0)
-
-    def scaled() -> Tensor:
-        # Column by column, as LAPACK wants it. Only the lower triangle is read, so rounding in the other is no matter.
-        matrix = torch.empty_like(covariance, dtype=torch.float64, device=where).mT
-        return matrix.copy_(covariance).div_(scale)
-
-    try:
-        vectors = _overwrite_with_eigenvectors(scaled())
-    except torch.linalg.LinAlgError:
-        # A multiple of the identity does not move eigenvectors; another driver on the CPU often converges.
-        matrix = scaled().cpu()
-        matrix.diagonal(dim1=-2, dim2=-1).add_(1.0)
-        vectors = _overwrite_with_eigenvectors(matrix)
-    return torch.empty_like(covariance).copy_(vectors)
-
-
-def _overwrite_with_eigenvectors(matrix: Tensor) -> Tensor:
-    """The eigenvectors of float64 matrices, in their place where that is possible: LAPACK holds two more copies."""
-    if matrix.device.type != "cpu":
-        return torch.linalg.eigh(matrix).eigenvectors
-    values = matrix.new_empty(matrix.shape[:-1])
-    torch.linalg.eigh(matrix, out=(values, matrix))
-    return matrix
 
 
 def _over_processes(tensor: Tensor) -> Tensor:

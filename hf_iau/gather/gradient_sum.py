@@ -150,7 +150,11 @@ def _sum_rows(
     with evaluation_mode(model), torch.enable_grad():
         own, _ = source.share()
         batches = tqdm(
-            source.passes(model), total=-(-len(own) // own.batch_size), desc=source.name, disable=not progress
+            # Sums of batches say something about the error only if their rows are drawn alike.
+            source.passes(model, in_order=track_batches),
+            total=-(-len(own) // own.batch_size),
+            desc=source.name,
+            disable=not progress,
         )
         for positions, inputs, counts in batches:
             loss, n_targets = row_loss(model, inputs)

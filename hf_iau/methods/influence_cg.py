@@ -142,7 +142,9 @@ class CurvatureProduct:
     def scale_of(self, rows: RowSource) -> float:
         """Targets of `rows`, estimated from those of the source by the number of rows."""
         with evaluation_mode(self.context.model), torch.no_grad():
-            self.targets = sum(self.context.row_loss(self.context.model, inputs)[1] for _, inputs in self.source)
+            self.targets = sum(
+                self.context.row_loss(self.context.model, inputs)[1] for _, inputs in self.source.by_length()
+            )
         return self.targets * len(rows) / len(self.source)
 
     def __call__(self, vector: Tensor) -> Tensor:
@@ -152,7 +154,7 @@ class CurvatureProduct:
         total = torch.zeros_like(vector)
         # The fused attention kernels cannot be differentiated twice; the plain one can.
         with evaluation_mode(self.context.model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            for _, inputs in self.source:
+            for _, inputs in self.source.by_length():
                 products = self._of_batch(inputs, parts)
                 if products is not None:
                     total += torch.cat([product.detach().double().flatten() for product in products])

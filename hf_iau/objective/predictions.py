@@ -143,12 +143,14 @@ def _predict_own_rows(
     model: nn.Module, source: RowSource, keep_probabilities: bool
 ) -> tuple[dict[str, np.ndarray], TaskKind | None]:
     collected: dict[str, list[Tensor]] = {}
+    seen: list[np.ndarray] = []
     kind: TaskKind | None = None
     with evaluation_mode(model), torch.no_grad():
-        for _, inputs, counts_here in source.passes(model):
+        for positions, inputs, counts_here in source.passes(model):
             targets = read_targets(model, model(**inputs), inputs.get("labels"))
             if not counts_here:
                 continue
+            seen.append(positions)
             kind = targets.kind
             figures = _target_figures(targets.kind, targets.logits, targets.labels, targets.losses())
             counts = torch.bincount(targets.rows, minlength=targets.n_rows).double()
@@ -159,7 +161,8 @@ def _predict_own_rows(
             collected.setdefault("targets", []).append(counts.cpu())
             if keep_probabilities and kind is TaskKind.SINGLE_LABEL:
                 collected.setdefault("probabilities", []).append(targets.logits.softmax(dim=1).cpu())
-    return {name: torch.cat(parts).numpy() for name, parts in collected.items()}, kind
+    order = np.argsort(np.concatenate(seen)) if seen else np.zeros(0, dtype=np.int64)
+    return {name: torch.cat(parts).numpy()[order] for name, parts in collected.items()}, kind
 
 
 def _target_figures(kind: TaskKind, logits: Tensor, labels: Tensor, losses: Tensor) -> dict[str, Tensor]:

@@ -23,13 +23,17 @@ Collator = Callable[[list[Any]], Mapping[str, Any]]
 KEPT_BYTES = 64 * 2**20
 """The most that a source keeps of its batches: collating larger ones anew costs little beside passing them through."""
 
+# Rows that are looked at to tell whether rows differ in length at all.
+_PROBED_LENGTHS = 32
+
 
 class RowSource:
     """Rows in a fixed order, with the collator that turns them into the model's inputs.
 
     Iterating yields `(positions, inputs)`: `positions` is an int64 array with the rows' positions in this source and
     `inputs` the collated batch on `device`. Nothing is shuffled, dropped or duplicated, so the order of the numbers
-    computed from a source is the order of its rows.
+    computed from a source is the order of its rows. `by_length()` and `passes()` put rows of similar length into a
+    batch; there the positions say which rows those are.
 
     Args:
         dataset: a map-style `datasets.Dataset` or torch `Dataset` of rows that the collator accepts.
@@ -65,13 +69,14 @@ class RowSource:
         self._kept: list[tuple[np.ndarray, Batch]] | None = None
         self._digests: dict[int, bytes] = {}
         self._share: tuple[RowSource, int] | None = None
+        self._length_order: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, Batch]]:
-        if self._kept is not None:
-            yield from ((positions, to_device(dict(inputs), self.device)) for positions, inputs in self._kept)
+        if self._kept is not None and _is_identity(self.length_order()):
+            yield from self.by_length()
             return
         loader: DataLoader[Any] = DataLoader(
             self.dataset,
@@ -87,6 +92,29 @@ class RowSource:
             stop = min(start + self.batch_size, len(self))
             yield np.arange(start, stop), to_device(dict(batch), self.device)
             start = stop
+
+    def length_order(self) -> np.ndarray:
+        """The rows' positions from the longest row to the shortest; `row_lengths` says what is long.
+
+        In their own order where rows have no length or all the same.
+        """
+        if self._length_order is None:
+            lengths = row_lengths(self.dataset)
+            self._length_order = np.arange(len(self)) if lengths is None else np.argsort(-lengths, kind="stable")
+        return self._length_order
+
+    def by_length(self, start: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
+        """Batches of rows of similar length, so that texts are hardly padded: the rows of `length_order()` from `start` on.
+
+        The longest come first, so that what does not fit in memory is seen at once.
+        """
+        if self._kept is not None and start == 0:
+            yield from ((positions, to_device(dict(inputs), self.device)) for positions, inputs in self._kept)
+            return
+        order = self.length_order()
+        rows = self if start == 0 and _is_identity(order) else self.select(order[start:])
+        for positions, inputs in rows:
+            yield order[start + positions], inputs
 
     def select(self, positions: Sequence[int] | np.ndarray, name: str | None = None) -> RowSource:
         """The rows at `positions` (int array, shape `(m,)`), in that order."""
@@ -129,19 +157,19 @@ class RowSource:
             self._share = self.select(positions), positions.start
         return self._share
 
-    def passes(self, model: nn.Module) -> Iterator[tuple[np.ndarray, Batch, bool]]:
+    def passes(self, model: nn.Module, *, in_order: bool = False) -> Iterator[tuple[np.ndarray, Batch, bool]]:
         """The batches of this process's share that `model` has to go through, and whether each counts.
 
-        Where processes have to take the same passes (`is_sharded(model)`), those with fewer batches go through rows
+        Of rows of similar length (`by_length()`), or of neighbours if `in_order`. Where processes have to take the same passes (`is_sharded(model)`), those with fewer batches go through rows
         again that do not count; and where the rows of one cannot be read, all raise. Positions are those in the share.
         """
         own, _ = self.share()
         if not is_sharded(model):
-            for positions, inputs in own:
+            for positions, inputs in own if in_order else own.by_length():
                 yield positions, inputs, True
             return
         most = max(len(share_of(len(self), number)) for number in range(process_count()))
-        batches = iter(own)
+        batches = iter(own) if in_order else own.by_length()
         again: tuple[np.ndarray, Batch] | None = None
         for _ in range(-(-most // self.batch_size)):
             with together(f"a batch of the {self.name}"):
@@ -162,7 +190,7 @@ class RowSource:
     def keep_batches(self, max_bytes: int = KEPT_BYTES) -> RowSource:
         """This source, with its collated batches kept for further passes as far as `max_bytes` allow (else unchanged).
 
-        They are kept on the memory device, where there is one. Of several processes, each keeps those of its share.
+        They are those of `by_length()`, kept on the memory device, where there is one. Of several processes, each keeps those of its share.
         """
         self.share()[0]._keep(max_bytes)
         return self
@@ -171,7 +199,7 @@ class RowSource:
         if self._kept is None and len(self):
             kept: list[tuple[np.ndarray, Batch]] = []
             size = 0
-            for positions, inputs in self:
+            for positions, inputs in self.by_length():
                 size += sum(v.numel() * v.element_size() for v in inputs.values() if isinstance(v, torch.Tensor))
                 if size > max_bytes:
                     return
@@ -189,6 +217,31 @@ def sample_positions(length: int, size: int, seed: int) -> np.ndarray:
     if size >= length:
         return np.arange(length)
     return np.sort(np.random.default_rng(seed).choice(length, size=size, replace=False))
+
+
+def row_lengths(dataset: Any) -> np.ndarray | None:
+    """Each row's longest list of numbers or text (tokens, samples, characters), `(rows,)` int; None where a few rows looked
+    at have none or are all of one length, as images, tables and texts of a fixed length are."""
+    probed = np.unique(np.linspace(0, len(dataset) - 1, num=min(_PROBED_LENGTHS, len(dataset)), dtype=np.int64))
+    few = {_row_length(dataset[int(position)]) for position in probed}
+    if len(few) < 2 or None in few:
+        return None
+    return np.asarray([_row_length(dataset[position]) or 0 for position in range(len(dataset))])
+
+
+def _row_length(row: Any) -> int | None:
+    values = row.values() if isinstance(row, Mapping) else ()
+    return max((len(value) for value in values if _is_sequence(value)), default=None)
+
+
+def _is_sequence(value: Any) -> bool:
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return value.ndim == 1
+    return isinstance(value, str) or (isinstance(value, (list, tuple)) and all(map(np.isscalar, value[:1])))
+
+
+def _is_identity(order: np.ndarray) -> bool:
+    return bool((order == np.arange(len(order))).all())
 
 
 def select_rows(dataset: Any, positions: Sequence[int] | np.ndarray) -> Any:

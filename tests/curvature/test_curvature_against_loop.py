@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,8 +23,15 @@ from curvature_loop import (
 from torch import nn
 
 from hf_iau.curvature import Curvature, DiagonalBlock, KroneckerBlock, fit_curvature
-from hf_iau.curvature.fit import _eigenvectors, _Fit, eigenvector_bytes
+from hf_iau.curvature.eigenvectors import (
+    divide_and_conquer_bytes,
+    eigenvector_bytes,
+    eigenvectors,
+    spare_for_eigenvectors,
+)
+from hf_iau.curvature.fit import _Fit
 from hf_iau.curvature.layers import plan_layers
+from hf_iau.errors import NonFiniteGradientError
 from hf_iau.objective import ModelRowLoss, UserRowLoss
 from hf_iau.phases import peak_allocated_bytes
 
@@ -170,16 +178,51 @@ def test_some_batches_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     assert starts[0] == 0 < starts[1] < starts[2] < len(rows) and not any(seen[::2])
 
 
-def test_bytes_of_finding_eigenvectors() -> None:
+@pytest.mark.parametrize("little", [False, True])
+def test_bytes_of_finding_eigenvectors(little: bool) -> None:
+    """Two matrices less, and nothing outside of PyTorch's allocator, where there is little to spare."""
     size = 300
     covariance = torch.randn(1, size, size)
     covariance = covariance @ covariance.mT
     plan = plan_layers(nn.Linear(size, 5, bias=False), kronecker=True, max_factor_size=size)
-    found: list[torch.Tensor] = []
-    peak = peak_allocated_bytes(lambda: found.append(_eigenvectors(covariance, "layer")))
+    plan.kronecker[0].temporary_bytes = size if little else 2**30
+    found = covariance.clone()
+    tracemalloc.start()
+    spare = spare_for_eigenvectors(plan.kronecker[0])
+    peak = peak_allocated_bytes(lambda: eigenvectors(found, "layer", spare=spare))
+    elsewhere = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     assert peak == pytest.approx(eigenvector_bytes(plan), rel=0.05)
-    rotated = found[0].mT @ covariance @ found[0]
+    assert eigenvector_bytes(plan) == (1 if little else 3) * 8 * size**2
+    assert divide_and_conquer_bytes(plan) == 3 * 8 * size**2
+    assert elsewhere < 8 * size**2
+    identity = torch.eye(size)[None]
+    torch.testing.assert_close(found.mT @ found, identity, rtol=0.0, atol=1e-5)
+    rotated = found.mT @ covariance @ found
     torch.testing.assert_close(rotated, rotated.diagonal(dim1=1, dim2=2).diag_embed(), rtol=1e-4, atol=1e-2)
+
+
+def test_both_ways_to_eigenvectors_agree() -> None:
+    """Of several groups, one one without anything in it, in float64: up to their signs."""
+    inputs = torch.randn(3, 9, 9, dtype=torch.float64)
+    covariance = inputs @ inputs.mT
+    covariance[2] = 0.0
+    one, other = (eigenvectors(covariance.clone(), "layer", spare=spare) for spare in (0, 2**30))
+    torch.testing.assert_close((one[:2].mT @ other[:2]).abs(), torch.eye(9).double().expand(2, 9, 9), atol=1e-9, rtol=0)
+    torch.testing.assert_close(one[2].mT @ one[2], torch.eye(9).double())
+    with pytest.raises(NonFiniteGradientError, match="layer 'wide' overflows"):
+        eigenvectors(covariance * torch.inf, "wide", spare=0)
+
+
+def test_a_decomposition_that_does_not_converge_is_tried_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **settings: Any) -> Any:
+        raise np.linalg.LinAlgError("it did not converge")
+
+    covariance = torch.diag(torch.tensor([3.0, 1.0, 2.0]))[None]
+    monkeypatch.setattr("scipy.linalg.eigh", fails)
+    found = eigenvectors(covariance.clone(), "layer", spare=0)
+    rotated = found.mT @ covariance @ found
+    torch.testing.assert_close(rotated[0].diagonal(), torch.tensor([1.0, 2.0, 3.0]))
 
 
 def test_small_temporaries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
