@@ -36,7 +36,7 @@ from hf_iau import (
 from hf_iau.calibrate import Walk, decision, search, walk_choice
 from hf_iau.remember.files import file_digest
 from hf_iau.requests import journal as journal_module
-from hf_iau.requests import milestones, service
+from hf_iau.requests import milestones, service, storage
 
 GIVEN = IAUConfig(length=0.1, damping=1.0)
 ROWS = list(range(1, 32, 2))
@@ -198,11 +198,11 @@ def full_disk(place: str) -> Callable[[pytest.MonkeyPatch], None]:
 
     places: dict[str, tuple[Any, str, Any]] = {
         "journal": (journal_module, "write_text_atomically", no_space),
-        "weights": (service.Trainer, "save_model", no_space),
-        "weights, by torch": (service.Trainer, "save_model", weights),
+        "weights": (storage.Trainer, "save_model", no_space),
+        "weights, by torch": (storage.Trainer, "save_model", weights),
         "memory": (GradientMemory, "save", no_space),
-        "ledger": (service, "write_text_atomically", no_space),
-        "flush": (service, "_flush", no_space),
+        "ledger": (storage, "write_text_atomically", no_space),
+        "flush": (storage, "_flush", no_space),
     }
     return lambda patch: patch.setattr(*places[place])
 
