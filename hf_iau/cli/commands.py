@@ -29,7 +29,7 @@ from hf_iau.methods import method_config
 from hf_iau.objective import RowSource
 from hf_iau.publish import UnlearningCard, audit
 from hf_iau.remember import MEMORY_FOLDER, GradientMemory
-from hf_iau.remember.memory import MEMORY_HEADER
+from hf_iau.remember.memory_files import MEMORY_HEADER
 from hf_iau.report import UnlearningReport, tables
 from hf_iau.requests import Ledger
 from hf_iau.requests.id_column import rows_of_ids

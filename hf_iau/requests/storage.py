@@ -22,7 +22,7 @@ from hf_iau.parallel import whole_parameters
 from hf_iau.remember import MEMORY_FOLDER, GradientMemory, weights_fingerprint
 from hf_iau.remember.files import PRIVATE_FOLDER, write_text_atomically
 from hf_iau.remember.fingerprints import package_versions
-from hf_iau.remember.memory import MEMORY_HEADER, is_memory_file
+from hf_iau.remember.memory_files import MEMORY_HEADER, is_memory_file
 from hf_iau.report import UnlearningReport
 from hf_iau.report.jsonable import jsonable
 from hf_iau.requests.certificate import certificate

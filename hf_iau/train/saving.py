@@ -11,7 +11,7 @@ from hf_iau.errors import IAUError
 from hf_iau.objective.trainer_rows import model_of
 from hf_iau.parallel import whole_parameters
 from hf_iau.remember.fingerprints import weights_fingerprint
-from hf_iau.remember.memory import MEMORY_HEADER, read_header, remove_memory
+from hf_iau.remember.memory_files import MEMORY_HEADER, read_header, remove_memory
 
 if TYPE_CHECKING:
     from hf_iau.train.trainer import UnlearningTrainer

@@ -10,7 +10,7 @@ from pathlib import Path
 from hf_iau.forget import ForgetContext
 from hf_iau.publish.card import UnlearningCard
 from hf_iau.remember import GradientMemory
-from hf_iau.remember.memory import MEMORY_HEADER
+from hf_iau.remember.memory_files import MEMORY_HEADER
 
 
 @dataclass

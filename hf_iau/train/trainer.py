@@ -26,7 +26,7 @@ from hf_iau.parallel import is_main_process, is_sharded, whole_parameters
 from hf_iau.publish.card import UnlearningCard, card_metadata, task_of_model
 from hf_iau.publish.upload import hub_errors_explained
 from hf_iau.remember import MEMORY_FOLDER, GradientMemory
-from hf_iau.remember.memory import MEMORY_HEADER
+from hf_iau.remember.memory_files import MEMORY_HEADER
 from hf_iau.remember.private import TRAINER_IGNORES, refuse_private_files
 from hf_iau.requests.budget import FEWEST_ROWS
 from hf_iau.requests.id_column import rows_of_ids

@@ -192,9 +192,12 @@ def test_a_crash_while_saving_leaves_the_older_memory(
         raise Crash
 
     with monkeypatch.context() as patched:
-        patched.setattr(
-            memory_module, {"tensors": "save_file", "header": "_write_text", "digest": "_header_digest"}[at], crash
-        )
+        places: dict[str, tuple[Any, str]] = {
+            "tensors": (memory_module, "save_file"),
+            "header": (Path, "write_text"),
+            "digest": (memory_module, "header_digest"),
+        }
+        patched.setattr(*places[at], crash)
         with pytest.raises(Crash):
             newer.save(saved)
     assert_same(GradientMemory.load(saved), memory)
@@ -207,11 +210,11 @@ def test_a_crash_while_saving_leaves_the_older_memory(
 def test_a_crash_in_a_first_save_leaves_no_memory(
     memory: GradientMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def half(path: Path, text: str) -> None:
-        path.write_text(text[: len(text) // 2])
+    def half(path: Path, text: str, **_: Any) -> None:
+        path.write_bytes(text[: len(text) // 2].encode())
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(memory_module, "_write_text", half)
+    monkeypatch.setattr(Path, "write_text", half)
     with pytest.raises(OSError, match="No space"):
         memory.save(tmp_path)
     with pytest.raises(MemoryFileError, match="No gradient memory"):
