@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -46,6 +45,7 @@ from hf_iau.methods import method_config
 from hf_iau.objective import RowSource
 from hf_iau.publish import UnlearningCard, audit
 from hf_iau.remember import MEMORY_FOLDER
+from hf_iau.remember.files import unmasked
 from hf_iau.report import UnlearningReport, tables
 from hf_iau.requests import Ledger
 from hf_iau.tasks.task import local_folder
@@ -449,9 +449,7 @@ def _write(
             trainer.args.output_dir = str(staged)
             trainer.create_model_card(model_name=output.name)
         report.save(staged)
-        mask = os.umask(0)
-        os.umask(mask)
-        staged.chmod(0o777 & ~mask)
+        staged.chmod(unmasked(0o777))
         staged.replace(output)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)

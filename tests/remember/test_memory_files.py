@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import random
 import stat
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from hf_iau import GatherConfig, GradientMemory, MemoryFileError, MemoryMismatch
 from hf_iau.calibrate import Directions
 from hf_iau.forget import moved_gradient_sum
 from hf_iau.remember import memory as memory_module
-from hf_iau.remember.files import file_digest, write_atomically
+from hf_iau.remember.files import file_digest, write_atomically, write_public_atomically
 
 REFUSED = (MemoryFileError, MemoryMismatchError)
 
@@ -233,6 +234,24 @@ def test_write_atomically(tmp_path: Path) -> None:
         write_atomically(path, fail)
     assert path.read_text() == "old" and [entry.name for entry in tmp_path.iterdir()] == ["file"]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_write_public_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "report.json"
+    write_public_atomically(path, b"old")
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    (tmp_path / "plain").unlink()
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+    with pytest.raises(OSError, match="disk"):
+        write_public_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        write_public_atomically(path, b"new")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
