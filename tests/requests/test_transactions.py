@@ -272,7 +272,7 @@ def no_space_when_moved(move: Any) -> Any:
 def test_a_directory_that_cannot_be_written_is_refused_before_any_compute(
     trainer: UnlearningTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "_serve", lambda *a, **k: pytest.fail("it computed"))
+    monkeypatch.setattr("hf_iau.train.trainer.serve_request", lambda *a, **k: pytest.fail("it computed"))
     with monkeypatch.context() as patch:
         patch.setattr(service.os, "access", lambda *a: False)
         with pytest.raises(StorageError, match=r"cannot be written to \(no permission to write\): nothing was changed"):
@@ -365,7 +365,7 @@ def test_named_requests(trainer: UnlearningTrainer, tmp_path: Path, monkeypatch:
     assert not serve(trainer, [8, 7], request_id="ticket 12").applied
     bits, files = state_of(trainer.model), on_disk(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "_serve", lambda *a, **k: pytest.fail("it computed"))
+        patch.setattr("hf_iau.train.trainer.serve_request", lambda *a, **k: pytest.fail("it computed"))
         for others in ([9], [7], [7, 8, 9]):
             with pytest.raises(RequestError, match=r"request_id='ticket 12' names a request of 2 rows .* of their own"):
                 serve(trainer, others, request_id="ticket 12")
