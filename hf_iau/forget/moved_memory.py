@@ -25,7 +25,7 @@ def move_memory(
     Raises:
         RequestError: a moved weight is not finite.
     """
-    memory = context.memory
+    memory = outcome.memory or context.memory
     names = (
         list(memory.parameters)
         if memory is not None

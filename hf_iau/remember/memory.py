@@ -76,6 +76,7 @@ class GradientMemory:
         calibration: what earlier calibrations found, or None.
         forgotten_rows, forgotten_targets: taken out by requests since the memory was gathered.
         relative_path: summed length of all steps since then, relative to the weights' norm.
+        curvature_path: what `relative_path` was when the curvature was estimated; 0 where that was when gathering.
         row_identity: keyed fingerprints of the training rows, forgotten ones among them; None without a key.
         held_out: `loss` of the held-out rows at the weights that were gathered from and a digest (`content`) of those
             rows; None until the first request measures it.
@@ -101,6 +102,7 @@ class GradientMemory:
     forgotten_rows: int = 0
     forgotten_targets: int = 0
     relative_path: float = 0.0
+    curvature_path: float = 0.0
     row_identity: RowIdentity | None = None
     held_out: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -236,6 +238,11 @@ class GradientMemory:
             sums = {name: part_like(total, parameters[name]).to(devices[name]) for name, total in sums.items()}
         curvature = None if self.curvature is None else self.curvature.spread()
         return dataclasses.replace(self, gradient_sum=sums, curvature=curvature)
+
+    @property
+    def path_since_curvature(self) -> float:
+        """Summed length of the steps since the curvature was estimated, relative to the weights' norm."""
+        return self.relative_path - self.curvature_path
 
     def nbytes(self) -> int:
         """Bytes of all tensors, those that other processes hold among them."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_iau.errors import MemoryFileError, MemoryMismatchError
 from hf_iau.remember.files import file_digest, sync_folder
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MEMORY_FOLDER = "_iau"
 MEMORY_HEADER = "memory.json"
 TENSOR_FILE = re.compile(r"memory-[0-9a-f]{32}\.safetensors")
@@ -35,7 +35,7 @@ def check_fields(plain: Mapping[str, Any]) -> None:
 
     for name in ("n_rows", "n_targets", "gradient_sum_rows", "forgotten_rows", "forgotten_targets"):
         demand(name, type(plain[name]) is int and 0 <= plain[name] < 2**63, "a whole number of at least 0")
-    for name in ("gradient_sum_error", "relative_path"):
+    for name in ("gradient_sum_error", "relative_path", "curvature_path"):
         infinite = name == "gradient_sum_error" and plain[name] == math.inf  # of a sample of one batch
         demand(name, infinite or (_is_number(plain[name]) and plain[name] >= 0), "a number of at least 0")
     kinds = ("exact", "sampled", "first-order", "none")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny_models import as_dataset, build, pad_right, plain_rows, rows_of
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from unlearning_trainers import EXACT, FORGET, WITH_CURVATURE, make_trainer, state_of
+from unlearning_trainers import EXACT, FORGET, WITH_CURVATURE, make_trainer, renewed, state_of
 
 from hf_iau import (
     GatherConfig,
@@ -118,6 +118,7 @@ def calibrated(folder: Path) -> dict[str, Any]:
         "after": {name: value for name, value in output.report.after.items() if isinstance(value, float)},
         "weights": float(sum(p.double().square().sum() for p in model.parameters())),
         "print": output.memory.model["weights"] if output.memory else None,
+        "renewed": renewed(trainer),
     }
 
 

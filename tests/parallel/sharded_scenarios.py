@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-from unlearning_trainers import EXACT, FORGET, WITH_CURVATURE, make_trainer, relative_distance, state_of
+from unlearning_trainers import EXACT, FORGET, WITH_CURVATURE, make_trainer, relative_distance, renewed, state_of
 
 from hf_iau import (
     GatherConfig,
@@ -471,6 +471,7 @@ def calibrated_on_shards(folder: Path) -> dict[str, Any]:
     again = trainer.unlearn(row_indices=list(range(30, 50)))
     found["remembered"] = again.report.diagnostics["calibration"]["source"]
     again.revert()
+    found["renewed"] = renewed(trainer)
     output.revert()
     found["reverted"] = _norms(model) == found["before"]
     return found
