@@ -12,7 +12,7 @@ from tiny_models import Collator, Row, RowList, as_dataset, build, pad_right, ro
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from hf_iau import GatherConfig, UnlearningTrainer
+from hf_iau import GatherConfig, IAUConfig, UnlearningTrainer
 
 EXACT = GatherConfig(gradient_sum="exact", curvature="none", progress=False)
 WITH_CURVATURE = GatherConfig(gradient_sum="exact", curvature="ekfac", progress=False)
@@ -71,7 +71,7 @@ def make_trainer(
         "eval_dataset": wrap(rows_of(family, HELD_OUT, seed=1)),
         "data_collator": collator(dtype),
     }
-    logging.getLogger("hf_iau.train.trainer").setLevel(logging.ERROR)
+    logging.getLogger("hf_iau.train").setLevel(logging.ERROR)
     return trainer_class(**(given | kwargs))
 
 
@@ -128,3 +128,17 @@ def gradient_loop(model: nn.Module, rows: list[Row]) -> tuple[dict[str, Tensor],
             total[name] += gradient
         targets += count
     return total, targets
+
+
+def renewed(trainer: UnlearningTrainer) -> dict[str, Any]:
+    """A further request, which estimates the curvature anew."""
+    output = trainer.unlearn(row_indices=list(range(50, 80)), config=IAUConfig(renew_curvature=0.0))
+    calibration = output.report.diagnostics["calibration"]
+    assert output.report.diagnostics["curvature"]["renewed"] and output.memory is not None
+    found = {
+        "spread": output.memory.is_spread,
+        "numbers": [calibration["length"], calibration["damping"], output.report.diagnostics["step_norm"]],
+        "path": output.memory.curvature_path,
+    }
+    output.revert()
+    return found

@@ -24,6 +24,8 @@ class IAUConfig:
         length, damping, finish_weight, max_relative_step.
     Parameters that control calibration:
         calibrate_on, damping_range, finish_weights, proxy_rows, held_out_rows, walk, recalibrate.
+    Parameters that control the curvature:
+        renew_curvature.
 
     Raises:
         ConfigError: a value is out of range.
@@ -62,6 +64,13 @@ class IAUConfig:
             "must be at hand."
         },
     )
+    renew_curvature: float | None = field(
+        default=0.25,
+        metadata={
+            "help": "Where the weights have moved farther than this share of their norm since the curvature was "
+            "estimated, and retained rows are at hand, it is estimated anew first. None: never."
+        },
+    )
     recalibrate: bool = field(default=False, metadata={"help": "Calibrate anew though the memory knows the answer."})
 
     def __post_init__(self) -> None:
@@ -82,6 +91,10 @@ class IAUConfig:
             )
         if not self.proxy_rows or any(rows < 20 for rows in self.proxy_rows):
             raise ConfigError(f"IAUConfig(proxy_rows={self.proxy_rows}): give one or more sizes of at least 20 rows.")
+        if self.renew_curvature is not None and not (is_finite(self.renew_curvature) and self.renew_curvature >= 0):
+            raise ConfigError(
+                f"IAUConfig(renew_curvature={self.renew_curvature}): give a share of the weights' norm, e.g. 0.25, or None."
+            )
         if self.held_out_rows < FEWEST_HELD_OUT_ROWS:
             raise ConfigError(
                 f"IAUConfig(held_out_rows={self.held_out_rows}): give at least {FEWEST_HELD_OUT_ROWS}, for the "

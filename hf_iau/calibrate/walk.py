@@ -64,6 +64,9 @@ _ANCHOR_ROWS, _ANCHOR_ROWS_A_STEP = 2048, 256
 # What is kept of them: for a large vocabulary a row's logits alone are many megabytes.
 _ANCHOR_BYTES, _FEWEST_ANCHOR_ROWS = 256 * 2**20, 8
 _WATCHED_ROWS = 1000
+# A first step that brings more than `_TOO_MUCH` of the way takes rows past their targets before they are looked at: it is
+# taken back, and steps are made to bring `_SHARE`. The few rows of a small request are soon brought so far.
+_SHARE, _TOO_MUCH = 0.25, 0.4
 # So near to the end, by the last step, a look that costs no gradient goes first.
 _NEAR = 1.5
 
@@ -195,11 +198,18 @@ def walk(
                 stride *= 0.5
                 _place(model, weights, moved)
                 continue
-            moved, last, push, losses = further, now, None, None
             ruined = not now <= at_start + MAX_DRIFT * abs(at_start)
-            if ruined or expected <= _NEAR * ARRIVED or number == MOST_STEPS - 1:
-                # Perhaps the last step. Elsewhere the pass that takes the next gradient looks as well.
+            seen: RowPredictions | None = None
+            if not curve or ruined or expected <= _NEAR * ARRIVED or number == MOST_STEPS - 1:
+                # The first step, or perhaps the last. Elsewhere the pass that takes the next gradient looks as well.
                 seen = predict_rows(model, looked_at)
+                brought = 1.0 - shortfall.remaining(seen.loss)
+                if not curve and brought > _TOO_MUCH and stride > _SHORTEST_STRIDE:
+                    stride = max(stride * _SHARE / brought, _SHORTEST_STRIDE)
+                    _place(model, weights, moved)
+                    continue
+            moved, last, push, losses = further, now, None, None
+            if seen is not None:
                 losses = seen.loss
                 if arrive(losses, seen):
                     break
@@ -240,7 +250,7 @@ class WalkWork:
         pulls = max(steps - 1, 0)
         return cls(
             gradients=steps * forget + pulls * min(anchors, _ANCHOR_ROWS_A_STEP),
-            forwards=steps * min(held_out, _WATCHED_ROWS) + 2 * forget + known + anchors + held_out,
+            forwards=steps * min(held_out, _WATCHED_ROWS) + 3 * forget + known + anchors + held_out,
             solves=steps + pulls,
         )
 

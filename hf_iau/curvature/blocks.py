@@ -116,7 +116,9 @@ class MatrixLayout:
         )
         if layout.groups < 1 or layout.outputs < 1 or layout.outputs % layout.groups or not layout.shapes:
             raise ValueError(f"outputs={layout.outputs} do not divide into groups={layout.groups}")
-        if layout.weight is not None and math.prod(layout.weight_shape) % layout.outputs:
+        shape = layout.weight_shape
+        stored = shape[1:] if layout.transposed and len(shape) == 2 else () if layout.transposed else shape[:1]
+        if layout.weight is not None and stored != (layout.outputs,):
             raise ValueError(f"a weight of shape {layout.weight_shape} has no {layout.outputs} outputs")
         return layout
 

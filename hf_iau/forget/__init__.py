@@ -1,6 +1,7 @@
 """Forgetting: the step that is taken, and the transaction around it."""
 
 from hf_iau.forget.gradients import add_weight_decay, finish_sum, has_finish_sum, objective_sum
+from hf_iau.forget.renewal import with_near_curvature
 from hf_iau.forget.request import ForgetContext, MethodOutcome
 from hf_iau.forget.settle import agree_on_request, non_finite_parameter, settle_weights
 from hf_iau.forget.step import (
@@ -32,4 +33,5 @@ __all__ = [
     "settle_weights",
     "step_norm",
     "weights_norm",
+    "with_near_curvature",
 ]

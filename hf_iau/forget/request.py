@@ -200,6 +200,7 @@ class MethodOutcome:
         verdict: "safe", "check" or "retrain", where the method judges.
         warnings: sentences for people.
         calibration: what to remember for later requests.
+        memory: of the weights that the request found, where the method renewed it; else None.
     """
 
     forget_sum: dict[str, Tensor] | None = None
@@ -210,3 +211,4 @@ class MethodOutcome:
     verdict: str | None = None
     warnings: list[str] = field(default_factory=list)
     calibration: dict[str, Any] | None = None
+    memory: GradientMemory | None = None

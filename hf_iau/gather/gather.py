@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
 
-from hf_iau.curvature import fit_curvature
+from hf_iau.curvature import Curvature, fit_curvature
 from hf_iau.errors import ConfigError, UnsupportedModelError
 from hf_iau.gather.config import GatherConfig
 from hf_iau.gather.gradient_sum import GradientSum, sum_row_gradients, trainable_parameters
@@ -153,20 +153,8 @@ def _build_memory(
     curvature = None
     if config.curvature != "none":
         rows = sample_positions(len(source), config.curvature_rows, config.seed)
-        curvature = fit_curvature(
-            model,
-            source.select(rows, name="curvature rows"),
-            kind=config.curvature,
-            row_ids=rows,
-            seed=config.seed,
-            fisher=config.fisher,
-            row_loss=row_loss,
-            max_factor_size=config.max_factor_size,
-            factor_device=config.factor_device or config.memory_device,
-            optimizer=optimizer,
-            weight_decay=max(decay.values(), default=0.0),
-            progress=config.progress,
-        )
+        chosen = source.select(rows, name="curvature rows")
+        curvature = estimate_curvature(model, chosen, rows, row_loss, config, decay, optimizer)
     seconds["curvature"] = time.perf_counter() - started
 
     n_targets = counted if counted is not None else _count_targets(model, row_loss, source, curvature)
@@ -189,6 +177,43 @@ def _build_memory(
     )
     memory.loss["probe"] = memory.probe_loss(model, row_loss, source)
     return memory
+
+
+def estimate_curvature(
+    model: nn.Module,
+    rows: RowSource,
+    row_ids: np.ndarray,
+    row_loss: RowLoss,
+    config: GatherConfig,
+    decay: Mapping[str, float],
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Curvature:
+    """The curvature of some rows as `config` has it.
+
+    Args:
+        model: the bare model.
+        rows: to estimate it on, in batches that fit gradients.
+        row_ids: `(rows,)`, what the labels drawn for each row depend on.
+        row_loss: the objective.
+        config: a kind but "none", seed, devices.
+        decay: parameter name → coefficient of a coupled L2 term.
+        optimizer: for `curvature="adam"`.
+    """
+    assert config.curvature != "none"
+    return fit_curvature(
+        model,
+        rows,
+        kind=config.curvature,
+        row_ids=row_ids,
+        seed=config.seed,
+        fisher=config.fisher,
+        row_loss=row_loss,
+        max_factor_size=config.max_factor_size,
+        factor_device=config.factor_device or config.memory_device,
+        optimizer=optimizer,
+        weight_decay=max(decay.values(), default=0.0),
+        progress=config.progress,
+    )
 
 
 def choose_row_loss(

@@ -16,7 +16,15 @@ from hf_iau.calibrate import (
     judge,
 )
 from hf_iau.errors import MissingMemoryError
-from hf_iau.forget import ForgetContext, MethodOutcome, finish_sum, has_finish_sum, objective_sum, weights_norm
+from hf_iau.forget import (
+    ForgetContext,
+    MethodOutcome,
+    finish_sum,
+    has_finish_sum,
+    objective_sum,
+    weights_norm,
+    with_near_curvature,
+)
 from hf_iau.methods.base import register_method
 
 
@@ -50,6 +58,9 @@ class IAU:
 
     def run(self, context: ForgetContext, config: IAUConfig) -> MethodOutcome:
         memory = context.require_memory(self.name)
+        memory.require_curvature(self.name)
+        if not config.is_given:
+            memory = with_near_curvature(context, memory, config.renew_curvature)
         curvature = memory.require_curvature(self.name)
         with context.timer.phase("calibration"):
             outset = Outset(context, config.held_out_rows)
@@ -58,9 +69,7 @@ class IAU:
                 duplicates = find_near_duplicates(context.forget, outset.retained_rows, context.seed)
             basis = choose_basis(context, config, memory, outset)
             found = None
-            if (
-                basis.source == "proxies"
-            ):  # before the request's own sum is made: one set of directions is held at a time
+            if basis.source == "proxies":  # before the request's own sum is made, so that one set of directions is held
                 found = calibrate_on_proxies(context, config, memory, outset, basis)
         with context.timer.phase("gradient"):
             forget = objective_sum(context, context.forget)
@@ -89,7 +98,12 @@ class IAU:
             diagnostics={
                 "forget_gradient_norm": forget.norm(),
                 "calibration": calibration.to_dict(),
-                "curvature": {"kind": curvature.kind, "rows": curvature.n_rows, "parameters": coverage},
+                "curvature": {
+                    "kind": curvature.kind,
+                    "rows": curvature.n_rows,
+                    "parameters": coverage,
+                    "renewed": memory is not context.memory,
+                },
                 "reasons": reasons,
                 **decision.to_dict(),
                 **({} if duplicates is None else {"near_duplicates": duplicates.to_dict()}),
@@ -100,4 +114,5 @@ class IAU:
             verdict=verdict,
             warnings=[*decision.basis.warnings, *(duplicates.warnings if duplicates is not None else ())],
             calibration=decision.to_remember(config, memory),
+            memory=memory,
         )

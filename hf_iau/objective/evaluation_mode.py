@@ -143,16 +143,6 @@ def _configurations(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
-@contextlib.contextmanager
-def random_state_kept(model: nn.Module) -> Iterator[None]:
-    """Afterwards, also after an exception, every generator that a forward pass could advance is where it was."""
-    state = RandomState(model)
-    try:
-        yield
-    finally:
-        state.restore()
-
-
 class RandomState:
     """A snapshot of every random generator that a forward pass could advance."""
 
@@ -169,3 +159,13 @@ class RandomState:
         for device, state in self.devices.items():
             if state is not None:
                 set_generator_state(device, state)
+
+
+@contextlib.contextmanager
+def random_state_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards, also after an exception, every generator that a forward pass could advance is where it was."""
+    state = RandomState(model)
+    try:
+        yield
+    finally:
+        state.restore()

@@ -32,11 +32,12 @@ _GRAVITY = (SAFE, CHECK, RETRAIN)
 class Budget:
     """What has been used up since the memory was gathered.
 
-    A long path alone is a reason to look, and to gather anew. That the first-order picture has ended is said where
+    The path starts anew where the curvature is estimated anew (`IAUConfig(renew_curvature=…)`). A long path alone is a reason to look, and to gather anew. That the first-order picture has ended is said where
     what was measured agrees, or was not measured.
 
     Attributes:
         relative_path: summed length of all steps since gathering, relative to the weights' norm.
+        path_since_curvature: of those since the curvature was estimated.
         held_out_drift: rise of the held-out loss since gathering, as a share of it; None where it is not known.
         forecast_error: how far the measured rise of the forget rows' loss was from what their gradient foresaw for the
             last step (Σ_f·Δ a target), as a share of the measured one; None where either is not known.
@@ -46,6 +47,7 @@ class Budget:
     """
 
     relative_path: float
+    path_since_curvature: float
     held_out_drift: float | None
     forecast_error: float | None
     share_forgotten: float
@@ -69,11 +71,12 @@ class Budget:
             then = float(memory.held_out["loss"])
             drift = (held_out_loss - then) / max(abs(then), 1e-12)
         grave, mild = [], []
-        path = f"the steps since gathering add up to {memory.relative_path:.0%} of the weights' norm"
+        length = memory.path_since_curvature
+        path = f"the steps since the curvature was estimated add up to {length:.0%} of the weights' norm"
         signs = _signs(drift, forecast_error)
-        if memory.relative_path >= TOO_LONG_STEP and signs:
+        if length >= TOO_LONG_STEP and signs:
             grave.append(f"{path}, beyond a first-order picture: {' and '.join(signs)}")
-        elif memory.relative_path >= LONG_STEP:
+        elif length >= LONG_STEP:
             mild.append(path)
         if drift is not None and not drift < TOO_MUCH_DRIFT:
             grave.append(f"the held-out loss has risen by {drift:.0%} since gathering")
@@ -82,7 +85,7 @@ class Budget:
         if share >= TOO_LARGE_SHARE:
             grave.append(f"{share:.0%} of the training rows are forgotten")
         advice = "retrain" if grave else "rebase" if mild else "go on"
-        return cls(memory.relative_path, drift, forecast_error, share, advice, grave + mild)
+        return cls(memory.relative_path, length, drift, forecast_error, share, advice, grave + mild)
 
     def sentence(self) -> str | None:
         """The advice in words; None for "go on"."""

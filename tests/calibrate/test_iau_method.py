@@ -14,6 +14,7 @@ from hf_iau import CalibrationError, IAUConfig, MissingMemoryError, RequestError
 from hf_iau.calibrate.verdict import CHECK, RETRAIN, SAFE
 from hf_iau.objective import predictions
 from hf_iau.objective.rows import row_bytes
+from hf_iau.objective.trainer_rows import trainer_rows
 
 RANDOM = np.random.default_rng(5).choice(1200, 240, replace=False)
 
@@ -239,7 +240,7 @@ def test_given_values_are_taken_and_nothing_is_tried(scene, trainer_of, monkeypa
     from hf_iau.objective import ModelRowLoss
 
     result.revert()
-    forget = sum_row_gradients(scene.model, ModelRowLoss(), trainer._rows(scene.train.take(RANDOM), "rows", 64))
+    forget = sum_row_gradients(scene.model, ModelRowLoss(), trainer_rows(trainer, scene.train.take(RANDOM), "rows", 64))
     exact = scene.memory.gradient_sum
     numerator = {n: 0.2 * forget.tensors[n] - 0.01 * exact[n] for n in exact}
     step = {n: s / 960 for n, s in scene.memory.curvature.solve(numerator, 0.5).items()}

@@ -264,6 +264,33 @@ def test_steps_that_cost_too_much_are_taken_back(scene, monkeypatch):
     assert path.steps <= len(path.curve)
 
 
+def test_a_first_step_that_would_take_rows_past_their_targets_is_made_shorter(scene, monkeypatch):
+    """The gradient of a few rows brings those few far at once, where it is not followed with care."""
+    few = np.random.default_rng(5).choice(1200, 40, replace=False)
+    rows = rows_of(scene.train.take(few))
+    known, held_out = rows_of(scene.train.take(KEPT)), rows_of(scene.held_out)
+    shortfall = Shortfall.of(*(predict_rows(scene.model, source) for source in (rows, known, held_out)))
+
+    def past_their_targets(path: Walk) -> float:
+        """Mean of what rows are known worse than they should be, sorted against sorted."""
+        with torch.no_grad():
+            for name, change in path.step.items():
+                scene.model.get_parameter(name).copy_(scene.state[name].double() + change)
+        now = np.sort(shortfall.known(predict_rows(scene.model, rows).loss))
+        scene.model.load_state_dict(scene.state)
+        return float(np.maximum(np.sort(shortfall.known(shortfall.targets)) - now, 0.0).mean())
+
+    monkeypatch.setattr(WALK, "_STRIDE", 0.12)
+    careful = walked(scene, forget=few)
+    assert careful.reached and careful.curve[0]["stride"] < 0.12
+    assert 1.0 - careful.curve[0]["criterion"] <= WALK._TOO_MUCH
+    monkeypatch.setattr(WALK, "_TOO_MUCH", float("inf"))
+    careless = walked(scene, forget=few)
+    assert careless.reached and careless.curve[0]["stride"] == 0.12
+    assert 1.0 - careless.curve[0]["criterion"] > 0.4
+    assert past_their_targets(careful) < past_their_targets(careless)
+
+
 def test_where_the_forget_rows_are_looked_at_does_not_matter(scene, monkeypatch):
     """In the pass that takes the next gradient, or in one of its own after every step."""
     paths = []

@@ -165,6 +165,8 @@ def test_corrupt_files_are_refused(fitted: tuple[nn.Module, Curvature]) -> None:
     refused("malformed", metadata={**metadata, "blocks": [{"name": "classifier"}]})
     refused("malformed", metadata={**metadata, "blocks": [{"name": "x", "kind": "kronecker", "layout": {"weight": 1}}]})
     refused("malformed", metadata={**metadata, "blocks": ["x"]})
+    turned = [dict(b, layout={**b["layout"], "transposed": True}) if "layout" in b else b for b in metadata["blocks"]]
+    refused("outputs", metadata={**metadata, "blocks": turned})  # of a square weight nobody could tell
     refused("twice|missing", metadata={**metadata, "blocks": metadata["blocks"] + metadata["blocks"][:1]})
     refused("malformed", metadata={**metadata, "n_rows": "many"})
 

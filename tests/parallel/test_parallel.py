@@ -56,6 +56,8 @@ def test_calibration_is_that_of_one_process(jobs: dict[str, Any]) -> None:
     assert first == second
     assert first["calibration"].pop("source") == alone["calibration"].pop("source") == "proxies"
     assert first["calibration"] == pytest.approx(alone["calibration"], rel=1e-4)
+    assert first["renewed"]["numbers"] == pytest.approx(alone["renewed"]["numbers"], rel=1e-3)
+    assert first["renewed"]["path"] == pytest.approx(alone["renewed"]["path"], rel=1e-4)
     assert first["after"] == pytest.approx(alone["after"], rel=1e-4)
     assert first["weights"] == pytest.approx(alone["weights"], rel=1e-6)
 

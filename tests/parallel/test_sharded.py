@@ -113,6 +113,9 @@ def test_calibration_on_shards_is_that_of_one_process(jobs: dict[str, Any]) -> N
     assert first["memory"] == [True, *alone["memory"][1:]]
     assert first["memory"][1] == "first-order"
     assert first["remembered"] == alone["remembered"]
+    assert first["renewed"].pop("spread") and not alone["renewed"].pop("spread")
+    assert first["renewed"]["numbers"] == pytest.approx(alone["renewed"]["numbers"], rel=1e-8)
+    assert first["renewed"]["path"] == pytest.approx(alone["renewed"]["path"], rel=1e-10)
     assert first["reverted"]
     assert alone["reverted"]
 

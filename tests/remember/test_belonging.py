@@ -272,4 +272,4 @@ def test_counts() -> None:
     assert memory.label_counts == {"0": 4, "1": 4, "2": 4}
     assert memory.nbytes() == 4 * sum(p.numel() for p in plain().parameters())
     assert memory.parameters == {name: tuple(p.shape) for name, p in plain().named_parameters()}
-    assert memory.schema_version == 2 and memory.settings["gradient_sum"] == "exact"
+    assert memory.schema_version == 3 and memory.settings["gradient_sum"] == "exact"

@@ -24,6 +24,8 @@ def memory(**changes: object) -> GradientMemory:
     [
         ({}, 2.1, 0.1, "go on", None),
         ({"relative_path": 0.4}, 2.0, 0.1, "rebase", "add up to 40%"),
+        ({"relative_path": 0.9, "curvature_path": 0.5}, 2.0, 0.1, "rebase", "add up to 40%"),
+        ({"relative_path": 0.9, "curvature_path": 0.6}, 2.0, 0.6, "go on", None),
         ({}, 2.3, 0.1, "rebase", "risen by 15% since gathering"),
         # A long path is a reason to look; what was measured says whether the first-order picture has ended.
         ({"relative_path": 0.7}, 2.1, 0.4, "rebase", "add up to 70%"),
@@ -89,7 +91,7 @@ def test_a_long_path_on_which_nothing_was_lost_is_to_be_checked(tmp_path: Path) 
     assert first.verdict == "safe" and first.diagnostics["budget"]["forecast_error"] < 0.3
     long = served(16, 0.9)
     assert long.verdict == "check" and long.diagnostics["budget"]["advice"] == "rebase"
-    assert long.diagnostics["reasons"][0].startswith("the steps since gathering add up to 9")
+    assert long.diagnostics["reasons"][0].startswith("the steps since the curvature was estimated add up to 9")
     worse = served(32, 0.9, loss=first.before["held_out_loss"] / 1.2)
     assert worse.verdict == "retrain" and worse.diagnostics["budget"]["advice"] == "retrain"
 

@@ -323,7 +323,7 @@ def test_memory_of_another_schema(shared: UnlearningTrainer, tmp_path: Path) -> 
     values = json.loads(header.read_text())
     header.write_text(json.dumps(values | {"schema_version": 99}))
     trainer = make_trainer(tmp_path, model=shared.model)
-    message = r"memory.json has schema version 99; this hf_iau reads version 2.*gather anew"
+    message = r"memory.json has schema version 99; this hf_iau reads version 3.*gather anew"
     refused(trainer, MemoryMismatchError, message, row_indices=FORGET)
 
 
@@ -457,7 +457,7 @@ def test_methods_and_configurations(shared: UnlearningTrainer) -> None:
         (IAUConfig, {"max_relative_step": 0.0}, "max_relative_step=0.0"),
         (IAUConfig, {"calibrate_on": "test rows"}, "calibrate_on='test rows'.*'proxies'"),
         (IAUConfig, {"held_out_rows": 5}, "held_out_rows=5.*at least 100"),
-        (GatherConfig, {"gradient_sum": "some"}, "gradient_sum='some'.*exact, sampled, none"),
+        (GatherConfig, {"gradient_sum": "some"}, "gradient_sum='some'.*'exact', 'sampled', 'none'"),
         (GatherConfig, {"sample_rows": 0}, "sample_rows=0"),
         (GatherConfig, {"batch_size": 0}, "batch_size=0"),
     ],
