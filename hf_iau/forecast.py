@@ -30,7 +30,7 @@ from hf_iau.objective.working import working
 from hf_iau.objective.wrappers import unwrapped
 from hf_iau.parallel import whole_parameters
 from hf_iau.phases import peak_allocated_bytes
-from hf_iau.vectors import PIECE, kept_dtype
+from hf_iau.vectors import kept_dtype, piece
 
 PROBE_BATCHES = 3
 # Vectors as large as the trained weights that a request of `iau` holds beside its copy of them: a gradient sum, and its
@@ -179,7 +179,8 @@ def _sizes(
     gathering = max((gradients + activations - factors) * bool(total), curved * bool(factors), 0)
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     # A layer's direction and, of Σ_D, what the curvature makes of its step; and float64 copies of pieces of them.
-    of_layer = (1 + bool(total)) * largest + 4 * 8 * PIECE
+    at_once = max((piece(p.device) for p in parameters.values()), default=0)
+    of_layer = (1 + bool(total)) * largest + 4 * 8 * at_once
     request = weights - frozen + _VECTORS * vector + max(predictions, activations, of_layer)
     return {
         "weights": weights,

@@ -77,6 +77,9 @@ class _Module:
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
 
+    def synchronising(self, op: str) -> None:
+        """Called where the CPU would wait for the device: a number, or a tensor, is read from it."""
+
     # --- random numbers -----------------------------------------------------------------------------------------------
 
     def manual_seed_all(self, seed: int) -> None:
@@ -234,6 +237,8 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if base == "copy_":
         args[0].held.copy_(_plain(args[1])) if isinstance(args[0], SimulatedTensor) else args[0].copy_(args[1].held)
         return args[0]
+    if base in ("_local_scalar_dense", "equal", "nonzero") or to_cpu:
+        MODULE.synchronising(base)
     _check_devices(func, base, args, kwargs)
     wrappers: dict[int, SimulatedTensor] = {}
     plain_args, plain_kwargs = _unwrapped(args, wrappers), _unwrapped(kwargs, wrappers)

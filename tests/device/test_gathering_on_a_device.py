@@ -11,10 +11,12 @@ import torch
 from simulated_device import MODULE, on_both, simulated_device
 from tiny_models import as_dataset, build, pad_right, rows_of
 from torch import Tensor, nn
-from unlearning_trainers import assert_bits, state_of
+from unlearning_trainers import assert_bits, make_trainer, state_of
 
 import hf_iau
-from hf_iau import GatherConfig, GradientMemory
+from hf_iau import GatherConfig, GradientMemory, UnsupportedModelError
+from hf_iau.gather.gradient_sum import sum_row_gradients
+from hf_iau.objective import ModelRowLoss, RowSource
 
 CPU = torch.device("cpu")
 EXACT = GatherConfig(gradient_sum="exact", progress=False, batch_size=5)
@@ -140,6 +142,84 @@ def test_a_model_spread_over_devices(config: GatherConfig, order: int) -> None:
 
     on_cpu, on_device = on_both(gather)
     assert_alike(on_device, on_cpu)
+
+
+def test_a_device_is_waited_for_once_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once a parameter: numbers that Python reads from the device while it sums sampled gradients."""
+    reads = []
+    read = MODULE.synchronising
+    monkeypatch.setattr(MODULE, "synchronising", lambda op: reads.append(op) or read(op))
+    with simulated_device() as device:
+        model, rows = build("bert").to(device), as_dataset(rows_of("bert", 12))
+        source = RowSource(rows, pad_right(), batch_size=2, device=device)
+        loss = ModelRowLoss()
+        sum_row_gradients(model, loss, source, track_batches=True)  # finds the loss's scale
+        counts = []
+        for some in (source.select(range(4)), source):
+            reads.clear()
+            sum_row_gradients(model, loss, some, track_batches=True)
+            counts.append(len(reads))
+    assert 0 < counts[1] - counts[0] <= 3 * 4  # of four batches more; the model has 37 parameters
+
+
+def test_a_model_without_its_weights_is_refused() -> None:
+    model, rows = build("plain"), as_dataset(rows_of("plain", 12))
+    model.hidden.weight = nn.Parameter(model.hidden.weight.to("meta"))
+    with pytest.raises(UnsupportedModelError, match=r"'hidden.weight' is on the device 'meta'.*Load the model whole"):
+        hf_iau.gather(model, rows, data_collator=pad_right(), config=EXACT)
+    with pytest.raises(UnsupportedModelError, match="'meta'"):
+        hf_iau.check_row_gradients(model, rows, data_collator=pad_right())
+
+
+def test_a_device_without_float64_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("hf_iau.objective.placement.WITHOUT_FLOAT64", ("simulated",))
+    with simulated_device() as device:
+        with pytest.raises(UnsupportedModelError, match=r"'simulated' has no float64.*use_cpu=True"):
+            gathered(device, "plain", EXACT)
+        with pytest.raises(UnsupportedModelError, match="has no float64"):  # before anything is trained
+            make_trainer(tmp_path, "plain", settings={"use_cpu": False})
+
+
+class Quantised(nn.Module):
+    """A linear layer with a frozen weight of whole numbers that is multiplied in bfloat16."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.scale = float(layer.weight.detach().abs().max()) / 127
+        self.weight = nn.Parameter((layer.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.bfloat16() @ (self.weight.bfloat16() * self.scale).T).to(x.dtype)
+
+
+class Adapted(nn.Module):
+    """A quantised layer with a low-rank adapter, as with QLoRA, between trained ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.down, self.up = Quantised(nn.Linear(6, 12)), nn.Linear(6, 4), nn.Linear(4, 12, bias=False)
+        self.output = nn.Linear(12, 3)
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.output(torch.tanh(self.base(features) + self.up(self.down(features))))
+        return {"logits": logits} | ({} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)})
+
+
+def test_adapters_on_a_quantised_base_get_kronecker_factors() -> None:
+    """The base rounds differently from batch to batch, which the checks must not take for coupled rows."""
+
+    def gather(device: torch.device) -> GradientMemory:
+        torch.manual_seed(1)
+        model = Adapted().to(device)
+        rows = as_dataset(rows_of("plain", 12))
+        check = hf_iau.check_row_gradients(model, rows, data_collator=pad_right())
+        assert check.passed and check.tolerance == 2e-2
+        memory = hf_iau.gather(model, rows, data_collator=pad_right(), config=EXACT)
+        assert memory.curvature is not None and set(memory.curvature.coverage()) == {"kronecker"}
+        return memory
+
+    on_cpu, on_device = on_both(gather)
+    assert_alike(on_device, on_cpu, tolerance=1e-3)
 
 
 def test_files_are_the_same_from_every_device(tmp_path: Path) -> None:

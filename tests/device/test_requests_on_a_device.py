@@ -167,9 +167,18 @@ def test_calibration(
     assert report.after["mia_auc"] == pytest.approx(report_on_cpu.after["mia_auc"], abs=1e-3)
 
 
-def test_a_memory_from_disk_serves_a_model_on_the_device(weights: dict[str, Tensor], tmp_path: Path) -> None:
+@pytest.mark.parametrize("memory_device", [None, "cpu"])
+def test_a_memory_from_disk_serves_a_model_on_the_device(
+    memory_device: str | None, weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """It is read into the host's memory; a request then works where it would have after gathering."""
+
+    def kinds_of(memory: GradientMemory | None) -> set[str]:
+        assert memory is not None and memory.curvature is not None and memory.gradient_sum is not None
+        return {t.device.type for t in [*memory.gradient_sum.values(), *memory.curvature.tensors().values()]}
+
     def serve(device: torch.device) -> dict[str, Tensor]:
-        trainer = memorised(tmp_path / device.type, device, weights)
+        trainer = memorised(tmp_path / device.type, device, weights, memory_device=memory_device)
         assert trainer.memory is not None
         trainer.memory.save(tmp_path / "memory")
         trainer = UnlearningTrainer(
@@ -179,8 +188,10 @@ def test_a_memory_from_disk_serves_a_model_on_the_device(weights: dict[str, Tens
             eval_dataset=HELD_OUT,
             memory=GradientMemory.load(tmp_path / "memory"),
         )
+        assert kinds_of(trainer.memory) == {"cpu"}
         trainer.unlearn(row_indices=REQUEST[:20], config=IAUConfig(walk=False))
         assert trainer.memory is not None and trainer.memory.forgotten_rows == 20
+        assert kinds_of(trainer.memory) == {device.type if memory_device is None else memory_device}
         trainer.unlearn(row_indices=REQUEST[20:22], config=GIVEN)  # with the memory that was moved along
         return on_cpu(parameters_of(trainer.model))
 
