@@ -245,7 +245,13 @@ def _from_adam(model: nn.Module, optimizer: Any) -> Curvature:
 
 
 class _Fit:
-    """One run over the rows and what it has summed so far."""
+    """One run over the rows and what it has summed so far.
+
+    A layer's statistics are made while the loss is still being differentiated, so that no more than one layer's output
+    gradients are held.
+    """
+
+    uses_at_once = True
 
     def __init__(
         self,
@@ -321,8 +327,16 @@ class _Fit:
             loss, n_targets = targets.fisher_loss(self.row_ids[positions], self.seed), len(targets)
         return loss, n_targets
 
-    def _capture(self, capture: Capture, positions: np.ndarray, inputs: dict[str, Any]) -> dict[str, list[Call]]:
+    def _capture(
+        self,
+        capture: Capture,
+        positions: np.ndarray,
+        inputs: dict[str, Any],
+        use: Callable[[Layer, list[Call]], None] | None = None,
+    ) -> dict[str, list[Call]]:
+        """Calls of all layers; with `use`, only of those that it was not given while the loss was differentiated."""
         losses: list[Tensor] = []
+        sums: list[Tensor] = []
 
         def loss() -> Tensor:
             value, self._batch_targets = self._loss(positions, inputs)
@@ -330,14 +344,26 @@ class _Fit:
             self.needs_backward |= capture.needs_backward
             return value
 
-        calls = capture.run(loss)
+        def take(layer: Layer, calls: list[Call]) -> None:
+            assert use is not None
+            sums.extend(tensor.sum(dtype=torch.float32) for call in calls for tensor in call)
+            use(layer, calls)
+
+        calls = capture.run(loss, None if use is None else take)
+        if sums and not bool(torch.stack([total.to(losses[0].device) for total in sums]).isfinite().all()):
+            losses.clear()
+            calls = capture.run(loss)  # once more, to name the layer and the row
         self._refuse_non_finite(losses[0], calls, positions)
         return calls
 
     def _refuse_non_finite(self, loss: Tensor, calls: dict[str, list[Call]], positions: np.ndarray) -> None:
-        sums = [g.sum(dtype=torch.float32).to(loss.device) for pairs in calls.values() for _, g in pairs]
-        inputs = [x.sum(dtype=torch.float32).to(loss.device) for pairs in calls.values() for x, _ in pairs]
-        if bool(torch.stack([loss.float().to(loss.device), *sums, *inputs]).isfinite().all()):
+        sums = [
+            tensor.sum(dtype=torch.float32).to(loss.device)
+            for pairs in calls.values()
+            for pair in pairs
+            for tensor in pair
+        ]
+        if bool(torch.stack([loss.float().to(loss.device), *sums]).isfinite().all()):
             return
         for name, pairs in calls.items():  # in the order of differentiation: the first is where it began
             for what, index in (("gradient", 1), ("input", 0)):
@@ -446,14 +472,19 @@ class _Fit:
             return
         with Capture(self.model, self.plan.layers) as capture:
             for positions, inputs in self._batches("curvature: factors"):
-                calls = self._capture(capture, positions, inputs)
-                self._count(positions, self._batch_targets)
                 cached = len(self.cache)
+
+                def use(layer: Layer, calls: list[Call], positions: np.ndarray = positions) -> None:
+                    if layer in self.plan.layers:
+                        try:
+                            self._add_calls(layer, calls, positions)
+                        except NotSeparableError as error:
+                            self._demote(layer, str(error))
+
+                calls = self._capture(capture, positions, inputs, use if self.uses_at_once else None)
+                self._count(positions, self._batch_targets)
                 for layer in self.plan.layers:
-                    try:
-                        self._add_calls(layer, calls.pop(layer.name, []), positions)
-                    except NotSeparableError as error:
-                        self._demote(layer, str(error))
+                    use(layer, calls.pop(layer.name, []))
                     self._layer_done(layer)
                 if self.caching:
                     self.cached_rows += len(positions)
@@ -604,15 +635,19 @@ class _Fit:
         self.passes = 2
         with Capture(self.model, self.plan.kronecker) as capture:
             for positions, inputs_of_batch in self._batches("curvature: eigenvalues", self.cached_rows):
-                calls = self._capture(capture, positions, inputs_of_batch)
-                for layer in self.plan.kronecker:
-                    if layer.name not in calls:
-                        continue
+
+                def use(layer: Layer, calls: list[Call], n_rows: int = len(positions)) -> None:
+                    assert isinstance(layer, MatrixLayer)
                     total = self.kronecker_sums[layer.name]
-                    for a, g in layer.expand_in_chunks(calls.pop(layer.name), len(positions)):
+                    for a, g in layer.expand_in_chunks(calls, n_rows):
                         inputs, outputs = (basis.to(g.device) for basis in self.bases[layer.name])
                         found = sum_of_squared_gradients(a, g, inputs, outputs, temporary_bytes=layer.temporary_bytes)
                         total += found.to(total.device)
+
+                calls = self._capture(capture, positions, inputs_of_batch, use)
+                for layer in self.plan.kronecker:
+                    if layer.name in calls:
+                        use(layer, calls.pop(layer.name))
 
     def _loop(self) -> tuple[dict[str, Tensor], int]:
         """Squared gradients of the loose parameters, summed over some rows, and those rows' targets."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,8 @@ class ShardedFit(_Fit):
     sees its part.
     """
 
+    uses_at_once = False  # statistics are sent around, which must not come between the passing of gradients
+
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.owner = Owners()
@@ -67,8 +69,14 @@ class ShardedFit(_Fit):
         loss, n_targets = super()._loss(positions, inputs)
         return loss, n_targets if self._counts else 0
 
-    def _capture(self, capture: Capture, positions: np.ndarray, inputs: dict[str, Any]) -> dict[str, list[Call]]:
-        calls = super()._capture(capture, positions, inputs)
+    def _capture(
+        self,
+        capture: Capture,
+        positions: np.ndarray,
+        inputs: dict[str, Any],
+        use: Callable[[Layer, list[Call]], None] | None = None,
+    ) -> dict[str, list[Call]]:
+        calls = super()._capture(capture, positions, inputs, use)
         return calls if self._counts else {}
 
     def _count(self, positions: np.ndarray, n_targets: int) -> None:
