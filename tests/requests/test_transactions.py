@@ -34,6 +34,7 @@ from hf_iau import (
     gather,
 )
 from hf_iau.calibrate import Walk, decision, search, walk_choice
+from hf_iau.forget import WeightTransaction
 from hf_iau.remember.files import file_digest
 from hf_iau.requests import journal as journal_module
 from hf_iau.requests import milestones, service, storage
@@ -100,6 +101,23 @@ def test_weights_memory_ledger_and_certificate_belong_together(trainer: Unlearni
     assert "forget rows" not in text  # too few for figures of their own
     with pytest.raises(RequestError, match="was saved, which is final"):
         result.revert()
+
+
+def test_a_saved_request_keeps_no_copy_of_frozen_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an adapter's model, that would be all of the base model."""
+    trainer = make_trainer(tmp_path, "lora", rows=rows_of("lora", 24))
+    trainer.gather(WITH_CURVATURE)
+    kept: list[set[str]] = []
+
+    def watched(*args: Any, **settings: Any) -> WeightTransaction:
+        made = WeightTransaction(*args, **settings)
+        kept.append(set(made.copies))
+        return made
+
+    monkeypatch.setattr("hf_iau.train.serving.WeightTransaction", watched)
+    assert serve(trainer, [0, 1]).applied
+    frozen = {name for name, parameter in trainer.model.named_parameters() if not parameter.requires_grad}
+    assert len(kept) == 1 and frozen and not kept[0] & frozen and kept[0] >= set(trainer.memory.parameters)
 
 
 @pytest.mark.parametrize("family", ["lora", "resnet"])
