@@ -87,11 +87,10 @@ def serve_request(
     model = context.model
     card = trainer.unlearning_card  # read while the weights are those that it describes
     with timer.phase("measure_before"):
-        splits = _measured_rows(context, test, trainer.args.per_device_eval_batch_size)
+        splits = _measured_rows(context, test)
         before = measure_model(model, *splits)
-        context.predicted[splits.forget] = before.forget
-        if splits.held_out is not None and before.held_out is not None:
-            context.predicted[splits.held_out] = before.held_out
+        looked_at = zip(splits, (before.forget, before.retain, before.held_out), strict=False)  # test rows are no one's
+        context.predicted |= {rows: seen for rows, seen in looked_at if rows is not None and seen is not None}
     only_trained = getattr(method, "moves_only_trained", False)
     transaction = WeightTransaction(model, memory_device(None), only_trained=only_trained)
     context.weights = transaction.copies
@@ -173,10 +172,8 @@ class _MeasuredRows(NamedTuple):
     test: RowSource | None
 
 
-def _measured_rows(context: ForgetContext, test: RowSource | None, batch_size: int) -> _MeasuredRows:
-    retained = context.retained_sample(_MEASURED_RETAINED_ROWS, context.seed)
-    if retained is not None:
-        retained = retained.resized(batch_size)
+def _measured_rows(context: ForgetContext, test: RowSource | None) -> _MeasuredRows:
+    retained = context.retained_to_predict(_MEASURED_RETAINED_ROWS, context.seed)
     return _MeasuredRows(context.forget_to_predict, retained, context.held_out_sample(_MEASURED_HELD_OUT_ROWS), test)
 
 
