@@ -39,8 +39,7 @@ def test_no_module_imports_from_a_later_room_or_takes_private_names(path: Path) 
     for module, names in imports(path):
         other = module.split(".")[1]
         assert ROOMS.index(other) <= ROOMS.index(room), f"{room} imports from {other}, which comes after it"
-        if other != room:
-            assert not any(name.startswith("_") for name in names), f"{names} of {module} are private to {other}"
+        assert not any(name.startswith("_") for name in names), f"{names} of {module} are private to it"
 
 
 def test_every_room_has_its_place() -> None:

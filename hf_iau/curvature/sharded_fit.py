@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from hf_iau.curvature.blocks import Block, DiagonalBlock
 from hf_iau.curvature.capture import Capture
-from hf_iau.curvature.fit import LOOP_ROWS, _Fit
+from hf_iau.curvature.fit import LOOP_ROWS, Fit
 from hf_iau.curvature.layers import Call, Layer, LayerPlan, MatrixLayer, sum_of_squared_gradients
 from hf_iau.curvature.spread import Owners, fetch_tensor, spread
 from hf_iau.errors import NonFiniteGradientError
@@ -32,8 +32,8 @@ from hf_iau.parallel import (
 )
 
 
-class ShardedFit(_Fit):
-    """As `_Fit`, but of each layer one process, its owner, holds the statistics.
+class ShardedFit(Fit):
+    """As `Fit`, but of each layer one process, its owner, holds the statistics.
 
     All processes pass through the model together, each with its own rows. After every batch their statistics of one
     layer after the other are added up at its owner and let go. Owners find the bases of their layers; for Λ, bases are

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification, default_data
 
 from hf_iau.curvature import fit_curvature
 from hf_iau.curvature.capture import Capture
-from hf_iau.curvature.fit import _Fit
+from hf_iau.curvature.fit import Fit
 from hf_iau.curvature.layers import plan_layers
 from hf_iau.objective import RowSource
 from hf_iau.phases import peak_allocated_bytes
@@ -65,7 +65,7 @@ def test_using_a_layer_at_once_gives_the_same_numbers(
 ) -> None:
     model, rows = build(name)
     found = fit_curvature(model, make_source(rows), cache_bytes=cache_bytes)
-    monkeypatch.setattr(_Fit, "uses_at_once", False)
+    monkeypatch.setattr(Fit, "uses_at_once", False)
     run = Capture.run
     monkeypatch.setattr(Capture, "run", lambda capture, loss, take=None: run(capture, loss))
     expected = fit_curvature(model, make_source(rows), cache_bytes=cache_bytes)
