@@ -87,7 +87,7 @@ def test_each_setting(kind: str) -> None:
 
 def test_a_second_pass_is_made_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing may be cached between the two statistics of EK-FAC."""
-    monkeypatch.setattr("hf_iau.curvature.fit.usual_cache_bytes", lambda *_: 0)
+    monkeypatch.setattr("hf_iau.curvature.kinds.usual_cache_bytes", lambda *_: 0)
     for config in (EXACT, CONFIGS["factors offloaded"]):
         on_cpu, on_device = on_both(lambda device, config=config: gathered(device, "resnet", config))
         assert on_device.curvature is not None and on_device.curvature.details["passes"] == 2
