@@ -220,7 +220,7 @@ def _start(work: Callable[[Any], None], argument: Any, environment: dict[str, st
 
 def _child(work: Callable[[Any], None], argument: Any, environment: dict[str, str]) -> None:
     os.environ.update(environment)
-    logging.getLogger("hf_iau.train.trainer").setLevel(logging.ERROR)
+    logging.getLogger("hf_iau.train").setLevel(logging.ERROR)
     try:
         work(argument)
     except BaseException:

@@ -36,6 +36,7 @@ from hf_iau.methods import (
     SCRUBConfig,
 )
 from hf_iau.methods.epochs import endless, shuffled
+from hf_iau.objective.trainer_rows import trainer_rows
 
 CLASSES, ROWS, FORGOTTEN, BATCH, SEED = 10, 900, 90, 30, 0
 Pair = tuple[Tensor, Tensor]
@@ -73,7 +74,7 @@ class Batches:
 
     def __init__(self, trainer: UnlearningTrainer, forget: np.ndarray) -> None:
         kept = np.setdiff1d(np.arange(ROWS), forget)
-        rows = trainer._rows(trainer.train_dataset, "training rows", BATCH)
+        rows = trainer_rows(trainer, trainer.train_dataset, "training rows", BATCH)
         self.retain, self.forget = rows.select(kept), rows.select(forget)
         self.epoch = 0
         self.endless = endless(self.forget, None, SEED)

@@ -178,7 +178,7 @@ BANKING77_MINILM = Work(
     held_out_rows=1_000,
     test_rows=1_500,
     request_batch_size=25,
-    eval_batch_size=100,
+    eval_batch_size=32,
 )
 BANKING77_MINILM_LORA = replace(
     BANKING77_MINILM,

@@ -32,11 +32,9 @@ class Outset:
 
     def __init__(self, context: ForgetContext, held_out_rows: int) -> None:
         self._context = context
-        retained = context.retained_sample(_RETAINED_ROWS, context.seed + 7)
+        retained = context.retained_to_predict(_RETAINED_ROWS, context.seed + 7)
         held_out = context.held_out_sample(held_out_rows)
-        self.retained_rows = None
-        if retained is not None:
-            self.retained_rows = retained.resized(context.prediction_batch_size).keep_batches()
+        self.retained_rows = None if retained is None else retained.keep_batches()
         self.held_out_rows = None if held_out is None else held_out.keep_batches()
         self.held_out_at: dict[tuple[float, float, float], RowPredictions] = {}
         self._every_row = context.forget_to_predict

@@ -53,6 +53,8 @@ DEAR = 0.10
 """More than this share of the held-out loss is paid only for a walk that arrives."""
 
 _STRIDE, _SHORTEST_STRIDE = 0.03, 0.002
+# What is left of a stride when the anchors have drawn back is made longer by no more than this factor: it is noisy.
+_MOST_LENGTHENED = 4.0
 MOST_STEPS = 40
 """After so many steps, those that were taken back among them, a walk ends."""
 USUAL_STEPS = 8
@@ -63,7 +65,8 @@ _JUMP = 0.02
 _ANCHOR_ROWS, _ANCHOR_ROWS_A_STEP = 2048, 256
 # What is kept of them: for a large vocabulary a row's logits alone are many megabytes.
 _ANCHOR_BYTES, _FEWEST_ANCHOR_ROWS = 256 * 2**20, 8
-_WATCHED_ROWS = 1000
+# Held-out rows by which each step is judged: four times as many as are forgotten, in these bounds.
+_FEWEST_WATCHED_ROWS, _WATCHED_ROWS = 256, 1000
 # A first step that brings more than `_TOO_MUCH` of the way takes rows past their targets before they are looked at: it is
 # taken back, and steps are made to bring `_SHARE`. The few rows of a small request are soon brought so far.
 _SHARE, _TOO_MUCH = 0.25, 0.4
@@ -134,7 +137,7 @@ def walk(
     weights = {name: weights[name] if weights else kept_copy(model.get_parameter(name)) for name in names}
     norm = max(weights_norm(model, list(names)), 1e-300)
     moved: Step = {name: torch.zeros_like(value, dtype=kept_dtype(value.dtype)) for name, value in weights.items()}
-    chosen = sample_positions(len(held_out), _WATCHED_ROWS, 0)
+    chosen = sample_positions(len(held_out), watched_rows(len(forget)), 0)
     watched = held_out.select(chosen).keep_batches() if len(chosen) < len(held_out) else held_out.keep_batches()
     looked_at = (looked_at or forget.resized(held_out.batch_size)).keep_batches()
     pushed = forget.keep_batches()
@@ -190,6 +193,7 @@ def walk(
                 for name, place in further.items():
                     place -= back * pull[name].to(place)
                 del pull
+                _lengthen(further, moved, stride * norm)
             if step_norm(further) / norm > max_relative_step:
                 break
             _place(model, weights, further)
@@ -250,9 +254,18 @@ class WalkWork:
         pulls = max(steps - 1, 0)
         return cls(
             gradients=steps * forget + pulls * min(anchors, _ANCHOR_ROWS_A_STEP),
-            forwards=steps * min(held_out, _WATCHED_ROWS) + 3 * forget + known + anchors + held_out,
+            forwards=steps * min(held_out, watched_rows(forget)) + 3 * forget + known + anchors + held_out,
             solves=steps + pulls,
         )
+
+
+def watched_rows(forget: int) -> int:
+    """How many held-out rows, where there are so many, each step of a walk is judged by.
+
+    Args:
+        forget: rows of the request.
+    """
+    return min(max(4 * forget, _FEWEST_WATCHED_ROWS), _WATCHED_ROWS)
 
 
 def anchor_rows(model: nn.Module, retained: RowSource) -> int:
@@ -422,6 +435,18 @@ def _gradient(
         # FSDP2 has summed what it shards.
         sum_over_processes([*(total for total in sums.values() if not isinstance(total, DTensor)), count], what)
     return sums, round(float(count))
+
+
+def _lengthen(further: Step, moved: Step, least: float) -> None:
+    """Make the way from `moved` to `further` at least `least` long, in place.
+
+    Late in a walk push and pull go nearly the same way, and what they leave of a stride is in the right direction but short.
+    """
+    length = math.hypot(*(step_norm({name: place - moved[name]}) for name, place in further.items()))
+    if 0.0 < length < least:
+        factor = min(least / length, _MOST_LENGTHENED)
+        for name, place in further.items():
+            place.sub_(moved[name]).mul_(factor).add_(moved[name])
 
 
 def _place(model: nn.Module, weights: Mapping[str, Tensor], moved: Step | None) -> None:

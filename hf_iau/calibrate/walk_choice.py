@@ -70,13 +70,15 @@ def choose_walk(
     assert outset.retained_rows is not None and outset.held_out_rows is not None
     shortfall = Shortfall.of(outset.forget, outset.retained, outset.held_out)
     runner = outset.runner(directions, outset.forget_rows)
-    forget, retained = runner.look((outset.forget_rows, outset.retained_rows), *place)
-    del runner
-    seen = replace(seen, forget=forget, retained=retained)
+    (forget,) = runner.look((outset.forget_rows,), *place)
+    seen = replace(seen, forget=forget)
     left = shortfall.remaining(forget.loss)
-    spared = (accuracy_lost(outset.retained, retained) or 0.0) < _SPARED and after <= (1.0 + DEAR) * before
-    if calibration.reached and spared and left <= _LEFT:
-        return WalkChoice(None, seen, left)
+    if calibration.reached and left <= _LEFT and after <= (1.0 + DEAR) * before:
+        (retained,) = runner.look((outset.retained_rows,), *place)
+        seen = replace(seen, retained=retained)
+        if (accuracy_lost(outset.retained, retained) or 0.0) < _SPARED:
+            return WalkChoice(None, seen, left)
+    del runner
     everything = outset.every_forget_row()
     directions.clear()
     path = walk(

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,13 +11,32 @@ import datasets
 import numpy as np
 import typer
 from rich.table import Table
-from torch import nn
-from transformers import TrainingArguments
-from transformers.utils import logging as transformers_logging
 
 from hf_iau.calibrate.verdict import RETRAIN
+from hf_iau.cli.inputs import load, memory_of, other_model, request_of, settings_of, training_arguments
+from hf_iau.cli.options import (
+    BatchOption,
+    CpuOption,
+    DebugOption,
+    HeldOutOption,
+    IdColumnOption,
+    IdsOption,
+    InputOption,
+    JsonOption,
+    LabelOption,
+    LengthOption,
+    MemoryOption,
+    ModelArgument,
+    RetrainedOption,
+    SeedOption,
+    TaskOption,
+    TestOption,
+    TrainOption,
+    TrustOption,
+    WhereOption,
+)
 from hf_iau.cli.output import ExitCode, Output, reported
-from hf_iau.errors import ConfigError, RequestError
+from hf_iau.errors import RequestError
 from hf_iau.forecast import estimate
 from hf_iau.gather import GatherConfig, gather
 from hf_iau.gather.gather import default_collator, describe_memory, keep_input_columns
@@ -28,13 +44,11 @@ from hf_iau.measure import gap, measure_model
 from hf_iau.methods import method_config
 from hf_iau.objective import RowSource
 from hf_iau.publish import UnlearningCard, audit
-from hf_iau.remember import MEMORY_FOLDER, GradientMemory
-from hf_iau.remember.memory import MEMORY_HEADER
+from hf_iau.remember import MEMORY_FOLDER
+from hf_iau.remember.files import unmasked
 from hf_iau.report import UnlearningReport, tables
 from hf_iau.requests import Ledger
-from hf_iau.requests.id_column import rows_of_ids
-from hf_iau.tasks import Task, load_rows, load_task, read_ids, rows_where
-from hf_iau.tasks.task import KINDS, local_folder
+from hf_iau.tasks.task import local_folder
 from hf_iau.train import UnlearningTrainer
 
 app = typer.Typer(
@@ -44,142 +58,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-# --- options that several commands share ------------------------------------------------------------------------------
-
-ModelArgument = Annotated[
-    str, typer.Argument(help="The fine-tuned model or PEFT adapter: a folder, or a name on the Hub.")
-]
-TrainOption = Annotated[
-    str, typer.Option("--train", help="The rows it was trained on, in their order: a file, folder or Hub name[:split].")
-]
-HeldOutOption = Annotated[
-    str | None, typer.Option("--held-out", help="Rows like them that it never saw; the step is calibrated on them.")
-]
-TestOption = Annotated[str | None, typer.Option("--test", help="Test rows, for the report alone.")]
-InputOption = Annotated[
-    list[str] | None, typer.Option("--input-column", help="Column of texts or images; give it twice for text pairs.")
-]
-LabelOption = Annotated[str, typer.Option("--label-column", help="Column of the labels, numbers or names.")]
-LengthOption = Annotated[int | None, typer.Option("--max-length", help="Longest text in tokens.", min=1)]
-TaskOption = Annotated[
-    str | None, typer.Option("--task", help="text, image or language; default: what the model says.")
-]
-TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
-BatchOption = Annotated[int, typer.Option("--batch-size", help="Rows a batch.", min=1)]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of samples.", min=0)]
-CpuOption = Annotated[bool, typer.Option("--cpu", help="Use the processor even where there is an accelerator.")]
-MemoryOption = Annotated[
-    Path | None, typer.Option("--memory", help="Folder of the memory; default: _iau in the model's folder.")
-]
-IdsOption = Annotated[
-    Path | None, typer.Option("--ids-file", help="What to forget: row numbers, one a line or a JSON list.")
-]
-IdColumnOption = Annotated[
-    str | None, typer.Option("--id-column", help="With --ids-file: the column whose values the ids are.")
-]
-WhereOption = Annotated[str | None, typer.Option("--where", help='Instead: a condition, e.g. "label == 3".')]
-RetrainedOption = Annotated[
-    list[str] | None,
-    typer.Option("--retrained", help="A model trained without the rows, to compare with; twice: noise floor."),
-]
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")
-]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show where an unexpected error came from.")]
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """A task with its rows, raw and prepared."""
-
-    task: Task
-    raw: datasets.Dataset
-    train: datasets.Dataset
-    held_out: datasets.Dataset | None
-    test: datasets.Dataset | None
-
-
-def _load(
-    model: str,
-    train: str,
-    held_out: str | None,
-    test: str | None,
-    input_column: list[str] | None,
-    label_column: str,
-    max_length: int | None,
-    kind: str | None,
-    trust_remote_code: bool,
-) -> _Loaded:
-    transformers_logging.set_verbosity_error()
-    if kind is not None and kind not in KINDS:
-        raise ConfigError(f"--task {kind}: choose {', '.join(KINDS[:-1])} or {KINDS[-1]}.")
-    raw = load_rows(train)
-    others = [None if source is None else load_rows(source) for source in (held_out, test)]
-    task = load_task(
-        model,
-        kind=kind,
-        input_columns=tuple(input_column or ()),
-        label_column=label_column,
-        max_length=max_length,
-        trust_remote_code=trust_remote_code,
-    )
-    prepared = [None if rows is None else task.prepare(rows) for rows in others]
-    return _Loaded(task, raw, task.prepare(raw), prepared[0], prepared[1])
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What is to be forgotten: row numbers, or ids of a column."""
-
-    rows: np.ndarray
-    id_column: str | None = None
-    ids: tuple[Any, ...] = ()
-
-
-def _request(rows: datasets.Dataset, ids_file: Path | None, id_column: str | None, where: str | None) -> _Request:
-    if (ids_file is None) == (where is None):
-        raise RequestError("Say what to forget: either --ids-file or --where.")
-    if where is not None:
-        if id_column is not None:
-            raise RequestError("--id-column goes with --ids-file; --where names its columns itself.")
-        chosen = rows_where(rows, where)
-        if len(chosen) == 0:
-            raise RequestError(f"No training row meets the condition {where!r}.")
-        return _Request(chosen)
-    assert ids_file is not None
-    if id_column is None:
-        return _Request(np.asarray(read_ids(ids_file), dtype=np.int64))
-    feature = rows.features.get(id_column)
-    numbers = isinstance(feature, datasets.Value) and "int" in feature.dtype
-    ids = read_ids(ids_file, int if numbers else str)
-    return _Request(rows_of_ids(rows, id_column, ids), id_column, tuple(ids))
-
-
-def _training_arguments(folder: str, batch_size: int, seed: int, cpu: bool, quiet: bool) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=folder,
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=batch_size,
-        seed=seed,
-        use_cpu=cpu,
-        disable_tqdm=quiet,
-        report_to="none",
-        remove_unused_columns=True,
-        dataloader_pin_memory=not cpu,
-    )
-
-
-def _settings(text: str | None, option: str) -> dict[str, Any]:
-    """An option's JSON object."""
-    try:
-        values = json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{option} {text!r} is no JSON ({error}).") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{option} {text!r}: give a JSON object, e.g. '{{\"eta\": 1e-6}}'.")
-    return values
-
 
 # --- commands ---------------------------------------------------------------------------------------------------------
 
@@ -213,8 +91,8 @@ def gather_command(
         folder = output or (local_folder(model) and Path(model) / MEMORY_FOLDER)
         if folder is None:
             raise RequestError(f"{model!r} is no folder here: say by --output where the memory is to be written.")
-        loaded = _load(model, train, None, None, input_column, label_column, max_length, task, trust_remote_code)
-        device = _training_arguments(str(folder), batch_size, seed, cpu, as_json).device
+        loaded = load(model, train, None, None, input_column, label_column, max_length, task, trust_remote_code)
+        device = training_arguments(str(folder), batch_size, seed, cpu, as_json).device
         memory = gather(
             loaded.task.model.to(device),
             loaded.train,
@@ -261,8 +139,8 @@ def estimate_command(
     """Say what gathering and a request will cost, in bytes and seconds, before either is done."""
     out = Output(as_json, debug)
     with reported(out):
-        loaded = _load(model, train, None, None, input_column, label_column, max_length, task, trust_remote_code)
-        device = _training_arguments(".", batch_size, 0, cpu, as_json).device
+        loaded = load(model, train, None, None, input_column, label_column, max_length, task, trust_remote_code)
+        device = training_arguments(".", batch_size, 0, cpu, as_json).device
         expected = estimate(
             loaded.task.model.to(device),
             loaded.train,
@@ -323,23 +201,23 @@ def unlearn_command(
     with reported(out):
         home = local_folder(model)
         _check_destination(home, output, memory, in_place=in_place, dry_run=dry_run, strict=strict)
-        settings = None if config is None else method_config(method, _settings(config, "--config"))
-        loaded = _load(model, train, held_out, test, input_column, label_column, max_length, task, trust_remote_code)
-        request = _request(loaded.raw, ids_file, id_column, where)
+        settings = None if config is None else method_config(method, settings_of(config, "--config"))
+        loaded = load(model, train, held_out, test, input_column, label_column, max_length, task, trust_remote_code)
+        request = request_of(loaded.raw, ids_file, id_column, where)
         with tempfile.TemporaryDirectory() as scratch:
             trainer = UnlearningTrainer(
                 model=loaded.task.model,
-                args=_training_arguments(str(home) if in_place else scratch, batch_size, seed, cpu, as_json),
+                args=training_arguments(str(home) if in_place else scratch, batch_size, seed, cpu, as_json),
                 train_dataset=loaded.train,
                 eval_dataset=loaded.held_out,
                 processing_class=loaded.task.processor,
                 data_collator=loaded.task.collator,
-                memory=None if in_place else _memory_of(home, memory),
+                memory=None if in_place else memory_of(home, memory),
                 id_column=id_column,
             )
             if home is not None and not in_place:
                 trainer.unlearning_card = UnlearningCard.of_weights(home / MEMORY_FOLDER, loaded.task.model)
-            others = [_other(name, loaded.task, trust_remote_code) for name in retrained or []]
+            others = [other_model(name, loaded.task, trust_remote_code) for name in retrained or []]
             asked: dict[str, Any] = {
                 "method": method,
                 "config": settings,
@@ -407,12 +285,12 @@ def evaluate_command(
     """Measure a model, changed or not, on forget, retained, held-out and test rows."""
     out = Output(as_json, debug)
     with reported(out):
-        loaded = _load(model, train, held_out, test, input_column, label_column, max_length, task, trust_remote_code)
-        chosen = np.unique(_request(loaded.raw, ids_file, id_column, where).rows)
+        loaded = load(model, train, held_out, test, input_column, label_column, max_length, task, trust_remote_code)
+        chosen = np.unique(request_of(loaded.raw, ids_file, id_column, where).rows)
         outside = chosen[(chosen < 0) | (chosen >= len(loaded.train))]
         if outside.size:
             raise RequestError(f"Row {outside[0]} is no row of --train, which has {len(loaded.train)}.")
-        device = _training_arguments(".", batch_size, seed, cpu, as_json).device
+        device = training_arguments(".", batch_size, seed, cpu, as_json).device
         bare = loaded.task.model.to(device)
 
         def source(rows: datasets.Dataset | None, name: str) -> RowSource | None:
@@ -430,7 +308,7 @@ def evaluate_command(
         splits = (forget, retained, source(loaded.held_out, "held-out rows"), source(loaded.test, "test rows"))
         figures = {"model": measure_model(bare, *splits).figures(seed=seed).to_dict()}
         for number, name in enumerate(retrained or [], start=1):
-            other = _other(name, loaded.task, trust_remote_code).to(device)
+            other = other_model(name, loaded.task, trust_remote_code).to(device)
             title = "retrained" if number == 1 else f"retrained {number}"
             figures[title] = measure_model(other, *splits).figures(seed=seed).to_dict()
         reference = figures.get("retrained")
@@ -557,19 +435,6 @@ def _check_destination(
         raise RequestError(f"--output {output} exists and is not empty: name a new folder. The old model is kept.")
 
 
-def _memory_of(home: Path | None, memory: Path | None) -> GradientMemory | None:
-    """The memory in `--memory`, else the one in the model's folder, else None for methods that need none."""
-    if memory is not None:
-        return GradientMemory.load(memory)
-    if home is None or not (home / MEMORY_FOLDER / MEMORY_HEADER).is_file():
-        return None
-    return GradientMemory.load(home / MEMORY_FOLDER)
-
-
-def _other(name: str, task: Task, trust_remote_code: bool) -> nn.Module:
-    return load_task(name, kind=task.kind, trust_remote_code=trust_remote_code).model
-
-
 def _write(
     trainer: UnlearningTrainer, report: UnlearningReport, output: Path, home: Path | None, *, with_model: bool
 ) -> None:
@@ -584,9 +449,7 @@ def _write(
             trainer.args.output_dir = str(staged)
             trainer.create_model_card(model_name=output.name)
         report.save(staged)
-        mask = os.umask(0)
-        os.umask(mask)
-        staged.chmod(0o777 & ~mask)
+        staged.chmod(unmasked(0o777))
         staged.replace(output)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)

@@ -35,6 +35,8 @@ class Capture:
         self.layers = list(layers)
         self.needs_backward = False
         self._calls: dict[str, list[Call]] = {}
+        self._open: dict[str, int] = {}  # calls that have not been differentiated yet
+        self._take: Callable[[Layer, list[Call]], None] | None = None
         self._edges: list[GradientEdge] = []
         self._handles: list[Any] = []
         self.unreadable: dict[str, str] = {}
@@ -52,17 +54,22 @@ class Capture:
         self._handles.clear()
         self._clear()
 
-    def run(self, loss: Callable[[], Tensor]) -> dict[str, list[Call]]:
+    def run(
+        self, loss: Callable[[], Tensor], take: Callable[[Layer, list[Call]], None] | None = None
+    ) -> dict[str, list[Call]]:
         """Evaluate `loss()` and differentiate it.
 
         Args:
             loss: runs the model forward and returns a scalar.
+            take: is given the calls of a layer as soon as all of them are differentiated, while differentiation goes on,
+                so that those of all layers are not held at once.
 
         Returns:
-            The calls of each layer, by layer name, in the order in which they were differentiated; layers that the
-            loss does not depend on are absent.
+            The calls of each layer, by layer name, in the order in which they were differentiated, but for those that
+            were taken; layers that the loss does not depend on are absent.
         """
         self._clear()
+        self._take = take
         value = loss()
         if value.requires_grad:
             if self.needs_backward or not self._edges:
@@ -72,13 +79,14 @@ class Capture:
                     parameter.grad = None
             else:
                 # Down to the layers' outputs: no gradient of a weight is ever formed.
-                torch.autograd.grad(value, self._edges, allow_unused=True)
+                torch.autograd.grad(value, _last_of(self._edges, value), allow_unused=True)
         calls = self._calls
         self._clear()
         return calls
 
     def _clear(self) -> None:
-        self._calls, self._edges, self.needs_backward = {}, [], False
+        self._calls, self._open, self._edges = {}, {}, []
+        self.needs_backward, self._take = False, None
 
     def _hook(self, layer: Layer) -> Callable[..., Tensor | None]:
         def after_forward(
@@ -98,22 +106,48 @@ class Capture:
             copied = output._is_view()
             if copied:
                 output = output.clone()
-            source = source.detach()
+            inputs = [source.detach()]  # handed on below, for the hook itself lives as long as the graph
             version = source._version
 
             def after_backward(gradient: Tensor) -> None:
+                source = inputs.pop()
                 if source._version != version:
                     raise UnsupportedModelError(
                         f"The input of layer {layer.name!r} was changed in place after the layer had used it, so its "
                         "curvature cannot be measured. Make that operation out of place."
                     )
                 self._calls.setdefault(layer.name, []).append((source, gradient.detach()))
+                self._open[layer.name] -= 1
+                # Re-entrant checkpointing tells of a layer's next call only when it comes to it.
+                if self._take is not None and not self.needs_backward and not self._open[layer.name]:
+                    self._take(layer, self._calls.pop(layer.name))
 
+            self._open[layer.name] = self._open.get(layer.name, 0) + 1
             output.register_hook(after_backward)
             self._edges.append(get_gradient_edge(output))
             return output if copied else None
 
         return after_forward
+
+
+def _last_of(edges: Sequence[GradientEdge], value: Tensor) -> list[GradientEdge]:
+    """Those of `edges` from which differentiation of `value` leads to no other: it goes through all on the way to them.
+
+    What is asked for is held until the end, so the fewer and (with LoRA) the narrower the better.
+    """
+    ends = {edge.node for edge in edges}
+    leads: dict[Any, bool] = {}  # whether a node's inputs lead to one of the ends
+    stack: list[Any] = [get_gradient_edge(value).node]
+    while stack:
+        node = stack[-1]
+        below = [other for other, _ in node.next_functions if other is not None]
+        unseen = [other for other in below if other not in leads]
+        if node not in leads and unseen:
+            stack += unseen
+            continue
+        leads.setdefault(node, any(other in ends or leads[other] for other in below))
+        stack.pop()
+    return [edge for edge in edges if not leads.get(edge.node, False)]
 
 
 def parameter_gradients(loss: Tensor, parameters: Sequence[nn.Parameter], *, backward: bool) -> list[Tensor | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from hf_iau.curvature.blocks import Block, DiagonalBlock
 from hf_iau.curvature.capture import Capture
-from hf_iau.curvature.fit import LOOP_ROWS, _Fit
+from hf_iau.curvature.fit import LOOP_ROWS, Fit
 from hf_iau.curvature.layers import Call, Layer, LayerPlan, MatrixLayer, sum_of_squared_gradients
 from hf_iau.curvature.spread import Owners, fetch_tensor, spread
 from hf_iau.errors import NonFiniteGradientError
@@ -32,8 +32,8 @@ from hf_iau.parallel import (
 )
 
 
-class ShardedFit(_Fit):
-    """As `_Fit`, but of each layer one process, its owner, holds the statistics.
+class ShardedFit(Fit):
+    """As `Fit`, but of each layer one process, its owner, holds the statistics.
 
     All processes pass through the model together, each with its own rows. After every batch their statistics of one
     layer after the other are added up at its owner and let go. Owners find the bases of their layers; for Λ, bases are
@@ -41,6 +41,8 @@ class ShardedFit(_Fit):
     (the probe, and the loop for parameters without a closed form) are the same in every process, of whose gradient each
     sees its part.
     """
+
+    uses_at_once = False  # statistics are sent around, which must not come between the passing of gradients
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -67,8 +69,14 @@ class ShardedFit(_Fit):
         loss, n_targets = super()._loss(positions, inputs)
         return loss, n_targets if self._counts else 0
 
-    def _capture(self, capture: Capture, positions: np.ndarray, inputs: dict[str, Any]) -> dict[str, list[Call]]:
-        calls = super()._capture(capture, positions, inputs)
+    def _capture(
+        self,
+        capture: Capture,
+        positions: np.ndarray,
+        inputs: dict[str, Any],
+        use: Callable[[Layer, list[Call]], None] | None = None,
+    ) -> dict[str, list[Call]]:
+        calls = super()._capture(capture, positions, inputs, use)
         return calls if self._counts else {}
 
     def _count(self, positions: np.ndarray, n_targets: int) -> None:

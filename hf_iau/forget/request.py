@@ -67,6 +67,7 @@ class ForgetContext:
 
     def __post_init__(self) -> None:
         self._held_out_samples: dict[int, RowSource] = {}
+        self._retained_samples: dict[bytes, RowSource] = {}
 
     @property
     def prediction_batch_size(self) -> int:
@@ -136,8 +137,27 @@ class ForgetContext:
         """Up to `size` retained rows: drawn from `retain` where given, else training rows that are not excluded."""
         if self.retain is not None:
             return self.retain.sample(size, seed, name)
-        if self.train is None:
+        positions = self._retained_positions(size, seed)
+        return self.train.select(positions, name) if self.train is not None and len(positions) else None
+
+    def retained_to_predict(self, size: int, seed: int) -> RowSource | None:
+        """`retained_sample` in batches for where no gradients are taken; one source for whoever asks for the same rows,
+        as all do where there are no more than `size`."""
+        if self.retain is not None:
+            return self.retain.sample(size, seed, "retained rows").resized(self.prediction_batch_size)
+        positions = self._retained_positions(size, seed)
+        if self.train is None or not len(positions):
             return None
+        key = positions.tobytes()
+        if key not in self._retained_samples:
+            sample = self.train.select(positions, "retained rows")
+            self._retained_samples[key] = sample.resized(self.prediction_batch_size)
+        return self._retained_samples[key]
+
+    def _retained_positions(self, size: int, seed: int) -> np.ndarray:
+        """Numbers in `train` of up to `size` rows that are not excluded, ascending."""
+        if self.train is None:
+            return np.zeros(0, dtype=np.int64)
         out = set(self.forget_positions.tolist()) if self.forget_positions is not None else set()
         order = np.random.default_rng(seed).permutation(len(self.train))
         chosen: list[int] = []
@@ -147,7 +167,7 @@ class ForgetContext:
             if position in out or (self.excluded and self.train.digest(position) in self.excluded):
                 continue
             chosen.append(position)
-        return self.train.select(np.sort(np.asarray(chosen, dtype=np.int64)), name) if chosen else None
+        return np.sort(np.asarray(chosen, dtype=np.int64))
 
 
 def remaining_positions(

@@ -76,7 +76,7 @@ class IAUCallback(TrainerCallback):
         self.save = save
         self.restriction = restriction
         self._memory: GradientMemory | None = None
-        self._failure: Exception | None = None
+        self.failure: Exception | None = None
         self._finished = False
 
     @property
@@ -87,11 +87,11 @@ class IAUCallback(TrainerCallback):
             MissingMemoryError: no run has finished, or gathering failed (the failure is its cause).
         """
         if self._memory is None:
-            if self._failure is not None:
+            if self.failure is not None:
                 raise MissingMemoryError(
-                    f"Gathering failed after training: {self._failure} The trained model is unharmed; mend the cause "
+                    f"Gathering failed after training: {self.failure} The trained model is unharmed; mend the cause "
                     "and call hf_iau.gather(model, train_dataset)."
-                ) from self._failure
+                ) from self.failure
             raise MissingMemoryError("There is no memory yet: call trainer.train(), or use hf_iau.gather(...).")
         return self._memory
 
@@ -104,7 +104,7 @@ class IAUCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # auto_find_batch_size enters the loop again and again; every entry starts afresh.
-        self._memory, self._failure, self._finished = None, None, False
+        self._memory, self.failure, self._finished = None, None, False
         model = unwrapped(kwargs["model"])
         if self.restriction is not None and model not in _ROW_LOSS_OF_MODEL:
             raise UnsupportedModelError(
@@ -140,7 +140,7 @@ class IAUCallback(TrainerCallback):
                     self._memory.save(Path(args.output_dir or ".") / MEMORY_FOLDER)
             logger.info("Gathered a gradient memory: %s", dict(describe_memory(self._memory)))
         except Exception as error:  # whatever it is, the training that has just ended is not to be lost with it
-            self._failure = error
+            self.failure = error
             logger.error("Gathering failed after training; the model is unharmed. %s: %s", type(error).__name__, error)
 
     def on_push_begin(

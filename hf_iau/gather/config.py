@@ -9,6 +9,7 @@ import torch
 
 from hf_iau.errors import ConfigError
 from hf_iau.objective.working import Precision
+from hf_iau.settings import check_choice, check_number
 
 GradientSumKind = Literal["exact", "sampled", "none"]
 CurvatureName = Literal["ekfac", "diagonal", "adam", "identity", "none"]
@@ -83,16 +84,11 @@ class GatherConfig:
             "precision": ("float32", "bfloat16"),
         }
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"GatherConfig({name}={getattr(self, name)!r}): choose one of {', '.join(allowed)}.")
+            check_choice(self, name, allowed)
         least = {"sample_rows": 2, "curvature_rows": 1, "max_factor_size": 1, "seed": 0, "batch_size": 1}
         for name, lowest in least.items():
-            value = getattr(self, name)
-            if name == "batch_size" and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-                raise ConfigError(f"GatherConfig({name}={value!r}): give a whole number >= {lowest}.")
-
+            if name != "batch_size" or self.batch_size is not None:
+                check_number(self, name, at_least=lowest, whole=True)
         for name in ("factor_device", "memory_device"):
             value = getattr(self, name)
             try:

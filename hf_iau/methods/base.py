@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from hf_iau.errors import ConfigError, MissingMemoryError, RequestError
 from hf_iau.forget import ForgetContext, MethodOutcome, add_weight_decay
 from hf_iau.gather.gradient_sum import GradientSum, sum_row_gradients
+from hf_iau.objective.row_loss import describe_function
 
 
 @runtime_checkable
@@ -88,6 +90,12 @@ def method_config(name: str, values: Mapping[str, Any]) -> Any:
         return _METHODS[name].config_class(**values)
     except TypeError as error:
         raise ConfigError(f"The settings {dict(values)!r} do not fit method={name!r} ({error}).") from error
+
+
+def config_values(config: Any) -> dict[str, Any]:
+    """A configuration as plain values, with functions by name: their `repr` is another in each process."""
+    values = asdict(config) if is_dataclass(config) and not isinstance(config, type) else {}
+    return {name: describe_function(v)["function"] if callable(v) else v for name, v in values.items()}
 
 
 def check_gradient_difference(context: ForgetContext, name: str) -> None:

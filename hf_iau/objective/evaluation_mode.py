@@ -156,3 +156,13 @@ class RandomState:
         torch.set_rng_state(self.cpu)
         for device, state in self.cuda.items():
             torch.cuda.set_rng_state(state, device)
+
+
+@contextlib.contextmanager
+def random_state_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards every generator that a forward pass could advance is where it was."""
+    state = RandomState(model)
+    try:
+        yield
+    finally:
+        state.restore()

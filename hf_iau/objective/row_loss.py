@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from hf_iau.errors import CoupledRowsError, UnsupportedModelError
 from hf_iau.objective.evaluation_mode import evaluation_mode
 from hf_iau.objective.rows import Batch, RowSource
-from hf_iau.objective.targets import TaskKind, bare_model, count_targets, read_targets
+from hf_iau.objective.targets import TaskKind, base_model, count_targets, read_targets
 from hf_iau.objective.working import is_narrow
 from hf_iau.parallel import gather_arrays, is_sharded
 
@@ -213,17 +213,17 @@ def batch_rows(inputs: Batch) -> int:
 
 def accepts_loss_kwargs(model: nn.Module) -> bool:
     """Whether the model's forward takes `num_items_in_batch` (it may still ignore it)."""
-    bare = bare_model(model)
-    declared = getattr(bare, "accepts_loss_kwargs", None)
+    base = base_model(model)
+    declared = getattr(base, "accepts_loss_kwargs", None)
     if declared is False:
         return False
-    return takes_argument(bare, "num_items_in_batch")
+    return takes_argument(base, "num_items_in_batch")
 
 
 def takes_argument(model: nn.Module, name: str) -> bool:
     """Whether the model's forward has an argument `name`, or takes any."""
-    bare = bare_model(model)
-    parameters = inspect.signature(bare.__dict__.get("_original_forward", bare.forward)).parameters
+    base = base_model(model)
+    parameters = inspect.signature(base.__dict__.get("_original_forward", base.forward)).parameters
     return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 

@@ -157,7 +157,7 @@ def read_logits(outputs: Any) -> Tensor:
     raise UnsupportedModelError("The model's output tuple holds no tensor of two or more dimensions to read as logits.")
 
 
-def bare_model(model: nn.Module) -> nn.Module:
+def base_model(model: nn.Module) -> nn.Module:
     """The Transformers model inside a PEFT wrapper, else `model` itself."""
     get_base_model = getattr(model, "get_base_model", None)
     return get_base_model() if callable(get_base_model) else model
@@ -165,14 +165,14 @@ def bare_model(model: nn.Module) -> nn.Module:
 
 def shifts_labels(model: nn.Module) -> bool:
     """Whether the model's own loss predicts the *next* token (decoder-only language models)."""
-    bare = bare_model(model)
-    config = getattr(bare, "config", None)
+    base = base_model(model)
+    config = getattr(base, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         return False
-    loss_type = getattr(bare, "loss_type", None)
-    if loss_type is None and hasattr(bare, "loss_function"):
+    loss_type = getattr(base, "loss_type", None)
+    if loss_type is None and hasattr(base, "loss_function"):
         # Transformers falls back on the causal loss for classes that it has no loss for, such as `GPT2LMHeadModel`.
-        return _uses_loss_function(type(bare).forward)
+        return _uses_loss_function(type(base).forward)
     return loss_type in ("ForCausalLM", "ForConditionalGeneration")
 
 
@@ -214,7 +214,7 @@ def read_targets(model: nn.Module, outputs: Any, labels: Tensor | None) -> Targe
             "(question answering and other tasks with several label columns are not supported)."
         )
     labels = labels.to(logits.device)
-    problem = getattr(getattr(bare_model(model), "config", None), "problem_type", None)
+    problem = getattr(getattr(base_model(model), "config", None), "problem_type", None)
     n_rows = int(logits.shape[0])
     every_row = torch.arange(n_rows, device=logits.device)
     first = torch.zeros_like(every_row)
@@ -256,8 +256,8 @@ def look_for_real_labels(model: nn.Module, dataset: Any) -> None:
         model: whose labels they are.
         dataset: rows, of which those that are mappings with float `labels` (or `label`) are looked at.
     """
-    bare = bare_model(model)
-    if bare in _REAL_VALUED or getattr(getattr(bare, "config", None), "problem_type", None) is not None:
+    base = base_model(model)
+    if base in _REAL_VALUED or getattr(getattr(base, "config", None), "problem_type", None) is not None:
         return
     for position in sample_positions(len(dataset), _LOOKED_AT, 0):
         row = dataset[int(position)]
@@ -269,7 +269,7 @@ def look_for_real_labels(model: nn.Module, dataset: Any) -> None:
         if values.dtype.kind != "f":
             return
         if ((values != 0) & (values != 1)).any():
-            _REAL_VALUED.add(bare)
+            _REAL_VALUED.add(base)
             return
 
 
@@ -277,7 +277,7 @@ def _is_real_valued(model: nn.Module, labels: Tensor, logits: Tensor) -> bool:
     """Float labels that cannot be multi-label indicators."""
     if not labels.is_floating_point() or labels.numel() != logits.numel():
         return False
-    bare = bare_model(model)
-    if bare not in _REAL_VALUED and bool(((labels != 0) & (labels != 1)).any()):
-        _REAL_VALUED.add(bare)
-    return bare in _REAL_VALUED
+    base = base_model(model)
+    if base not in _REAL_VALUED and bool(((labels != 0) & (labels != 1)).any()):
+        _REAL_VALUED.add(base)
+    return base in _REAL_VALUED

@@ -12,7 +12,7 @@ import contextlib
 import json
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -160,6 +160,15 @@ def of_main_process(value: Any, what: str) -> Any:
     if not is_parallel():
         return value
     return json.loads(_gather_bytes(json.dumps(value).encode() if is_main_process() else b"", what)[0])
+
+
+def on_main_process(work: Callable[[], Any], what: str) -> Any:
+    """Do `work` on the main process alone; every process gets its result (JSON), or raises its error."""
+    result = None
+    with together(what):
+        if is_main_process():
+            result = work()
+    return of_main_process(result, what)
 
 
 def agree(value: str, what: str, remedy: str) -> None:

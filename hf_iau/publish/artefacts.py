@@ -21,7 +21,7 @@ from transformers import AutoConfig
 from hf_iau.errors import IAUError, PublishError, RequestError
 from hf_iau.remember import MEMORY_FOLDER
 from hf_iau.remember.fingerprints import tensors_fingerprint, weights_fingerprint
-from hf_iau.remember.memory import MEMORY_HEADER, is_memory_file, read_header
+from hf_iau.remember.memory_files import MEMORY_HEADER, is_memory_file, read_header
 from hf_iau.report import tables
 from hf_iau.requests.ledger import LEDGER_NAME
 

@@ -19,7 +19,7 @@ from transformers.modelcard import TASK_MAPPING
 
 from hf_iau.errors import PublishError
 from hf_iau.measure.figures import MINIMUM_ROWS_FOR_PER_ROW_FIGURES
-from hf_iau.objective.targets import bare_model
+from hf_iau.objective.targets import base_model
 from hf_iau.remember import weights_fingerprint
 from hf_iau.remember.files import PRIVATE_FOLDER, write_atomically
 from hf_iau.report import UnlearningReport, tables
@@ -296,7 +296,7 @@ def card_metadata(path: Path) -> dict[str, Any]:
 
 def task_of_model(model: nn.Module) -> str | None:
     """The Hub's name of what a model of `transformers` does, or None for any other model."""
-    name = type(bare_model(model)).__name__
+    name = type(base_model(model)).__name__
     tasks: dict[str, Any] = TASK_MAPPING
     for task, classes in tasks.items():
         for value in classes.values():

@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old content or the new, never a mix, and nobody else sees either."""
+"""Writing files so that a reader sees the old content or the new, never a mix, and, of private ones, nobody else either."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ PRIVATE_FOLDER = 0o700
 _TYPES = {torch.float64: "F64", torch.float32: "F32", torch.uint8: "U8"}
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write(temporary path)` beside `path`, flush it to disk and move it into place (mode 0600).
+def write_atomically(path: Path, write: Callable[[Path], None], mode: int = PRIVATE_FILE) -> None:
+    """Call `write(temporary path)` beside `path`, flush it to disk and move it into place, with `mode`.
 
     The temporary file is removed if `write` raises.
     """
@@ -30,7 +30,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     temporary = Path(name)
     try:
         write(temporary)
-        os.chmod(temporary, PRIVATE_FILE)
+        os.chmod(temporary, mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -48,6 +48,28 @@ def write_text_atomically(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
     write_atomically(path, write)
+
+
+def write_public_atomically(path: Path, content: bytes) -> Path:
+    """`write_atomically` for what others may read, as far as the user's umask lets them; makes folders where missing.
+
+    Returns:
+        `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
+
+    write_atomically(path, write, mode=unmasked(0o666))
+    return path
+
+
+def unmasked(mode: int) -> int:
+    """What the user's umask leaves of a mode."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mode & ~mask
 
 
 def sync_folder(folder: Path) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from hf_iau.objective.adapters import active_adapters
 from hf_iau.objective.rows import row_bytes, sample_positions
-from hf_iau.objective.targets import bare_model
+from hf_iau.objective.targets import base_model
 from hf_iau.parallel import class_name, reshard, whole_tensor
 
 FINGERPRINT_ROWS = 256
@@ -33,7 +33,7 @@ def model_fingerprint(model: nn.Module) -> dict[str, str]:
     for name, parameter in sorted(model.named_parameters()):
         shapes.update(f"{name}{tuple(parameter.shape)}".encode())
     fingerprint = {
-        "class": class_name(bare_model(model)),
+        "class": class_name(base_model(model)),
         "architecture": shapes.hexdigest(),
         "weights": weights_fingerprint(model),
     }
@@ -62,7 +62,7 @@ def tensors_fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 def input_columns(model: nn.Module) -> set[str]:
     """The columns of a row that the model's forward (or its labels) can use."""
-    forward = bare_model(model).__dict__.get("_original_forward", bare_model(model).forward)
+    forward = base_model(model).__dict__.get("_original_forward", base_model(model).forward)
     return set(inspect.signature(forward).parameters) | {"label", "labels", "label_ids"}
 
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -32,16 +29,21 @@ from hf_iau.remember.files import (
     sync_folder,
     write_atomically,
     write_one_by_one,
+    write_text_atomically,
 )
 from hf_iau.remember.fingerprints import data_fingerprint, model_fingerprint, package_versions, weights_fingerprint
+from hf_iau.remember.memory_files import (
+    MEMORY_FOLDER,
+    MEMORY_HEADER,
+    SCHEMA_VERSION,
+    TENSOR_FILE,
+    check_fields,
+    header_digest,
+    read_header,
+    read_tensors,
+)
 from hf_iau.remember.row_identity import RowIdentity
 
-SCHEMA_VERSION = 3
-MEMORY_FOLDER = "_iau"
-MEMORY_HEADER = "memory.json"
-_TENSOR_FILE = re.compile(r"memory-[0-9a-f]{32}\.safetensors")
-_PART_OF_MEMORY = re.compile(r"\.?memory-([0-9a-f]{32}|staged)\.safetensors.*|\.memory\.json\..*")
-_MAX_HEADER_BYTES = 64 * 2**20
 _SUM_PREFIX = "gradient_sum."
 _IDENTITY_PREFIX = "row_identity."
 _FILE_METADATA = {"format": "pt"}
@@ -270,29 +272,18 @@ class GradientMemory:
         left = None
         if self.label_counts is not None and label_counts is not None:
             left = {label: count - label_counts.get(label, 0) for label, count in self.label_counts.items()}
-        return GradientMemory(
-            parameters=self.parameters,
+        return dataclasses.replace(
+            self,
             n_rows=self.n_rows - rows,
             n_targets=max(self.n_targets - targets, 0),  # of tokens it is an estimate
             model={**self.model, "weights": weights_fingerprint(model)},
-            data=self.data,
             loss={key: value for key, value in self.loss.items() if key not in ("probe", "probe_rows")},
             label_counts=left,
             gradient_sum=gradient_sum,
             gradient_sum_kind="none" if gradient_sum is None else "first-order",
-            gradient_sum_rows=self.gradient_sum_rows,
-            gradient_sum_error=self.gradient_sum_error,
-            weight_decay=self.weight_decay,
-            curvature=self.curvature,
-            settings=self.settings,
-            calibration=self.calibration,
             forgotten_rows=self.forgotten_rows + rows,
             forgotten_targets=self.forgotten_targets + targets,
             relative_path=self.relative_path + relative_step,
-            curvature_path=self.curvature_path,
-            row_identity=self.row_identity,
-            held_out=self.held_out,
-            seconds=self.seconds,
             versions=package_versions(),
         )
 
@@ -359,10 +350,10 @@ class GradientMemory:
         sync_folder(folder)
         header = self._header() | {"tensors": {"file": name, "digest": digest[0], "count": len(tensors)}}
         header = json.loads(json.dumps(header))  # as a reader will see it, so that its digest is the same
-        text = json.dumps(header | {"digest": _header_digest(header)}, indent=1, sort_keys=True)
-        write_atomically(folder / MEMORY_HEADER, lambda path: _write_text(path, text))
+        text = json.dumps(header | {"digest": header_digest(header)}, indent=1, sort_keys=True)
+        write_text_atomically(folder / MEMORY_HEADER, text)
         for other in folder.glob("memory-*.safetensors"):
-            if other.name != name and _TENSOR_FILE.fullmatch(other.name):
+            if other.name != name and TENSOR_FILE.fullmatch(other.name):
                 other.unlink()
 
     @classmethod
@@ -378,7 +369,7 @@ class GradientMemory:
             folder = folder / MEMORY_FOLDER
         header = read_header(folder / MEMORY_HEADER)
         try:
-            tensors = _read_tensors(folder, header["tensors"])
+            tensors = read_tensors(folder, header["tensors"])
             return cls._from_parts(header, tensors)
         except IAUError:
             raise
@@ -424,132 +415,5 @@ class GradientMemory:
             rest = {name: t for name, t in tensors.items() if not name.startswith((_SUM_PREFIX, _IDENTITY_PREFIX))}
             curvature = Curvature.from_tensors(rest, header["curvature"])
         plain = {name: header[name] for name in cls.__dataclass_fields__ if name not in _NOT_PLAIN}
-        _check_fields(plain)
+        check_fields(plain)
         return cls(parameters=shapes, gradient_sum=sums or None, curvature=curvature, row_identity=identity, **plain)
-
-
-def _check_fields(plain: Mapping[str, Any]) -> None:
-    """Raise `MemoryFileError` unless every field of a header is of its kind."""
-
-    def demand(name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise MemoryFileError(f"{name!r} in the memory is {plain[name]!r}, expected {expected}: it is corrupt.")
-
-    for name in ("n_rows", "n_targets", "gradient_sum_rows", "forgotten_rows", "forgotten_targets"):
-        demand(name, type(plain[name]) is int and 0 <= plain[name] < 2**63, "a whole number of at least 0")
-    for name in ("gradient_sum_error", "relative_path", "curvature_path"):
-        infinite = name == "gradient_sum_error" and plain[name] == math.inf  # of a sample of one batch
-        demand(name, infinite or (_is_number(plain[name]) and plain[name] >= 0), "a number of at least 0")
-    kinds = ("exact", "sampled", "first-order", "none")
-    demand("gradient_sum_kind", plain["gradient_sum_kind"] in kinds, f"one of {', '.join(kinds)}")
-    keys = {"model": {"class", "architecture", "weights"}, "data": {"rows", "columns", "content"}, "loss": {"kind"}}
-    for name in ("model", "data", "loss", "settings", "weight_decay", "seconds", "versions"):
-        wanted = keys.get(name, set())
-        demand(name, isinstance(plain[name], dict) and wanted <= plain[name].keys(), f"an object with {sorted(wanted)}")
-    demand("model", all(isinstance(value, str) for value in plain["model"].values()), "an object of strings")
-    for name in ("label_counts", "calibration", "held_out"):
-        demand(name, plain[name] is None or isinstance(plain[name], dict), "an object or null")
-    for name in ("weight_decay", "seconds"):
-        demand(name, all(_is_number(value) for value in plain[name].values()), "an object of finite numbers")
-    known = plain["settings"].get("precision") in (None, "float32", "bfloat16")
-    demand("settings", known and _is_device(plain["settings"].get("memory_device")), "an object of known settings")
-    counts = (plain["label_counts"] or {}).values()
-    demand("label_counts", all(type(count) is int for count in counts), "null or an object of whole numbers")
-    demand("loss", isinstance(plain["loss"].get("probe", 0.0), (int, float)), "an object whose `probe` is a number")
-    held_out = plain["held_out"] or {"loss": 0.0, "content": ""}
-    demand(
-        "held_out",
-        _is_number(held_out.get("loss")) and isinstance(held_out.get("content"), str),
-        "null or an object with a number `loss` and a string `content`",
-    )
-    demand("data", isinstance(plain["data"]["content"], str), "an object whose `content` is a string")
-
-
-def _is_number(value: Any) -> bool:
-    return (isinstance(value, float) and math.isfinite(value)) or (type(value) is int and abs(value) < 2**63)
-
-
-def _is_device(value: Any) -> bool:
-    try:
-        return value is None or (isinstance(value, str) and bool(torch.device(value)))
-    except RuntimeError:
-        return False
-
-
-def _header_digest(header: Mapping[str, Any]) -> str:
-    """Digest of a header's content, without the digest itself."""
-    text = json.dumps({key: value for key, value in header.items() if key != "digest"}, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def is_memory_file(name: str) -> bool:
-    """Whether a file of that name holds tensors of a memory, or was left behind by writing one."""
-    return _PART_OF_MEMORY.fullmatch(name) is not None
-
-
-def remove_memory(directory: Path) -> None:
-    """Remove a saved memory: its header first, so that a crash in between leaves no memory that could be loaded.
-
-    Args:
-        directory: the folder that it was saved in; may hold none.
-    """
-    if not directory.is_dir():
-        return
-    (directory / MEMORY_HEADER).unlink(missing_ok=True)
-    sync_folder(directory)
-    for path in directory.iterdir():
-        if is_memory_file(path.name):
-            path.unlink()
-    sync_folder(directory)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """The header of a saved memory, without its tensors.
-
-    Raises:
-        MemoryFileError: missing, truncated, corrupt or malformed.
-        MemoryMismatchError: written by another schema version.
-    """
-    if not path.is_file():
-        raise MemoryFileError(
-            f"No gradient memory at {path}. Train with callbacks=[IAUCallback()], or call hf_iau.gather(...).save(dir)."
-        )
-    if path.stat().st_size > _MAX_HEADER_BYTES:
-        raise MemoryFileError(f"{path} is {path.stat().st_size} bytes, too large for a memory's header: it is corrupt.")
-    try:
-        header = json.loads(path.read_text(encoding="utf-8"))
-        digest = _header_digest(header) if isinstance(header, dict) else None
-    except (OSError, ValueError, RecursionError) as error:
-        raise MemoryFileError(f"{path} is not readable as JSON ({error}): it is corrupt or truncated.") from error
-    if not isinstance(header, dict) or "schema_version" not in header:
-        raise MemoryFileError(f"{path} is no gradient memory (no schema_version).")
-    if header["schema_version"] != SCHEMA_VERSION:
-        raise MemoryMismatchError(
-            f"{path} has schema version {header['schema_version']!r}; this hf_iau reads version {SCHEMA_VERSION}. "
-            "Install the hf-iau that wrote it, or gather anew."
-        )
-    if header.get("digest") != digest:
-        raise MemoryFileError(f"{path} is corrupt: its digest is not that of its content.")
-    return header
-
-
-def _read_tensors(folder: Path, entry: Any) -> dict[str, Tensor]:
-    name = entry["file"]
-    if not isinstance(name, str) or not _TENSOR_FILE.fullmatch(name):
-        raise MemoryFileError(f"The memory names its tensor file {name!r}, which is no such name: it is corrupt.")
-    path = folder / name
-    if not path.is_file():
-        raise MemoryFileError(f"The memory's tensor file {path} is missing.")
-    try:
-        if file_digest(path) != entry["digest"]:
-            raise MemoryFileError(f"{path} is corrupt or truncated: its digest is not the one in {MEMORY_HEADER}.")
-        tensors = load_file(path)
-    except (safetensors.SafetensorError, ValueError, OSError) as error:
-        raise MemoryFileError(f"{path} is not readable as safetensors ({error}).") from error
-    if len(tensors) != entry["count"]:
-        raise MemoryFileError(f"{path} holds {len(tensors)} tensors, expected {entry['count']}.")
-    return tensors

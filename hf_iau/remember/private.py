@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub.utils import filter_repo_objects
 
 from hf_iau.errors import PublishError
-from hf_iau.remember.memory import MEMORY_FOLDER, MEMORY_HEADER, is_memory_file
+from hf_iau.remember.memory_files import MEMORY_FOLDER, MEMORY_HEADER, is_memory_file
 
 # What `Trainer.push_to_hub` leaves out of `output_dir`; of a checkpoint folder it leaves out nothing.
 TRAINER_IGNORES = ("_*", "checkpoint-*")

@@ -1,15 +1,12 @@
-"""Values as strict JSON, and files that are either written whole or not at all."""
+"""Values as strict JSON."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,30 +45,3 @@ def jsonable(value: Any) -> Any:
 def json_text(value: Any) -> str:
     """`value` as indented strict JSON text with a final newline."""
     return json.dumps(jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def write_atomically(path: Path, content: bytes) -> Path:
-    """Write `content` to `path` through a temporary file beside it, so that no reader ever sees half of it.
-
-    Returns:
-        `path`. When writing fails, what was there before is left as it was.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, _default_mode())  # mkstemp gives 0600, whatever the user's umask allows
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
-
-
-def _default_mode() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask

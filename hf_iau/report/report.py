@@ -19,9 +19,10 @@ from hf_iau.measure.figures import MINIMUM_ROWS_FOR_PER_ROW_FIGURES
 from hf_iau.measure.gap import gap
 from hf_iau.measure.intervals import RESAMPLES
 from hf_iau.measure.measurement import Measurement, rows_with_targets
+from hf_iau.remember.files import write_public_atomically
 from hf_iau.report import tables
 from hf_iau.report.histograms import loss_histograms
-from hf_iau.report.jsonable import json_text, jsonable, write_atomically
+from hf_iau.report.jsonable import json_text, jsonable
 
 SCHEMA = 1
 
@@ -242,10 +243,10 @@ class UnlearningReport:
             stale.unlink(missing_ok=True)
         written = []
         if histograms is not None:
-            written.append(write_atomically(stale, histograms))
+            written.append(write_public_atomically(stale, histograms))
         image = HISTOGRAM_NAME if stale.exists() else None
-        written.append(write_atomically(directory / MARKDOWN_NAME, self.to_markdown(image).encode()))
-        written.append(write_atomically(directory / JSON_NAME, json_text(self.to_dict()).encode()))
+        written.append(write_public_atomically(directory / MARKDOWN_NAME, self.to_markdown(image).encode()))
+        written.append(write_public_atomically(directory / JSON_NAME, json_text(self.to_dict()).encode()))
         return written[::-1]
 
     def table(self) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from hf_iau.errors import StorageError
 from hf_iau.remember.files import PRIVATE_FOLDER, sync_folder, write_text_atomically
 from hf_iau.remember.keys import Key
-from hf_iau.remember.memory import MEMORY_FOLDER
+from hf_iau.remember.memory_files import MEMORY_FOLDER
 from hf_iau.requests.milestones import passed
 
 JOURNAL_NAME = "journal.json"

@@ -15,7 +15,7 @@ from typing import Any
 from hf_iau.errors import LedgerError
 from hf_iau.remember.files import PRIVATE_FOLDER, write_text_atomically
 from hf_iau.remember.keys import Key, require_key
-from hf_iau.remember.memory import MEMORY_FOLDER
+from hf_iau.remember.memory_files import MEMORY_FOLDER
 
 LEDGER_NAME = "ledger.jsonl"
 SCHEMA = 1

@@ -14,7 +14,7 @@ import numpy as np
 from hf_iau.errors import StorageError
 from hf_iau.remember.files import PRIVATE_FOLDER, write_text_atomically
 from hf_iau.remember.keys import Key
-from hf_iau.remember.memory import MEMORY_FOLDER
+from hf_iau.remember.memory_files import MEMORY_FOLDER
 from hf_iau.remember.row_identity import FINGERPRINT_BYTES, RowIdentity
 
 QUEUE_NAME = "queue.json"

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import filecmp
 import hmac
-import json
 import logging
 import os
 import shutil
@@ -21,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import safetensors
 from filelock import FileLock, Timeout
-from transformers import Trainer
 
-from hf_iau.errors import IAUError, MissingMemoryError, RequestError, StorageError
-from hf_iau.forget import ForgetContext, MethodOutcome, WeightTransaction
-from hf_iau.parallel import is_main_process, of_main_process, together, whole_parameters
+from hf_iau.errors import MissingMemoryError, RequestError, StorageError
+from hf_iau.forget import ForgetContext, WeightTransaction
+from hf_iau.objective.trainer_rows import model_of, trainer_rows
+from hf_iau.parallel import is_main_process, on_main_process
 from hf_iau.remember import (
     MEMORY_FOLDER,
     GradientMemory,
@@ -34,18 +31,18 @@ from hf_iau.remember import (
     keyed_fingerprints,
     weights_fingerprint,
 )
-from hf_iau.remember.files import PRIVATE_FOLDER, write_text_atomically
-from hf_iau.remember.fingerprints import package_versions
+from hf_iau.remember.files import PRIVATE_FOLDER
 from hf_iau.remember.keys import Key, require_key
-from hf_iau.remember.memory import MEMORY_HEADER, is_memory_file
 from hf_iau.remember.row_identity import FINGERPRINT_BYTES
 from hf_iau.report import UnlearningReport
 from hf_iau.report.jsonable import jsonable
-from hf_iau.requests.certificate import certificate
 from hf_iau.requests.journal import JOURNAL_NAME, Journal, JournalFile
+from hf_iau.requests.journaled_method import JournaledMethod
 from hf_iau.requests.ledger import LEDGER_NAME, Ledger, LedgerEntry
 from hf_iau.requests.milestones import passed
-from hf_iau.requests.queue import QUEUE_NAME, RequestQueue
+from hf_iau.requests.queue import RequestQueue
+from hf_iau.requests.rows import requested_rows
+from hf_iau.requests.storage import RequestStorage, storage_errors, whole_weights
 from hf_iau.requests.termination import Termination
 
 if TYPE_CHECKING:
@@ -54,9 +51,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOCK_NAME = "lock"
-CERTIFICATE_FOLDER = "certificates"
-_STEP = ("length", "damping", "finish_weight")
-_INDEX = "model.safetensors.index.json"
 
 
 class RequestService:
@@ -80,6 +74,7 @@ class RequestService:
         self.ledger = Ledger(self.folder / MEMORY_FOLDER / LEDGER_NAME, self.key)
         self.journal = JournalFile(self.folder, self.key)
         self.queue = RequestQueue(self.folder, self.key)
+        self.storage = RequestStorage(trainer, self.folder, self.journal, self.ledger, self.queue)
 
     def serve(
         self,
@@ -107,14 +102,14 @@ class RequestService:
             StorageError: it could not be written; everything is as before.
         """
         trainer = self.trainer
-        rows, _ = trainer._resolve_request(forget_dataset, row_indices)
+        rows, _ = requested_rows(trainer.train_dataset, forget_dataset, row_indices)
         if len(rows) == 0:
             return None, run(method, None)
         with Termination() as termination, self.alone():
             passed("locked")
             interrupted = self.recover()
             entries = self._catch_up()
-            model = trainer._bare_model()
+            model = model_of(trainer)
             memory = trainer.memory
             self._identify(memory)
             identity = None if memory is None else memory.row_identity
@@ -142,14 +137,14 @@ class RequestService:
                 weights_before=before,
                 rows_name=request_name(self.key, fingerprints),
             )
-            journaled = _JournaledMethod(method, journal, self._found_before(interrupted, journal), self._note)
+            journaled = JournaledMethod(method, journal, self._found_before(interrupted, journal), self._note)
             kept: list[LedgerEntry] = []
 
             def keep(context: ForgetContext, newer: GradientMemory | None, report: UnlearningReport, card: Any) -> None:
                 started = time.perf_counter()
                 stored = on_main_process(
                     lambda: asdict(
-                        self._store(
+                        self.storage.write(
                             journaled.journal, run_name, fingerprints, context, newer, report, card, termination
                         )
                     ),
@@ -168,11 +163,11 @@ class RequestService:
             row_indices: numbers of rows that are all out by now.
             request_id: the caller's name for the request, or None.
         """
-        rows, _ = self.trainer._resolve_request(None, row_indices)
+        rows, _ = requested_rows(self.trainer.train_dataset, None, row_indices)
         with self.alone():
             self.recover()
             entries = self._catch_up()
-            model, memory = self.trainer._bare_model(), self.trainer.memory
+            model, memory = model_of(self.trainer), self.trainer.memory
             identity = None if memory is None else memory.row_identity
             run_name = "" if identity is None else identity.training_run
             fingerprints = keyed_fingerprints(self.key, model, rows)
@@ -231,7 +226,7 @@ class RequestService:
 
         def tidy() -> dict[str, Any] | None:
             journal = self.journal.read()
-            with _storage_errors("An interrupted request was committed, but could not be moved into place", True):
+            with storage_errors("An interrupted request was committed, but could not be moved into place", True):
                 if journal is None or not journal.ready:
                     self.journal.clear_staged()
                 else:
@@ -248,11 +243,11 @@ class RequestService:
             journal.time,
         )
         trainer = self.trainer
-        model = trainer._bare_model()
+        model = model_of(trainer)
         if weights_fingerprint(model) == journal.weights_before:
             self._load_weights(journal.weights_after)
         elif weights_fingerprint(model) == journal.weights_after:
-            trainer._adopt_memory_on_disk()
+            trainer.unlearning_state.adopt(self.folder / MEMORY_FOLDER)
         return None
 
     def _catch_up(self) -> list[LedgerEntry]:
@@ -269,21 +264,21 @@ class RequestService:
 
         last = on_main_process(read, "the ledger")
         if last is not None and last["weights_before"] != last["weights_after"]:
-            if weights_fingerprint(self.trainer._bare_model()) == last["weights_before"]:
+            if weights_fingerprint(model_of(self.trainer)) == last["weights_before"]:
                 self._load_weights(last["weights_after"])
         return entries
 
     def _load_weights(self, expected: str) -> None:
         trainer = self.trainer
         logger.warning("The model has the weights from before the last request: loading those in %s.", self.folder)
-        with _whole_weights(trainer), WeightTransaction(trainer._bare_model()):
+        with whole_weights(trainer), WeightTransaction(model_of(trainer)):
             try:
                 trainer._load_from_checkpoint(str(self.folder))
             except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
                 raise self._cannot_load() from error
-            if weights_fingerprint(trainer._bare_model()) != expected:
+            if weights_fingerprint(model_of(trainer)) != expected:
                 raise self._cannot_load()
-        trainer._adopt_memory_on_disk()
+        trainer.unlearning_state.adopt(self.folder / MEMORY_FOLDER)
 
     def _cannot_load(self) -> StorageError:
         return StorageError(
@@ -307,17 +302,17 @@ class RequestService:
             UnknownRowsError: rows that were never trained on.
             AlreadyForgottenError: rows that are out already.
         """
-        rows, positions = self.trainer._resolve_request(forget_dataset, row_indices)
+        rows, positions = requested_rows(self.trainer.train_dataset, forget_dataset, row_indices)
         with self.alone():
             self.recover()
             identity = self._known_rows()
-            fingerprints = keyed_fingerprints(self.key, self.trainer._bare_model(), rows)
+            fingerprints = keyed_fingerprints(self.key, model_of(self.trainer), rows)
             identity.check_request(fingerprints)
 
             def add() -> list[int]:
                 before = self.queue.read()
                 after = before.with_asked(self.queue.asked(fingerprints, positions), identity)
-                with _storage_errors("The rows could not be queued"):
+                with storage_errors("The rows could not be queued"):
                     self.queue.write(after)
                 return [len(after), len(after) - int(identity.still_in(before.fingerprints).sum())]
 
@@ -358,8 +353,8 @@ class RequestService:
         trainer = self.trainer
         if memory is None or memory.row_identity is not None or memory.forgotten_rows or trainer.train_dataset is None:
             return
-        model = trainer._bare_model()
-        source = trainer._rows(trainer.train_dataset, "training rows", 1)
+        model = model_of(trainer)
+        source = trainer_rows(trainer, trainer.train_dataset, "training rows", 1)
         if memory.data == data_fingerprint(model, source.dataset):
             memory.row_identity = RowIdentity.of(self.key, model, source.dataset)
 
@@ -382,7 +377,7 @@ class RequestService:
         return interrupted.step if made_with(interrupted) == made_with(journal) else None
 
     def _check_room(self, memory: GradientMemory | None) -> None:
-        model = self.trainer._bare_model()
+        model = model_of(self.trainer)
         needed = sum(p.numel() * p.element_size() for p in model.parameters()) + 2**20
         needed += memory.nbytes() if memory is not None else 0
 
@@ -398,212 +393,10 @@ class RequestService:
 
     def _note(self, journal: Journal) -> None:
         def write() -> None:
-            with _storage_errors("The request could not be noted in the journal"):
+            with storage_errors("The request could not be noted in the journal"):
                 self.journal.write(journal)
 
         on_main_process(write, "the journal")
-
-    # --- after ------------------------------------------------------------------------------------------------------
-
-    def _store(
-        self,
-        journal: Journal,
-        run_name: str,
-        fingerprints: np.ndarray,
-        context: ForgetContext,
-        memory: GradientMemory | None,
-        report: UnlearningReport,
-        card: Any,
-        termination: Termination,
-    ) -> LedgerEntry:
-        """Write everything beside what is there, then move it into place. Runs on the main process."""
-        staged = self.journal.staged
-        private = staged / MEMORY_FOLDER
-        try:
-            with _storage_errors("The request could not be written"):
-                self.journal.clear_staged()
-                for folder in (staged, private):
-                    folder.mkdir(mode=PRIVATE_FOLDER)
-                self._stage_weights(staged)
-                passed("weights staged")
-                if memory is not None:
-                    memory.save(private)
-                card.save(private, context.model)
-                if memory is not None and memory.row_identity is not None and self.queue.path.exists():
-                    waiting = self.queue.read().without_served(fingerprints, memory.row_identity)
-                    self.queue.write(waiting, private / QUEUE_NAME)
-                passed("memory staged")
-                after = weights_fingerprint(context.model)
-                entry = self._stage_entry(journal, run_name, fingerprints, after, report, private)
-                passed("ledger staged")
-                weights, removed = self._weight_files(journal.request)
-                files = [*weights, *self._private_files()]
-                for name in files:
-                    _flush(staged / name)
-                removed += self._outlived(files)
-                # From here to the end SIGTERM waits: the old state is no more, and the new one not yet in place.
-                termination.deferred = True
-                journal = dataclasses.replace(journal, weights_after=after, files=files, removed=removed)
-                self.journal.seal(journal)
-            with _storage_errors("The request was committed, but could not be moved into place", committed=True):
-                self.journal.finish(journal)
-            return entry
-        except BaseException:
-            with contextlib.suppress(IAUError):
-                committed = self.journal.read()
-                if committed is None or not committed.ready:
-                    termination.deferred = False
-                    self.journal.clear_staged()
-            raise
-
-    def _stage_weights(self, staged: Path) -> None:
-        try:
-            with _whole_weights(self.trainer):
-                Trainer.save_model(self.trainer, str(staged), _internal_call=True)
-        except RuntimeError as error:  # torch's own writer, on a full disk
-            raise OSError(str(error)) from error
-
-    def _stage_entry(
-        self,
-        journal: Journal,
-        run_name: str,
-        fingerprints: np.ndarray,
-        after: str,
-        report: UnlearningReport,
-        private: Path,
-    ) -> LedgerEntry:
-        figures = {
-            moment: {
-                name: value
-                for name, value in getattr(report, moment).items()
-                if isinstance(value, (int, float)) and not isinstance(value, bool)
-            }
-            for moment in ("before", "after")
-        }
-        # A walk is many steps, which k, λ and c do not describe.
-        walked = "walk" in report.diagnostics
-        found = {} if walked else report.diagnostics.get("calibration") or {}
-        entry, text = self.ledger.extended(
-            request=journal.request,
-            training_run=run_name,
-            rows=len(fingerprints),
-            row_ids=[row.tobytes().hex() for row in fingerprints],
-            method=journal.method,
-            config=journal.config,
-            calibration={name: found[name] for name in _STEP} if all(name in found for name in _STEP) else None,
-            weights_before=journal.weights_before,
-            weights_after=after,
-            outcome=jsonable(
-                figures
-                | {
-                    "seed": report.seed,
-                    "verdict": report.verdict,
-                    "calibrated": report.calibrated,
-                    "walked": walked,
-                }
-                | {name: report.diagnostics.get(name) for name in ("step_norm", "relative_step_norm", "budget")}
-            ),
-            versions=report.versions or package_versions(),
-        )
-        write_text_atomically(private / LEDGER_NAME, text)
-        (private / CERTIFICATE_FOLDER).mkdir(mode=PRIVATE_FOLDER)
-        write_text_atomically(private / CERTIFICATE_FOLDER / f"{entry.number:05d}.md", certificate(entry))
-        return entry
-
-    def _weight_files(self, request: str) -> tuple[list[str], list[str]]:
-        """Staged files of the model in the order in which they are moved, and older ones that are to go.
-
-        A single file of weights is replaced at once. Several get names of their own, and the index that names them is
-        replaced at once, so that no reader ever finds old and new weights together.
-        """
-        staged = self.journal.staged
-        removed: list[str] = []
-        index = staged / _INDEX
-        if index.is_file():
-            values = json.loads(index.read_text(encoding="utf-8"))
-            shards = sorted(set(values["weight_map"].values()))
-            renamed = {name: name.replace("model-", f"model-{request[:8]}-", 1) for name in shards}
-            for name, new in renamed.items():
-                (staged / name).rename(staged / new)
-            values["weight_map"] = {key: renamed[name] for key, name in values["weight_map"].items()}
-            index.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            first = [*renamed.values(), _INDEX]
-            removed = [path.name for path in self.folder.glob("model*.safetensors") if path.name not in first]
-        else:
-            first = sorted(path.name for path in staged.glob("*.safetensors"))
-        others = sorted(path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file())
-        others = [name for name in others if not name.startswith(f"{MEMORY_FOLDER}/") and name not in first]
-        changed = []
-        for name in others:
-            target = self.folder / name
-            # PEFT writes a model card of its own, which would replace the one that is there.
-            if target.is_file() and (name == "README.md" or filecmp.cmp(staged / name, target, shallow=False)):
-                continue
-            changed.append(name)
-        return first + changed, removed
-
-    def _private_files(self) -> list[str]:
-        """Staged files below `_iau/`: tensors before the header that names them."""
-        staged = self.journal.staged
-        names = [path.relative_to(staged).as_posix() for path in (staged / MEMORY_FOLDER).rglob("*") if path.is_file()]
-        return sorted(names, key=lambda name: (not is_memory_file(Path(name).name), name))
-
-    def _outlived(self, files: list[str]) -> list[str]:
-        """Files of an older memory, of which no copy is to be left."""
-        private = self.folder / MEMORY_FOLDER
-        older = [path for path in private.iterdir() if is_memory_file(path.name)]
-        if f"{MEMORY_FOLDER}/{MEMORY_HEADER}" not in files:  # no memory describes the new weights
-            older.append(private / MEMORY_HEADER)
-        names = [path.relative_to(self.folder).as_posix() for path in older]
-        return [name for name in names if name not in files]
-
-
-class _JournaledMethod:
-    """A method that notes its step in the journal, and takes the step that is noted there already."""
-
-    def __init__(
-        self, method: Any, journal: Journal, found: dict[str, Any] | None, note: Callable[[Journal], None]
-    ) -> None:
-        self.method, self.journal, self.found, self.note = method, journal, found, note
-        self.name, self.config_class, self.citation = method.name, method.config_class, method.citation
-
-    def check(self, context: ForgetContext, config: Any) -> None:
-        self.method.check(context, self._settled(config))
-
-    def run(self, context: ForgetContext, config: Any) -> MethodOutcome:
-        outcome: MethodOutcome = self.method.run(context, self._settled(config))
-        if self.found is not None:
-            logger.warning("The request was interrupted before: the step that it had found then is taken.")
-            outcome.calibration, outcome.calibrated = self.found["calibration"], self.found["calibrated"]
-            outcome.verdict = self.found["verdict"]
-            outcome.diagnostics |= {"calibration": self.found["found"], "reasons": self.found["reasons"]}
-        passed("step computed")
-        self.journal = dataclasses.replace(self.journal, step=self._step(outcome, config))
-        self.note(self.journal)
-        passed("journal written")
-        return outcome
-
-    def _settled(self, config: Any) -> Any:
-        if self.found is None:
-            return config
-        return dataclasses.replace(config, **{name: self.found[name] for name in _STEP})
-
-    def _step(self, outcome: MethodOutcome, config: Any) -> dict[str, Any] | None:
-        found = outcome.diagnostics.get("calibration")
-        # A walk is many steps, which k, λ and c do not describe: it is walked again.
-        if not isinstance(found, Mapping) or "walk" in outcome.diagnostics:
-            return None
-        if not all(name in found and hasattr(config, name) for name in _STEP):
-            return None
-        return {name: found[name] for name in _STEP} | jsonable(
-            {
-                "found": found,
-                "calibration": outcome.calibration,
-                "calibrated": outcome.calibrated,
-                "verdict": outcome.verdict,
-                "reasons": outcome.diagnostics.get("reasons", []),
-            }
-        )
 
 
 def request_name(key: Key, fingerprints: np.ndarray, request_id: str | None = None) -> str:
@@ -654,44 +447,3 @@ def finish_interrupted_request(trainer: UnlearningTrainer) -> None:
         return
     with service.alone():
         service.recover()
-
-
-@contextlib.contextmanager
-def _whole_weights(trainer: Any) -> Iterator[None]:
-    """Inside, the weights are whole in every process, and the Trainer writes and reads them as it does in one."""
-    with whole_parameters(trainer._bare_model()):
-        sharded, trainer.is_fsdp_enabled = trainer.is_fsdp_enabled, False
-        try:
-            yield
-        finally:
-            trainer.is_fsdp_enabled = sharded
-
-
-def on_main_process(work: Callable[[], Any], what: str) -> Any:
-    """Do `work` on the main process alone; every process gets its result (JSON), or raises its error."""
-    result = None
-    with together(what):
-        if is_main_process():
-            result = work()
-    return of_main_process(result, what)
-
-
-@contextlib.contextmanager
-def _storage_errors(what: str, committed: bool = False) -> Iterator[None]:
-    """Errors of the file system as a `StorageError` that says what is left."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except (OSError, safetensors.SafetensorError) as error:
-        left = (
-            "mend the cause and run any request again, which finishes it"
-            if committed
-            else "weights, memory and ledger are as they were before; mend the cause and run the request again"
-        )
-        raise StorageError(f"{what} ({type(error).__name__}: {error}): {left}.") from error
-
-
-def _flush(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())

@@ -29,6 +29,7 @@ from benchmarks.training import ModelStore  # noqa: E402
 from benchmarks.variants import FINE_TUNE, RELEASED_TUNED  # noqa: E402
 from hf_iau import IAUError, RequestError, UnlearningTrainer  # noqa: E402
 from hf_iau.objective import predict_rows  # noqa: E402
+from hf_iau.objective.trainer_rows import trainer_rows  # noqa: E402
 
 MODELS = 4
 # Few rows, many epochs and wrong labels: what is learned of the forget rows is known by heart.
@@ -112,7 +113,9 @@ def test_unlearning_leaves_the_original_as_it_was_for_the_next_method(finished: 
     original = store.original(case, 2)
     members = model_sets.Members(store, finished / "model_sets_synthetic_seed0", case, "")
     (_, before), (_, after) = (next(members.read(name, [2])) for name in (DO_NOTHING, "iau-released, tuned"))
-    rows = store.trainer(case.work, original.model, None, seed=0)._rows(case.train.dataset(), "training rows", 50)
+    rows = trainer_rows(
+        store.trainer(case.work, original.model, None, seed=0), case.train.dataset(), "training rows", 50
+    )
     np.testing.assert_allclose(
         before["forget"], model_sets.row_margins(original.model, rows.select(case.forget_rows)), rtol=1e-6
     )
@@ -281,6 +284,6 @@ def test_margins_are_the_logit_of_the_label_s_probability(tmp_path: Path) -> Non
     case = store.case(*model_sets.WORKS["synthetic"], 0)
     torch.manual_seed(0)
     model = SmallCNN(4)
-    rows = store.trainer(case.work, model, None, seed=0)._rows(case.splits.test.dataset(), "test rows", 50)
+    rows = trainer_rows(store.trainer(case.work, model, None, seed=0), case.splits.test.dataset(), "test rows", 50)
     loss = predict_rows(model, rows).loss
     np.testing.assert_allclose(model_sets.row_margins(model, rows), -np.log(np.expm1(loss)), rtol=1e-4, atol=1e-5)

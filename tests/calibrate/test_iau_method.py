@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from hf_iau import CalibrationError, IAUConfig, MissingMemoryError, RequestError
+from hf_iau.calibrate import search
 from hf_iau.calibrate.verdict import CHECK, RETRAIN, SAFE
 from hf_iau.objective import predictions
 from hf_iau.objective.rows import row_bytes
+from hf_iau.objective.trainer_rows import trainer_rows
 
 RANDOM = np.random.default_rng(5).choice(1200, 240, replace=False)
 
@@ -47,7 +49,6 @@ def test_no_rows_are_looked_at_twice_at_the_same_weights(trainer_of, monkeypatch
         return look(model, source, keep)
 
     monkeypatch.setattr(predictions, "_predict_own_rows", counted)
-    monkeypatch.setattr("hf_iau.calibrate.outset._RETAINED_ROWS", 500)  # else they are those that the report looks at
     report = trainer_of().unlearn(row_indices=RANDOM, config=IAUConfig(walk=False)).report
     assert report.diagnostics["calibration"]["source"] == "forget rows"
     after = looks[-1][0]
@@ -68,6 +69,23 @@ def test_proxies_give_about_the_same_length(trainer_of):
     ratio = proxies["length"] / same_damping.report.diagnostics["calibration"]["length"]
     assert 1 / 2 < ratio < 2
     assert own["reached"]
+
+
+def test_no_more_held_out_rows_are_looked_at_than_proxies_are_worth(scene, trainer_of, monkeypatch):
+    """Five for each of the larger draw; before any step they are not looked at again."""
+    looked_at = []
+    make = search.TrialRunner
+
+    def watched(model, directions, target, held_out, **settings):
+        looked_at.append((len(target), len(held_out)))
+        return make(model, directions, target, held_out, **settings)
+
+    monkeypatch.setattr(search, "TrialRunner", watched)
+    config = IAUConfig(walk=False, calibrate_on="proxies", proxy_rows=(60, 30))
+    report = trainer_of().unlearn(row_indices=RANDOM[:30], config=config).report
+    assert looked_at == [(60, 300), (30, 300)] and len(scene.held_out) > 300
+    start = report.diagnostics["calibration"]["curve"][0]
+    assert start["length"] == 0.0 and start["criterion"] == report.diagnostics["advantage_of_training_rows"]
 
 
 @pytest.mark.parametrize("rows", [[17], list(range(20, 32))])
@@ -239,7 +257,7 @@ def test_given_values_are_taken_and_nothing_is_tried(scene, trainer_of, monkeypa
     from hf_iau.objective import ModelRowLoss
 
     result.revert()
-    forget = sum_row_gradients(scene.model, ModelRowLoss(), trainer._rows(scene.train.take(RANDOM), "rows", 64))
+    forget = sum_row_gradients(scene.model, ModelRowLoss(), trainer_rows(trainer, scene.train.take(RANDOM), "rows", 64))
     exact = scene.memory.gradient_sum
     numerator = {n: 0.2 * forget.tensors[n] - 0.01 * exact[n] for n in exact}
     step = {n: s / 960 for n, s in scene.memory.curvature.solve(numerator, 0.5).items()}

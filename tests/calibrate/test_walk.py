@@ -18,7 +18,7 @@ from transformers import default_data_collator
 from hf_iau import GatherConfig, IAUConfig, gather
 from hf_iau.calibrate import Directions, Shortfall, TrialRunner, Walk, walk
 from hf_iau.calibrate.verdict import SAFE
-from hf_iau.calibrate.walk import ARRIVED, DEAR, drift, push_gradient, weighted_gradient
+from hf_iau.calibrate.walk import ARRIVED, DEAR, _lengthen, drift, push_gradient, watched_rows, weighted_gradient
 from hf_iau.curvature import fit_curvature
 from hf_iau.forget import step_norm
 from hf_iau.gather.gradient_sum import sum_row_gradients
@@ -518,3 +518,26 @@ def test_directions_are_not_made_again_for_a_shorter_stride(scene, monkeypatch):
     points = len(path.curve)
     assert points <= counts["push"] <= points + 1
     assert points - 1 <= counts["pull"]
+
+
+@pytest.mark.parametrize(("least", "factor"), [(5.0, 1.0), (10.0, 2.0), (1000.0, 4.0)])
+def test_what_the_anchors_leave_of_a_stride_is_made_up_for(least: float, factor: float) -> None:
+    """The way is (3, 4): 5 long, never made shorter, and at most four times longer."""
+    moved = {"a": torch.tensor([1.0, 1.0]), "b": torch.tensor([[2.0]])}
+    further = {"a": torch.tensor([4.0, 1.0]), "b": torch.tensor([[6.0]])}
+    _lengthen(further, moved, least)
+    torch.testing.assert_close(further["a"], torch.tensor([1.0 + 3.0 * factor, 1.0]))
+    torch.testing.assert_close(further["b"], torch.tensor([[2.0 + 4.0 * factor]]))
+    assert moved["a"].tolist() == [1.0, 1.0]
+
+
+def test_a_way_of_no_length_stays_one() -> None:
+    moved = {"a": torch.tensor([1.0, 1.0])}
+    further = {"a": moved["a"].clone()}
+    _lengthen(further, moved, 1.0)
+    assert further["a"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(("forget", "watched"), [(20, 256), (100, 400), (250, 1000), (2000, 1000)])
+def test_held_out_rows_by_which_a_step_is_judged(forget: int, watched: int) -> None:
+    assert watched_rows(forget) == watched

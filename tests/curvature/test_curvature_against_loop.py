@@ -29,7 +29,7 @@ from hf_iau.curvature.eigenvectors import (
     eigenvectors,
     spare_for_eigenvectors,
 )
-from hf_iau.curvature.fit import _Fit
+from hf_iau.curvature.fit import Fit
 from hf_iau.curvature.layers import plan_layers
 from hf_iau.errors import NonFiniteGradientError
 from hf_iau.objective import ModelRowLoss, UserRowLoss
@@ -162,13 +162,13 @@ def test_some_batches_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = build("bert")
     expected = fit_curvature(model, make_source(rows))
     seen: list[int] = []
-    batches = _Fit._batches
+    batches = Fit._batches
 
-    def watched(fit: _Fit, what: str, start: int = 0) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+    def watched(fit: Fit, what: str, start: int = 0) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
         seen.append(start)
         return batches(fit, what, start)
 
-    monkeypatch.setattr(_Fit, "_batches", watched)
+    monkeypatch.setattr(Fit, "_batches", watched)
     for size in (1, 16_000, 36_000):
         found = fit_curvature(model, make_source(rows), cache_bytes=size)
         assert found.details["passes"] == 2

@@ -23,6 +23,7 @@ from unlearning_trainers import WITH_CURVATURE, make_trainer
 
 from hf_iau import IAUCallback, IAUConfig
 from hf_iau.gather import sum_row_gradients
+from hf_iau.objective.trainer_rows import model_of, trainer_rows
 from hf_iau.parallel import is_main_process, process_count
 
 ROWS = 11  # no number of processes or batch size divides it
@@ -82,9 +83,9 @@ def run(setting: str, folder: Path) -> tuple[dict[str, Tensor], dict[str, float]
     assert memory is not None
     assert memory.curvature is not None
     assert memory.gradient_sum is not None
-    rows = trainer._rows(trainer.train_dataset.select(FORGET), "forget rows", int(batch_size))
+    rows = trainer_rows(trainer, trainer.train_dataset.select(FORGET), "forget rows", int(batch_size))
     sums = {
-        "forget": sum_row_gradients(trainer._bare_model(), trainer.row_loss, rows).tensors,
+        "forget": sum_row_gradients(model_of(trainer), trainer.row_loss, rows).tensors,
         "train": memory.gradient_sum,
     }
     found = {f"sum.{which}.{name}": tensor for which, total in sums.items() for name, tensor in total.items()}
@@ -92,7 +93,7 @@ def run(setting: str, folder: Path) -> tuple[dict[str, Tensor], dict[str, float]
         for name, tensor in memory.curvature.solve(sums[which], damping).items():
             found[f"solved.{which}.{damping}.{name}"] = tensor
     outcome = trainer.unlearn(row_indices=FORGET, config=STEP)
-    for name, parameter in trainer._bare_model().named_parameters():
+    for name, parameter in model_of(trainer).named_parameters():
         found[f"weights.{name}"] = parameter.detach()
     figures = {name: value for name, value in outcome.report.after.items() if isinstance(value, float)}
     counts = {"rows": memory.n_rows, "targets": memory.n_targets, "factor_targets": memory.curvature.n_targets}

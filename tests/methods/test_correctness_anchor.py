@@ -21,6 +21,7 @@ from transformers import TrainingArguments
 from hf_iau import GatherConfig, IAUConfig, UnlearningTrainer
 from hf_iau.gather.gather import build_memory
 from hf_iau.objective import ModelRowLoss
+from hf_iau.objective.trainer_rows import trainer_rows
 
 N, WIDTH, CLASSES, DECAY = 400, 5, 3, 0.02
 
@@ -135,12 +136,12 @@ def forget_by_newton(rows: Rows, forget: np.ndarray, regression: bool, folder: s
         data_collator=collate,
         optimizers=(optimizer, None),
     )
-    source = trainer._rows(rows, "training rows", 64)
+    source = trainer_rows(trainer, rows, "training rows", 64)
     config = GatherConfig(gradient_sum="exact", curvature="none", progress=False)
     memory = build_memory(model, source, ModelRowLoss(), config, optimizer=optimizer)
     assert memory.weight_decay == {"layer.weight": DECAY}
     memory.curvature = ExactCurvature(model, Rows(rows.inputs[keep], rows.labels[keep]))  # type: ignore[assignment]
-    trainer._given_memory = memory
+    trainer.unlearning_state.given = memory
     trainer.unlearn(row_indices=forget, config=IAUConfig(length=1.0, damping=0.0, finish_weight=1.0))
     return model.layer.weight.detach().clone(), optimum(rows, keep, regression)
 

@@ -23,6 +23,7 @@ from hf_iau.methods.random_labels import other_labels
 from hf_iau.methods.salun import saliency_mask
 from hf_iau.methods.ssd import dampening_factor
 from hf_iau.phases import PhaseTimer
+from hf_iau.train.context import request_context
 
 SEED = 3  # of `arguments`
 CLASSES = 3
@@ -301,7 +302,7 @@ def test_gauss_newton_products_of_attention_and_convolution_models(family: str, 
     """vᵀ(Gv) is the curvature along v, and G is symmetric."""
     trainer = exact_trainer(tmp_path, family)
     forget = trainer.train_dataset.select(FORGET)
-    context = trainer._context(forget, np.array(FORGET), None, None, PhaseTimer())
+    context = request_context(trainer, forget, np.array(FORGET), None, None, PhaseTimer())
     product = CurvatureProduct(context, context.retained_rows("test"), "gauss-newton")
     product.scale_of(product.source)
     size = sum(p.numel() for p in product.parameters)

@@ -34,6 +34,7 @@ from hf_iau.errors import IAUError, MissingMemoryError
 from hf_iau.forget import ForgetContext, MethodOutcome
 from hf_iau.gather import sum_row_gradients
 from hf_iau.objective import ModelRowLoss, RowSource, predict_rows
+from hf_iau.objective.trainer_rows import model_of
 from hf_iau.parallel import is_main_process, process_number
 from hf_iau.remember import find_key, weights_fingerprint
 
@@ -183,11 +184,11 @@ def other_request(folder: Path) -> dict[str, Any]:
     """Each process asks for its own rows to be forgotten."""
     trainer = make_trainer(folder / "trainer", "plain")
     trainer.gather(WITH_CURVATURE)
-    before = state_of(trainer._bare_model())
+    before = state_of(model_of(trainer))
     try:
         trainer.unlearn(row_indices=[process_number()], config=GIVEN)
     except IAUError as error:
-        return {"error": str(error), "unchanged": same_bits(trainer._bare_model(), before)}
+        return {"error": str(error), "unchanged": same_bits(model_of(trainer), before)}
     return {}
 
 
@@ -220,7 +221,7 @@ class Uneven:
 def uneven_updates(folder: Path) -> dict[str, Any]:
     """Rounding is settled, another update is refused, a failure in one process is rolled back in all."""
     trainer = make_trainer(folder / "trainer", "plain")
-    model = trainer._bare_model()
+    model = model_of(trainer)
     join()
     found: dict[str, Any] = {}
     for name, config in {
@@ -303,7 +304,7 @@ def saved_request(folder: Path) -> dict[str, Any]:
     trainer = make_trainer(folder / "trainer", "bert", callbacks=[IAUCallback(WITH_CURVATURE)])
     trainer.train()
     trainer.save_model()
-    before = state_of(trainer._bare_model())
+    before = state_of(model_of(trainer))
     dist.barrier() if dist.is_initialized() else None
     output = trainer.unlearn(row_indices=FORGET, config=GIVEN, save=True)
     again = trainer.unlearn(row_indices=FORGET, config=GIVEN, save=True)
@@ -312,10 +313,9 @@ def saved_request(folder: Path) -> dict[str, Any]:
     return {
         "applied": [output.applied, again.applied],
         "entry": output.entry.number if output.entry else None,
-        "moved": not same_bits(trainer._bare_model(), before),
-        "on_disk": all(torch.equal(saved[name], p) for name, p in trainer._bare_model().named_parameters()),
-        "memory": GradientMemory.load(folder / "trainer").model["weights"]
-        == weights_fingerprint(trainer._bare_model()),
+        "moved": not same_bits(model_of(trainer), before),
+        "on_disk": all(torch.equal(saved[name], p) for name, p in model_of(trainer).named_parameters()),
+        "memory": GradientMemory.load(folder / "trainer").model["weights"] == weights_fingerprint(model_of(trainer)),
         "entries": len(Ledger(folder / "trainer" / "_iau" / "ledger.jsonl", find_key()).entries()),
     }
 
@@ -335,15 +335,15 @@ def hung_in_unlearning(folder: Path) -> dict[str, Any]:
 def _lost_in_unlearning(folder: Path, how: str) -> dict[str, Any]:
     trainer = _deadly_trainer(folder)
     trainer.train()
-    before = state_of(trainer._bare_model())
+    before = state_of(model_of(trainer))
     Deadly.armed = how
     started = time.perf_counter()
     try:
         trainer.unlearn(row_indices=list(range(8)), config=GIVEN)
     except IAUError as error:
         seconds = time.perf_counter() - started
-        unchanged = same_bits(trainer._bare_model(), before)
+        unchanged = same_bits(model_of(trainer), before)
         left = _what_is_left(trainer, folder)
-        GradientMemory.load(folder / "trainer").check_model(trainer._bare_model())
+        GradientMemory.load(folder / "trainer").check_model(model_of(trainer))
         return {"error": str(error), "seconds": seconds, "unchanged": unchanged, **left}
     return {}

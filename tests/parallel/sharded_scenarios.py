@@ -46,6 +46,7 @@ from hf_iau.forget import ForgetContext, MethodOutcome
 from hf_iau.gather import sum_row_gradients
 from hf_iau.methods import find_method
 from hf_iau.objective import ModelRowLoss, RowSource, predict_rows
+from hf_iau.objective.trainer_rows import model_of
 from hf_iau.parallel import (
     is_main_process,
     is_sharded,
@@ -130,7 +131,7 @@ def sharded(folder: Path) -> dict[str, Any]:
     whole = found.whole()
     other = GradientMemory.load(folder / f"alone-{process_number()}")
     other.model = {**other.model, "weights": found.model["weights"]}  # trained to the same but for rounding
-    trainer._given_memory = found
+    trainer.unlearning_state.given = found
     output = trainer.unlearn(row_indices=FORGET, config=GIVEN)
     after = _wholly(model)
     still_sharded = all(isinstance(p, DTensor) for p in model.parameters())
@@ -539,7 +540,7 @@ def all_or_nothing_on_shards(folder: Path) -> dict[str, Any]:
     trainer = make_trainer(folder / "trainer", "bert", model=(model := build("bert", num_hidden_layers=6)))
     shard(model, model.bert.encoder.layer)  # type: ignore[union-attr]
     rows = as_dataset(rows_of("bert", 12))
-    trainer._given_memory = gather(model, rows, data_collator=pad_right(), config=WITH_CURVATURE)
+    trainer.unlearning_state.given = gather(model, rows, data_collator=pad_right(), config=WITH_CURVATURE)
     before = {name: local_part(p).clone() for name, p in model.named_parameters()}
 
     def unchanged() -> bool:
@@ -612,7 +613,7 @@ def trained_by_trainer(folder: Path) -> dict[str, Any]:
     AcceleratorState._reset_state(reset_partial_state=True)
     trainer = trainer_of(build("bert", dtype=torch.float64))
     trainer.train()
-    model = trainer._bare_model()
+    model = model_of(trainer)
     memory = trainer.memory
     assert memory is not None
     found["sharded"] = [trainer.is_fsdp_enabled, is_sharded(model), memory.is_spread]

@@ -133,7 +133,7 @@ def test_create_model_card_keeps_what_was_known(tmp_path: Path) -> None:
     )
     trainer = make_trainer(folder, memory=None)
     for _ in range(2):
-        trainer._unlearning_card = trainer.unlearning_card.with_report(report_of(), "2026-01-31")
+        trainer.unlearning_card = trainer.unlearning_card.with_report(report_of(), "2026-01-31")
         trainer.create_model_card(tags=["asked"])
     card = ModelCard.load(folder / "README.md")
     assert (card.data.base_model, card.data.license, card.data.datasets) == ("org/base", "mit", ["org/rows"])

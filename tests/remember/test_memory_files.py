@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import random
 import stat
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from hf_iau import GatherConfig, GradientMemory, MemoryFileError, MemoryMismatch
 from hf_iau.calibrate import Directions
 from hf_iau.forget import moved_gradient_sum
 from hf_iau.remember import memory as memory_module
-from hf_iau.remember.files import file_digest, write_atomically
+from hf_iau.remember.files import file_digest, write_atomically, write_public_atomically
 
 REFUSED = (MemoryFileError, MemoryMismatchError)
 
@@ -192,9 +193,12 @@ def test_a_crash_while_saving_leaves_the_older_memory(
         raise Crash
 
     with monkeypatch.context() as patched:
-        patched.setattr(
-            memory_module, {"tensors": "save_file", "header": "_write_text", "digest": "_header_digest"}[at], crash
-        )
+        places: dict[str, tuple[Any, str]] = {
+            "tensors": (memory_module, "save_file"),
+            "header": (Path, "write_text"),
+            "digest": (memory_module, "header_digest"),
+        }
+        patched.setattr(*places[at], crash)
         with pytest.raises(Crash):
             newer.save(saved)
     assert_same(GradientMemory.load(saved), memory)
@@ -207,11 +211,11 @@ def test_a_crash_while_saving_leaves_the_older_memory(
 def test_a_crash_in_a_first_save_leaves_no_memory(
     memory: GradientMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def half(path: Path, text: str) -> None:
-        path.write_text(text[: len(text) // 2])
+    def half(path: Path, text: str, **_: Any) -> None:
+        path.write_bytes(text[: len(text) // 2].encode())
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(memory_module, "_write_text", half)
+    monkeypatch.setattr(Path, "write_text", half)
     with pytest.raises(OSError, match="No space"):
         memory.save(tmp_path)
     with pytest.raises(MemoryFileError, match="No gradient memory"):
@@ -230,6 +234,24 @@ def test_write_atomically(tmp_path: Path) -> None:
         write_atomically(path, fail)
     assert path.read_text() == "old" and [entry.name for entry in tmp_path.iterdir()] == ["file"]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_write_public_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "report.json"
+    write_public_atomically(path, b"old")
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    (tmp_path / "plain").unlink()
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+    with pytest.raises(OSError, match="disk"):
+        write_public_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        write_public_atomically(path, b"new")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from hf_iau.measure import Measurement, gap
 from hf_iau.objective import TaskKind
 from hf_iau.report import MINIMUM_ROWS_FOR_PER_ROW_FIGURES, UnlearningReport, installed_versions
 from hf_iau.report.histograms import loss_histograms
-from hf_iau.report.jsonable import jsonable, write_atomically
+from hf_iau.report.jsonable import jsonable
 
 FIGURE_KEYS = {
     *(f"{split}_{kind}" for split in ("forget", "retain", "held_out", "test") for kind in ("accuracy", "loss")),
@@ -341,18 +341,3 @@ def test_histograms_use_no_global_state():
         assert image.shape[0] > 200
     pyplot = __import__("sys").modules.get("matplotlib.pyplot")
     assert pyplot is None or not pyplot.get_fignums()
-
-
-def test_writing_is_atomic(tmp_path, monkeypatch):
-    path = tmp_path / "report.json"
-    write_atomically(path, b"old")
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
-    with pytest.raises(OSError, match="disk"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-    monkeypatch.undo()
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError, match="full"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

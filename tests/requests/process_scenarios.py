@@ -13,7 +13,7 @@ from unlearning_trainers import WITH_CURVATURE, make_trainer, state_of
 from hf_iau import IAUConfig, Ledger, StorageError, UnlearningTrainer
 from hf_iau.parallel import is_main_process
 from hf_iau.remember import weights_fingerprint
-from hf_iau.requests import service
+from hf_iau.requests import storage
 
 ROWS = list(range(1, 36, 2))
 GIVEN = IAUConfig(length=0.1, damping=1.0)
@@ -36,15 +36,15 @@ def saved(folder: Path) -> dict[str, Any]:
     def no_space(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    original = service.write_text_atomically
+    original = storage.write_text_atomically
     if is_main_process():
-        service.write_text_atomically = no_space
+        storage.write_text_atomically = no_space
     message = ""
     try:
         trainer.unlearn(row_indices=[40, 41], config=GIVEN, save=True)
     except StorageError as error:
         message = str(error)
-    service.write_text_atomically = original
+    storage.write_text_atomically = original
     unmoved = all(bool((value == before[name]).all()) for name, value in state_of(trainer.model).items())
     waiting = trainer.queue(row_indices=[40, 41])
     served = trainer.serve_queue(config=GIVEN)

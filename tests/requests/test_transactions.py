@@ -34,9 +34,10 @@ from hf_iau import (
     gather,
 )
 from hf_iau.calibrate import Walk, decision, search, walk_choice
+from hf_iau.forget import WeightTransaction
 from hf_iau.remember.files import file_digest
 from hf_iau.requests import journal as journal_module
-from hf_iau.requests import milestones, service
+from hf_iau.requests import milestones, service, storage
 
 GIVEN = IAUConfig(length=0.1, damping=1.0)
 ROWS = list(range(1, 32, 2))
@@ -100,6 +101,23 @@ def test_weights_memory_ledger_and_certificate_belong_together(trainer: Unlearni
     assert "forget rows" not in text  # too few for figures of their own
     with pytest.raises(RequestError, match="was saved, which is final"):
         result.revert()
+
+
+def test_a_saved_request_keeps_no_copy_of_frozen_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an adapter's model, that would be all of the base model."""
+    trainer = make_trainer(tmp_path, "lora", rows=rows_of("lora", 24))
+    trainer.gather(WITH_CURVATURE)
+    kept: list[set[str]] = []
+
+    def watched(*args: Any, **settings: Any) -> WeightTransaction:
+        made = WeightTransaction(*args, **settings)
+        kept.append(set(made.copies))
+        return made
+
+    monkeypatch.setattr("hf_iau.train.serving.WeightTransaction", watched)
+    assert serve(trainer, [0, 1]).applied
+    frozen = {name for name, parameter in trainer.model.named_parameters() if not parameter.requires_grad}
+    assert len(kept) == 1 and frozen and not kept[0] & frozen and kept[0] >= set(trainer.memory.parameters)
 
 
 @pytest.mark.parametrize("family", ["lora", "resnet"])
@@ -198,11 +216,11 @@ def full_disk(place: str) -> Callable[[pytest.MonkeyPatch], None]:
 
     places: dict[str, tuple[Any, str, Any]] = {
         "journal": (journal_module, "write_text_atomically", no_space),
-        "weights": (service.Trainer, "save_model", no_space),
-        "weights, by torch": (service.Trainer, "save_model", weights),
+        "weights": (storage.Trainer, "save_model", no_space),
+        "weights, by torch": (storage.Trainer, "save_model", weights),
         "memory": (GradientMemory, "save", no_space),
-        "ledger": (service, "write_text_atomically", no_space),
-        "flush": (service, "_flush", no_space),
+        "ledger": (storage, "write_text_atomically", no_space),
+        "flush": (storage, "_flush", no_space),
     }
     return lambda patch: patch.setattr(*places[place])
 
@@ -272,7 +290,7 @@ def no_space_when_moved(move: Any) -> Any:
 def test_a_directory_that_cannot_be_written_is_refused_before_any_compute(
     trainer: UnlearningTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "_serve", lambda *a, **k: pytest.fail("it computed"))
+    monkeypatch.setattr("hf_iau.train.trainer.serve_request", lambda *a, **k: pytest.fail("it computed"))
     with monkeypatch.context() as patch:
         patch.setattr(service.os, "access", lambda *a: False)
         with pytest.raises(StorageError, match=r"cannot be written to \(no permission to write\): nothing was changed"):
@@ -365,7 +383,7 @@ def test_named_requests(trainer: UnlearningTrainer, tmp_path: Path, monkeypatch:
     assert not serve(trainer, [8, 7], request_id="ticket 12").applied
     bits, files = state_of(trainer.model), on_disk(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "_serve", lambda *a, **k: pytest.fail("it computed"))
+        patch.setattr("hf_iau.train.trainer.serve_request", lambda *a, **k: pytest.fail("it computed"))
         for others in ([9], [7], [7, 8, 9]):
             with pytest.raises(RequestError, match=r"request_id='ticket 12' names a request of 2 rows .* of their own"):
                 serve(trainer, others, request_id="ticket 12")

@@ -457,7 +457,7 @@ def test_methods_and_configurations(shared: UnlearningTrainer) -> None:
         (IAUConfig, {"max_relative_step": 0.0}, "max_relative_step=0.0"),
         (IAUConfig, {"calibrate_on": "test rows"}, "calibrate_on='test rows'.*'proxies'"),
         (IAUConfig, {"held_out_rows": 5}, "held_out_rows=5.*at least 100"),
-        (GatherConfig, {"gradient_sum": "some"}, "gradient_sum='some'.*exact, sampled, none"),
+        (GatherConfig, {"gradient_sum": "some"}, "gradient_sum='some'.*'exact', 'sampled', 'none'"),
         (GatherConfig, {"sample_rows": 0}, "sample_rows=0"),
         (GatherConfig, {"batch_size": 0}, "batch_size=0"),
     ],

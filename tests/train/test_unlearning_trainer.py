@@ -25,7 +25,6 @@ from unlearning_trainers import (
     state_of,
 )
 
-import hf_iau.train.trainer as trainer_module
 from hf_iau import (
     GatherConfig,
     GradientMemory,
@@ -38,10 +37,11 @@ from hf_iau import (
     register_method,
 )
 from hf_iau.errors import IAUError, MemoryFileError, MissingMemoryError, RequestError, StaleMemoryError
-from hf_iau.forget import ForgetContext, MethodOutcome
+from hf_iau.forget import ForgetContext, MethodOutcome, moved_memory
 from hf_iau.methods import RetrainConfig
 from hf_iau.methods.base import _METHODS
 from hf_iau.objective.evaluation_mode import placed_on
+from hf_iau.train import serving
 
 PAPER = IAUPaperConfig(eta=1e-3)
 GIVEN = IAUConfig(length=0.1, damping=1.0)
@@ -176,17 +176,17 @@ def break_memory(patch: pytest.MonkeyPatch) -> None:
 
 
 def break_measuring_after(patch: pytest.MonkeyPatch) -> None:
-    measure, calls = trainer_module.measure_model, []
+    measure, calls = serving.measure_model, []
 
     def second_time(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         return explode() if len(calls) == 2 else measure(*args, **kwargs)
 
-    patch.setattr(trainer_module, "measure_model", second_time)
+    patch.setattr(serving, "measure_model", second_time)
 
 
 def break_report(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(trainer_module.UnlearningReport, "build", explode)
+    patch.setattr(serving.UnlearningReport, "build", explode)
 
 
 def break_commit(patch: pytest.MonkeyPatch) -> None:
@@ -197,7 +197,7 @@ def interrupt(patch: pytest.MonkeyPatch) -> None:
     def by_hand(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    patch.setattr(trainer_module, "step_norm", by_hand)
+    patch.setattr(moved_memory, "step_norm", by_hand)
 
 
 def explode(*args: Any, **kwargs: Any) -> Any:
@@ -574,7 +574,7 @@ def test_a_retrained_model_is_put_back_where_and_as_it_was(
     retrained = bert(seed=1).train()
     retrained.classifier.eval()
     modes, bits = [module.training for module in retrained.modules()], state_of(retrained)
-    moves, measured = [], trainer_module.measure_model
+    moves, measured = [], serving.measure_model
 
     def moved(module: nn.Module, device: torch.device) -> nn.Module:
         moves.append((module, torch.device(device)))
@@ -587,8 +587,8 @@ def test_a_retrained_model_is_put_back_where_and_as_it_was(
                 raise RequestError("cannot be measured")
         return measured(model, *splits)
 
-    monkeypatch.setattr(trainer_module, "measure_model", measure)
-    monkeypatch.setattr(trainer_module, "placed_on", lambda model, _: placed_on(model, torch.device("meta")))
+    monkeypatch.setattr(serving, "measure_model", measure)
+    monkeypatch.setattr(serving, "placed_on", lambda model, _: placed_on(model, torch.device("meta")))
     monkeypatch.setattr(type(retrained), "to", moved)
     for layer_class in {type(module) for module in retrained.modules()}:
         monkeypatch.setattr(layer_class, "to", moved)

@@ -160,7 +160,7 @@ def test_seconds_of_a_walk_come_on_top_where_there_can_be_one(monkeypatch: pytes
     seconds = hf_iau.estimate(model, train, request_rows=50, **settings).seconds
     # A pass over three batches took a second, whatever was done; so did a solve.
     for name, steps in (("walk", 8), ("walk_at_most", 40)):
-        looked_at = steps * 300 + 3 * 50 + 550 + 550 + 300
+        looked_at = steps * 256 + 3 * 50 + 550 + 550 + 300
         gradients = steps * 50 + (steps - 1) * 256
         assert seconds[name] == pytest.approx((gradients + looked_at) / 96 + 2 * steps - 1)
     for changes in (
