@@ -73,9 +73,10 @@ def test_npo_starts_as_gradient_ascent(tmp_path: Path) -> None:
     assert_close(trainer.model, expected, 1e-9)
 
 
-def test_npo_needs_retained_rows_for_its_retain_term_alone(tmp_path: Path) -> None:
+def test_npo_without_its_retain_term_needs_the_forget_rows_alone(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, "gpt2")
-    every_row = list(range(len(trainer.train_dataset)))
-    with pytest.raises(RequestError, match="npo"):
-        trainer.unlearn(row_indices=every_row, method="npo", dry_run=True)
-    trainer.unlearn(row_indices=every_row, method="npo", config=NPOConfig(alpha=0.0, epochs=1), dry_run=True)
+    rows = trainer.train_dataset.select(FORGET)
+    trainer.train_dataset = None
+    with pytest.raises(RequestError, match="retain"):
+        trainer.unlearn(rows, method="npo", dry_run=True)
+    trainer.unlearn(rows, method="npo", config=NPOConfig(alpha=0.0, epochs=1), dry_run=True)
