@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from benchmarks.answer_scores import AnswerScorer, AnswerScores, quality
 from benchmarks.files import write_arrays
+from benchmarks.question_answers import QuestionAnswers
 from benchmarks.training import Case, ModelStore, TrainedModel
 from hf_iau.errors import IAUError
 from hf_iau.measure import Figures, Measurement, gap, measure_model
@@ -33,26 +35,32 @@ class MeasuredModel:
         figures: see `hf_iau.measure.Figures`.
         svc_mia: share of forget rows that the SVC confidence attack of SalUn's tables calls unseen, 0 to 1; None for too
             few rows or a diverged model.
+        answers: TOFU's figures, of question-answer rows alone.
     """
 
     rows: Measurement
     figures: Figures
     svc_mia: float | None
+    answers: AnswerScores | None = None
 
     @classmethod
-    def of(cls, rows: Measurement, seed: int) -> MeasuredModel:
+    def of(cls, rows: Measurement, seed: int, answers: AnswerScores | None = None) -> MeasuredModel:
         """Figures of what was measured; `seed` draws the rows of the attacks."""
-        return cls(rows, rows.figures(seed=seed), _svc_mia(rows, seed))
+        return cls(rows, rows.figures(seed=seed), _svc_mia(rows, seed), answers)
 
     def to_dict(self) -> dict[str, Any]:
         """All figures in the types of strict JSON."""
-        values: dict[str, Any] = jsonable(self.figures.to_dict() | {"svc_mia": self.svc_mia})
+        answers = None if self.answers is None else self.answers.to_dict()
+        values: dict[str, Any] = jsonable(self.figures.to_dict() | {"svc_mia": self.svc_mia, "answers": answers})
         return values
 
     def losses(self) -> dict[str, np.ndarray]:
-        """Row losses for plots, float32: enough to draw with, and half the size."""
+        """Row losses for plots, float32: enough to draw with, and half the size; with the truth ratios where there are any."""
         sets = {"forget": self.rows.forget, "test": self.rows.unseen}
-        return {name: rows.loss.astype(np.float32) for name, rows in sets.items() if rows is not None}
+        losses = {name: rows.loss.astype(np.float32) for name, rows in sets.items() if rows is not None}
+        if self.answers is not None:
+            losses["truth_ratio"] = self.answers.forget_truth_ratios.astype(np.float32)
+        return losses
 
 
 class Comparison:
@@ -77,6 +85,8 @@ class Comparison:
         self._device = device
         self._seed = case.seed
         self._sources = measured_rows(models, case, device)
+        train = case.train
+        self._answers = AnswerScorer(models, case, train, device) if isinstance(train, QuestionAnswers) else None
         self.counts = {
             name: len(rows)
             for name, rows in zip(
@@ -90,7 +100,7 @@ class Comparison:
     def measured(self, model: nn.Module) -> MeasuredModel:
         """Figures of a model on the case's rows."""
         rows = measure_model(model.to(self._device), *self._sources, keep_probabilities=True)
-        return MeasuredModel.of(rows, self._seed)
+        return MeasuredModel.of(rows, self._seed, None if self._answers is None else self._answers.scores(model))
 
     def on(self, model: MeasuredModel, chosen: np.ndarray) -> MeasuredModel:
         """The same with some of the forget rows only (a mask over them)."""
@@ -110,6 +120,7 @@ class Comparison:
             "gap_before": self.gap(self.before, self.retrained),
             "noise_floor": None if again is None else self.gap(again, self.retrained),
             "agreement": self._agreement(after),
+            "forget_quality": None if after.answers is None else self._forget_quality(after),
             "counts": self.counts,
         }
 
@@ -123,6 +134,13 @@ class Comparison:
         """Row losses of the models that no method changes, for histograms and ROC curves."""
         named = {"before": self.before, "retrained": self.retrained}
         write_arrays(path, {f"{name}_{side}": a for name, m in named.items() for side, a in m.losses().items()})
+
+    def _forget_quality(self, after: MeasuredModel) -> dict[str, Any]:
+        models = {"before": self.before, "after": after, "retrained_again": self.retrained_again}
+        return {
+            name: None if model is None else quality(model.answers, self.retrained.answers)
+            for name, model in models.items()
+        }
 
     def _agreement(self, after: MeasuredModel) -> dict[str, Any]:
         found = {}

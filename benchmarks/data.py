@@ -141,7 +141,8 @@ def load_splits(name: str, data: Path | None, *, train_rows: int, held_out_rows:
     """The first rows of a fixed permutation of the training pool, then held-out rows of it, and test rows.
 
     Args:
-        name: `cifar10`, `fashion_mnist`, `banking77`, `digits`, `breast_cancer` or `synthetic` (the last three need no data).
+        name: `cifar10`, `fashion_mnist`, `banking77`, `digits`, `breast_cancer` or `synthetic` (the last three need no data);
+            for `tofu` see `benchmarks.question_answers`.
         data: the folder or file with the data, or a folder that has it under `name`.
         train_rows, held_out_rows, test_rows: how many of each.
 
@@ -150,7 +151,7 @@ def load_splits(name: str, data: Path | None, *, train_rows: int, held_out_rows:
     """
     if name not in _LOADERS:
         raise ValueError(f"data {name!r} is unknown: choose one of {', '.join(_LOADERS)}.")
-    pool, test = _LOADERS[name](_folder_of(name, data))
+    pool, test = _LOADERS[name](folder_of(name, data))
     n_classes = int(pool.labels.max()) + 1
     if len(pool) < train_rows + held_out_rows or len(test) < test_rows:
         raise ValueError(
@@ -168,7 +169,8 @@ def load_splits(name: str, data: Path | None, *, train_rows: int, held_out_rows:
     )
 
 
-def _folder_of(name: str, data: Path | None) -> Path | None:
+def folder_of(name: str, data: Path | None) -> Path | None:
+    """The folder of a data set in the folder of all, where there is one."""
     return data / name if data is not None and (data / name).is_dir() else data
 
 

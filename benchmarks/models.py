@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerBase,
     ResNetConfig,
     ResNetForImageClassification,
@@ -117,6 +119,22 @@ def small_vit(n_classes: int) -> nn.Module:
     return ViTForImageClassification(config)
 
 
+def small_llama(n_classes: int) -> nn.Module:
+    """A four-layer Llama of 2.6 M weights for sequences of up to 512 tokens; `n_classes` is the size of its vocabulary."""
+    config = LlamaConfig(
+        vocab_size=n_classes,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
 def minilm(n_classes: int, folder: Path) -> nn.Module:
     """MiniLM at full depth with a new classification head; word embeddings frozen, no dropout."""
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -185,6 +203,7 @@ _MODELS: dict[str, Callable[[int], nn.Module]] = {
     "lenet": LeNet,
     "mlp": MLP,
     "resnet18": resnet18,
+    "small_llama": small_llama,
     "small_cnn": SmallCNN,
     "small_resnet": small_resnet,
     "small_vit": small_vit,

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from benchmarks.scenarios import (
+    FIVE_AUTHORS,
     FLIPPED_10_PERCENT,
     RANDOM_5_PERCENT,
     RANDOM_10_PERCENT,
@@ -18,14 +19,20 @@ from benchmarks.scenarios import (
 from benchmarks.variants import (
     BASELINE_VARIANTS,
     CURVATURES,
+    FINE_TUNE,
+    GRADIENT_ASCENT,
     IAU,
     IAU_GATHERED_ANEW,
     IAU_ON_PROXIES,
     IAU_WITH_SUM,
+    NEGGRAD_PLUS,
+    NPO,
     PAPER,
     RELEASED,
     RELEASED_TUNED,
     RETRAINED,
+    SCRUB,
+    SSD,
     Variant,
 )
 
@@ -180,6 +187,19 @@ BANKING77_MINILM_LORA = replace(
     training=Training(epochs=10, learning_rate=1e-3, batch_size=32),
     train_rows=1_000,
 )
+# Whole authors of TOFU, and a language model of its own that knows their answers nearly by heart.
+TOFU_LLAMA = Work(
+    "tofu_llama",
+    data="tofu",
+    model="small_llama",
+    training=Training(epochs=32, learning_rate=2e-3, batch_size=16, schedule="linear"),
+    train_rows=800,
+    held_out_rows=400,
+    test_rows=400,
+    request_batch_size=16,
+    eval_batch_size=50,
+    baseline_epochs=1,  # 700 retained rows; TOFU's own budget is 5 passes over the forget rows with as many retained ones
+)
 DIGITS = Work(
     "digits_cnn",
     data="digits",
@@ -248,6 +268,13 @@ SUITES = {
             (*SHORT, IAU_WITH_SUM),
             seeds=1,
             floor=False,
+        ),
+        Suite(
+            "tofu",
+            (TOFU_LLAMA,),
+            (FIVE_AUTHORS,),
+            (FINE_TUNE, GRADIENT_ASCENT, NEGGRAD_PLUS, NPO, SCRUB, SSD, RELEASED, IAU),
+            seeds=1,
         ),
         Suite(
             "gradient_restriction",

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.answer_tables import answers_table
 from benchmarks.claims import claims_table
 from benchmarks.plots import plot_gap_against_seconds, plot_losses
 from benchmarks.results import (
@@ -127,6 +128,7 @@ def _section(panel: Panel) -> list[str]:
         f"Retrained models: {', '.join(absolute)}{f', SVC {_spread(svc)}' if svc else ''}. "
         f"Peak memory of a request above the process' own: {max(peaks) / 2**20:.0f} MB.",
         "",
+        *answers_table(panel),
         *_front_sentences(panel),
         *_calibrations(panel),
         *_claims(panel),

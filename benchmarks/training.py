@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
+from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, TrainingArguments, set_seed
 
-from benchmarks.data import Split, Splits, load_splits, stack_rows
+from benchmarks.data import Split, Splits, folder_of, load_splits, stack_rows
 from benchmarks.hardware import hardware
 from benchmarks.models import make_model, make_tokenizer
+from benchmarks.question_answers import TOFU, load_tofu, train_tokenizer
 from benchmarks.scenarios import Scenario
 from benchmarks.suites import Work
 from hf_iau import GradientMemory, RestrictionConfig, UnlearningTrainer
@@ -81,6 +82,7 @@ class ModelStore:
         self.data = data
         self.weights = weights
         self._splits: dict[tuple[str, int, int, int], Splits] = {}
+        self._tokenizer: Any = None
 
     def case(self, work: Work, scenario: Scenario, seed: int) -> Case:
         """The rows of one work, scenario and seed."""
@@ -88,7 +90,12 @@ class ModelStore:
         key = (work.data, *sizes)
         if key not in self._splits:
             names = ("train_rows", "held_out_rows", "test_rows")
-            self._splits = {key: load_splits(work.data, self.data, **dict(zip(names, sizes, strict=True)))}
+            rows = dict(zip(names, sizes, strict=True))
+            if work.data == TOFU:
+                splits = load_tofu(folder_of(TOFU, self.data), **rows)
+            else:
+                splits = load_splits(work.data, self.data, **rows)
+            self._splits = {key: splits}
         splits = self._splits[key]
         return Case(work, scenario, seed, splits, scenario.forget_rows(splits.train.labels, seed))
 
@@ -112,12 +119,18 @@ class ModelStore:
 
     def tokenizer(self, work: Work) -> Any:
         """The model's tokenizer, or None."""
+        if work.data == TOFU:
+            if self._tokenizer is None:
+                self._tokenizer = train_tokenizer(folder_of(TOFU, self.data))
+            return self._tokenizer
         return make_tokenizer(work.model, self.weights)
 
     def collator(self, work: Work) -> Any:
         """What turns rows into a batch."""
         tokenizer = self.tokenizer(work)
-        return stack_rows if tokenizer is None else DataCollatorWithPadding(tokenizer)
+        if tokenizer is None:
+            return stack_rows
+        return (DataCollatorForTokenClassification if work.data == TOFU else DataCollatorWithPadding)(tokenizer)
 
     def trainer(
         self,

@@ -17,6 +17,7 @@ from hf_iau.methods import (
     InfluenceCGConfig,
     L1SparseConfig,
     NegGradPlusConfig,
+    NPOConfig,
     RandomLabelsConfig,
     SalUnConfig,
     SCRUBConfig,
@@ -117,6 +118,7 @@ GRADIENT_ASCENT = Variant(
 NEGGRAD_PLUS = Variant(
     "neggrad-plus", "neggrad-plus", grid=_trained(NegGradPlusConfig, rates=1.0, alpha=(0.99, 0.97, 0.95, 0.9, 0.8))
 )
+NPO = Variant("npo", "npo", grid=_trained(NPOConfig, rates=(0.01, 0.03, 0.1, 0.3, 1.0), epochs=5))
 RANDOM_LABELS = Variant(
     "random-labels", "random-labels", grid=_trained(RandomLabelsConfig, rates=(0.03, 0.1, 0.3, 1.0, 3.0))
 )

@@ -16,6 +16,7 @@ from hf_iau.measure.gap import Gap, gap
 from hf_iau.measure.intervals import Interval, difference_interval, proportion_interval, ratio_interval
 from hf_iau.measure.measurement import Measurement, measure_model, rows_with_targets
 from hf_iau.measure.model_sets import KLoM, ULiRA, klom, margins, u_lira
+from hf_iau.measure.question_answers import ForgetQuality, ModelUtility, forget_quality, model_utility, truth_ratio
 from hf_iau.measure.relearning import RelearnTime, first_reached, relearn_time
 from hf_iau.measure.shadow_models import (
     ShadowAttack,
@@ -32,10 +33,12 @@ __all__ = [
     "AttackResult",
     "AttackScore",
     "Figures",
+    "ForgetQuality",
     "Gap",
     "Interval",
     "KLoM",
     "Measurement",
+    "ModelUtility",
     "ParameterDistance",
     "RelearnTime",
     "ShadowAttack",
@@ -49,10 +52,12 @@ __all__ = [
     "attack_scores",
     "difference_interval",
     "first_reached",
+    "forget_quality",
     "gap",
     "klom",
     "margins",
     "measure_model",
+    "model_utility",
     "parameter_distance",
     "proportion_interval",
     "ratio_interval",
@@ -61,5 +66,6 @@ __all__ = [
     "shadow_model_attack",
     "shadow_rows",
     "svc_confidence_attack",
+    "truth_ratio",
     "u_lira",
 ]

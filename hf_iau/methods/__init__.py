@@ -12,6 +12,7 @@ from hf_iau.methods.iau_released import IAUReleased, IAUReleasedConfig
 from hf_iau.methods.influence_cg import InfluenceCG, InfluenceCGConfig
 from hf_iau.methods.l1_sparse import L1Sparse, L1SparseConfig
 from hf_iau.methods.neggrad_plus import NegGradPlus, NegGradPlusConfig
+from hf_iau.methods.npo import NPO, NPOConfig
 from hf_iau.methods.random_labels import RandomLabels, RandomLabelsConfig
 from hf_iau.methods.retrain import Retrain, RetrainConfig
 from hf_iau.methods.salun import SalUn, SalUnConfig
@@ -21,6 +22,7 @@ from hf_iau.methods.unrolling_sgd import UnrollingSGD, UnrollingSGDConfig
 
 __all__ = [
     "IAU",
+    "NPO",
     "SCRUB",
     "SSD",
     "BadTeacher",
@@ -40,6 +42,7 @@ __all__ = [
     "InfluenceCGConfig",
     "L1Sparse",
     "L1SparseConfig",
+    "NPOConfig",
     "NegGradPlus",
     "NegGradPlusConfig",
     "RandomLabels",

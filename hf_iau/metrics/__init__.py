@@ -6,10 +6,12 @@ from hf_iau.metrics.parameter_distance.parameter_distance import ParameterDistan
 from hf_iau.metrics.prediction_agreement.prediction_agreement import PredictionAgreement
 from hf_iau.metrics.relearn_time.relearn_time import RelearnTime
 from hf_iau.metrics.shadow_model_attack.shadow_model_attack import ShadowModelAttack
+from hf_iau.metrics.tofu.tofu import TOFU
 from hf_iau.metrics.u_lira.u_lira import ULiRA
 from hf_iau.metrics.unlearning_gap.unlearning_gap import UnlearningGap
 
 __all__ = [
+    "TOFU",
     "KLoM",
     "MembershipInference",
     "ParameterDistance",

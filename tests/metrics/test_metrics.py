@@ -19,7 +19,16 @@ from sklearn.metrics import accuracy_score, roc_auc_score
 
 import hf_iau.metrics
 from hf_iau.errors import RequestError
-from hf_iau.measure import agreement, klom, relearn_time, shadow_model_attack, u_lira
+from hf_iau.measure import (
+    agreement,
+    forget_quality,
+    klom,
+    model_utility,
+    relearn_time,
+    shadow_model_attack,
+    truth_ratio,
+    u_lira,
+)
 from hf_iau.measure.shadow_models import ShadowPredictions
 from hf_iau.objective import RowPredictions
 
@@ -54,7 +63,17 @@ def make_cases() -> dict[str, Case]:
     ]
     of_rows = {"predictions": probabilities, "references": labels, "splits": splits}
     sets = {"predictions": random.normal(1, 1, (12, 9)), "references": random.normal(0, 1, (12, 7))}
+    answers = {
+        "losses": random.gamma(1, 1, 20),
+        "paraphrased_losses": random.gamma(2, 1, 20),
+        "perturbed_losses": random.gamma(2, 1, (20, 3)),
+        "retrained_paraphrased_losses": random.gamma(2, 1, 20),
+        "retrained_perturbed_losses": random.gamma(2, 1, (20, 3)),
+        "splits": ["forget"] * 8 + ["retain"] * 12,
+        "rouge_l_recall": random.uniform(size=20),
+    }
     cases = [
+        Case("tofu", hf_iau.metrics.TOFU, answers),
         Case("membership_inference", hf_iau.metrics.MembershipInference, of_rows),
         Case(
             "shadow_model_attack",
@@ -298,7 +317,26 @@ def test_distance_by_hand(compute):
     assert compute("parameter_distance") == {"absolute": pytest.approx(13**0.5), "relative": pytest.approx(13**0.5 / 2)}
 
 
+def test_tofu_is_the_measures_on_the_rows_that_each_is_about(compute):
+    inputs = CASES["tofu"].inputs
+    ours, theirs = (
+        truth_ratio(inputs[f"{whose}paraphrased_losses"], inputs[f"{whose}perturbed_losses"])
+        for whose in ("", "retrained_")
+    )
+    quality = forget_quality(ours[:8], theirs[:8])
+    utility = model_utility(inputs["losses"][8:], ours[8:], inputs["rouge_l_recall"][8:])
+    found = compute("tofu")
+    assert (found["forget_quality"], found["ks_statistic"]) == (quality.p_value, quality.statistic)
+    assert (found["model_utility"], found["truth_ratio"]) == (utility.utility, utility.truth_ratio)
+    assert (found["forget_rows"], found["retain_rows"]) == (8, 12)
+    assert compute("tofu", rouge_l_recall=None)["rouge_l_recall"] is None
+
+
 def test_bad_input(compute):
+    with pytest.raises(RequestError, match="each row is 'forget' or 'retain'"):
+        compute("tofu", splits=["forget"] * 20)
+    with pytest.raises(RequestError, match="one number for each of the 20 rows"):
+        compute("tofu", rouge_l_recall=[1.0])
     splits = CASES["membership_inference"].inputs["splits"]
     with pytest.raises(RequestError, match="'validation'"):
         compute("membership_inference", splits=["validation", *splits[1:]])

@@ -1,0 +1,1 @@
+"""TOFU's forget quality and model utility; the metric is in `tofu.py`."""
