@@ -17,6 +17,7 @@ from hf_iau.curvature.capture import Capture
 from hf_iau.curvature.eigenvectors import eigenvector_bytes
 from hf_iau.curvature.fit import LOOP_ROWS, cached_size, usual_cache_bytes
 from hf_iau.curvature.layers import LayerPlan, MatrixLayer, plan_layers, spare_bytes
+from hf_iau.devices import memory_counters, synchronise
 from hf_iau.errors import ConfigError
 from hf_iau.forget.transaction import model_state
 from hf_iau.gather.config import GatherConfig
@@ -29,7 +30,7 @@ from hf_iau.objective.working import working
 from hf_iau.objective.wrappers import unwrapped
 from hf_iau.parallel import whole_parameters
 from hf_iau.phases import peak_allocated_bytes
-from hf_iau.vectors import PIECE, kept_dtype
+from hf_iau.vectors import kept_dtype, piece
 
 PROBE_BATCHES = 3
 # Vectors as large as the trained weights that a request of `iau` holds beside its copy of them: a gradient sum, and its
@@ -178,7 +179,8 @@ def _sizes(
     gathering = max((gradients + activations - factors) * bool(total), curved * bool(factors), 0)
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     # A layer's direction and, of Σ_D, what the curvature makes of its step; and float64 copies of pieces of them.
-    of_layer = (1 + bool(total)) * largest + 4 * 8 * PIECE
+    at_once = max((piece(p.device) for p in parameters.values()), default=0)
+    of_layer = (1 + bool(total)) * largest + 4 * 8 * at_once
     request = weights - frozen + _VECTORS * vector + max(predictions, activations, of_layer)
     return {
         "weights": weights,
@@ -293,8 +295,7 @@ def _probe(
 
 def _seconds(work: Callable[[], Any], device: torch.device) -> float:
     def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronise(device)
         return time.perf_counter()
 
     started = now()
@@ -324,7 +325,8 @@ def _prediction_bytes(model: nn.Module, source: RowSource, batch_size: int | Non
     """The most bytes that a batch takes without gradients."""
     rows = min(batch_size or source.batch_size, len(source))
     batch = source.select(range(rows)).resized(rows)
-    before = torch.cuda.memory_allocated(source.device) if source.device.type == "cuda" else 0
+    counters = memory_counters(source.device)
+    before = 0 if counters is None else counters.memory_allocated(source.device)
     return peak_allocated_bytes(lambda: predict_rows(model, batch), source.device) - before
 
 

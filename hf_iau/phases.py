@@ -12,6 +12,7 @@ import psutil  # type: ignore[import-untyped]  # comes with accelerate
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from hf_iau.devices import memory_counters, synchronise
 from hf_iau.errors import RequestError
 
 _SAMPLING_SECONDS = 0.02
@@ -27,9 +28,9 @@ class PhaseTimer:
         timer.seconds["gradient"], timer.peak_memory_bytes["gradient"]
 
     Args:
-        device: the device that does the work. On CUDA the peak is `torch.cuda.max_memory_allocated` of that device
-            during the phase: everything allocated, weights included; its peak counter is reset at the start of each
-            phase. On any other device it is the *growth* of this process' resident memory above its size at the start
+        device: the device that does the work. On CUDA, and other accelerators whose allocator counts, the peak is
+            `torch.cuda.max_memory_allocated` of that device during the phase: everything allocated, weights included;
+            its peak counter is reset at the start of each phase. On any other device it is the *growth* of this process' resident memory above its size at the start
             of the phase, sampled every 20 ms by a background thread and at both ends; memory that the allocator kept
             from an earlier phase is not seen again, and a peak shorter than 20 ms can be missed.
 
@@ -55,14 +56,14 @@ class PhaseTimer:
         if self._current is not None:
             raise RequestError(f"phase({name!r}) begins inside phase {self._current!r}: end that one first.")
         self._current = name
-        memory = _CudaMemory(self.device) if self.device.type == "cuda" else _ResidentMemory()
+        memory = _ResidentMemory(self.device) if memory_counters(self.device) is None else _DeviceMemory(self.device)
         memory.start()
         started = time.perf_counter()
         try:
             yield
         finally:
             try:
-                memory.synchronise()
+                synchronise(self.device)
                 self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
                 self.peak_memory_bytes[name] = max(self.peak_memory_bytes.get(name, 0), memory.stop())
             finally:
@@ -72,12 +73,13 @@ class PhaseTimer:
 def peak_allocated_bytes(work: Callable[[], Any], device: torch.device | str = "cpu") -> int:
     """The most bytes that PyTorch's allocator held at once while `work` ran.
 
-    On CUDA everything that is allocated counts; elsewhere what is allocated beyond what there was before.
+    On accelerators everything that is allocated counts; elsewhere what is allocated beyond what there was before.
     """
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    counters = memory_counters(device)
+    if counters is not None:
+        counters.reset_peak_memory_stats(device)
         work()
-        return int(torch.cuda.max_memory_allocated(device))
+        return int(counters.max_memory_allocated(device))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = work()
     assert profiler.profiler is not None
@@ -90,37 +92,34 @@ def peak_allocated_bytes(work: Callable[[], Any], device: torch.device | str = "
     return peak
 
 
-class _CudaMemory:
+class _DeviceMemory:
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._counters: Any = memory_counters(device)
 
     def start(self) -> None:
-        self.synchronise()
-        torch.cuda.reset_peak_memory_stats(self.device)
-
-    def synchronise(self) -> None:
-        torch.cuda.synchronize(self.device)
+        synchronise(self.device)
+        self._counters.reset_peak_memory_stats(self.device)
 
     def stop(self) -> int:
-        return int(torch.cuda.max_memory_allocated(self.device))
+        return int(self._counters.max_memory_allocated(self.device))
 
 
 class _ResidentMemory:
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._process = psutil.Process()
         self._finished = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="hf-iau-memory", daemon=True)
 
     def start(self) -> None:
+        synchronise(self.device)
         self._base = self._peak = self._process.memory_info().rss
         self._thread.start()
 
     def _sample(self) -> None:
         while not self._finished.wait(_SAMPLING_SECONDS):
             self._peak = max(self._peak, self._process.memory_info().rss)
-
-    def synchronise(self) -> None:
-        pass
 
     def stop(self) -> int:
         self._finished.set()

@@ -12,7 +12,19 @@ import hf_iau
 
 PACKAGE = Path(hf_iau.__file__).parent
 ROOMS = (
-    *("errors", "vectors", "settings", "phases", "parallel", "objective", "curvature", "remember", "gather", "forget"),
+    *(
+        "errors",
+        "devices",
+        "vectors",
+        "settings",
+        "phases",
+        "parallel",
+        "objective",
+        "curvature",
+        "remember",
+        "gather",
+        "forget",
+    ),
     *("measure", "calibrate", "methods", "report", "requests", "publish", "train", "tasks", "forecast", "metrics"),
     *("accelerate_configs", "demo", "cli"),
 )

@@ -66,7 +66,7 @@ def test_gradients_of_some_batches_are_added_up_by_autograd() -> None:
 def test_a_sum_on_another_device_is_made_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = nn.Parameter(torch.zeros(4))
     for same, dtype in ((True, torch.float32), (False, torch.float64)):
-        monkeypatch.setattr(vectors, "_is_same", lambda one, other, same=same: same)
+        monkeypatch.setattr(vectors, "is_same_device", lambda one, other, same=same: same)
         accumulator = GradientAccumulator({"weight": weight}, torch.device("cpu"))
         for _ in range(2):
             weight.grad = torch.arange(4.0)

@@ -13,7 +13,9 @@ from torch import Tensor
 from hf_iau.curvature.blocks import PREFIX, Block, read_block
 from hf_iau.curvature.spread import RemoteBlock, fetch, keep_own, scale_by_owner
 from hf_iau.errors import ConfigError, MemoryFileError, MemoryMismatchError, MissingMemoryError
+from hf_iau.objective.full_precision import full_float32
 from hf_iau.parallel import together
+from hf_iau.vectors import is_same_device
 
 CurvatureKind = Literal["ekfac", "diagonal", "adam", "identity"]
 KINDS: tuple[CurvatureKind, ...] = ("ekfac", "diagonal", "adam", "identity")
@@ -140,6 +142,14 @@ class Curvature:
         blocks = [block.to(device) for block in self.blocks.values()]
         for moved, block in zip(blocks, self.blocks.values(), strict=True):
             moved.owner = block.owner
+        return Curvature(self.kind, blocks, n_rows=self.n_rows, n_targets=self.n_targets, details=self.details)
+
+    def placed(self, homes: Mapping[str, torch.device]) -> Curvature:
+        """The same curvature with each block on a device of its own, by the blocks' names; itself where all are there."""
+        moved = {name for name, block in self.blocks.items() if not is_same_device(block.device, homes[name])}
+        if not moved:
+            return self
+        blocks = [block.to(homes[name]) if name in moved else block for name, block in self.blocks.items()]
         return Curvature(self.kind, blocks, n_rows=self.n_rows, n_targets=self.n_targets, details=self.details)
 
     @property
@@ -289,7 +299,8 @@ class Curvature:
         moved = {
             name: tensor.detach().to(block.device, block.working_dtype(tensor.dtype)) for name, tensor in part.items()
         }
-        scaled = operation(block, moved)
+        with full_float32():
+            scaled = operation(block, moved)
         return {name: scaled[name].to(tensor.device, tensor.dtype) for name, tensor in part.items()}
 
     def __repr__(self) -> str:

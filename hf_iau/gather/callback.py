@@ -23,6 +23,7 @@ from hf_iau.gather.gather import (
     keep_input_columns,
 )
 from hf_iau.objective import RowLoss, RowSource, probe_additivity
+from hf_iau.objective.placement import refuse_device
 from hf_iau.objective.row_loss import UserLossFunction
 from hf_iau.objective.wrappers import unwrapped
 from hf_iau.parallel import together
@@ -172,6 +173,7 @@ class IAUCallback(TrainerCallback):
 
 def refuse_unsupported_engines(args: TrainingArguments) -> None:
     """Refuse training engines whose gradients or parameters this package does not read, before training starts."""
+    refuse_device(args.device.type)
     if args.n_gpu > 1:
         raise UnsupportedModelError(
             f"The Trainer would use nn.DataParallel over n_gpu={args.n_gpu} devices in one process. Set "

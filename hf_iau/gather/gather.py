@@ -29,6 +29,7 @@ from hf_iau.objective import (
     probe_additivity,
 )
 from hf_iau.objective.adapters import check_adapters
+from hf_iau.objective.placement import check_placement
 from hf_iau.objective.row_loss import UserLossFunction
 from hf_iau.objective.rows import Collator, refuse_iterable, rows_are_deterministic, sample_positions
 from hf_iau.objective.targets import look_for_real_labels
@@ -137,6 +138,7 @@ def _build_memory(
     optimizer: torch.optim.Optimizer | None,
     decay: dict[str, float],
 ) -> GradientMemory:
+    check_placement(model)
     check_gatherable(model, source.dataset)
     look_for_real_labels(model, source.dataset)
     parameters = trainable_parameters(model)

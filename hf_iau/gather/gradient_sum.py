@@ -26,7 +26,7 @@ from hf_iau.parallel import (
     sum_over_processes,
     together,
 )
-from hf_iau.vectors import GradientAccumulator, dot
+from hf_iau.vectors import GradientAccumulator, dot_on_device
 
 
 @dataclass
@@ -187,12 +187,13 @@ def _sum_rows(
 
 def _squared_gradients(parameters: Mapping[str, nn.Parameter], sharded: bool) -> float:
     """‖batch sum‖² as far as this process holds it; of what several hold, each counts its share."""
-    squared = 0.0
+    squared: list[Tensor] = []
     for parameter in parameters.values():
         if parameter.grad is not None:
             part = local_part(parameter.grad)
-            squared += dot(part, part) / (replicas(parameter.grad) if sharded else 1)
-    return squared
+            own = dot_on_device(part, part) / (replicas(parameter.grad) if sharded else 1)
+            squared.append(own.to(squared[0].device) if squared else own)
+    return float(torch.stack(squared).sum()) if squared else 0.0  # an accelerator is waited for once a batch
 
 
 def _add_up_whole_gradients(parameters: dict[str, nn.Parameter], name: str) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from hf_iau.errors import ConfigError, RequestError
+from hf_iau.objective.evaluation_mode import random_state_kept
 from hf_iau.objective.predictions import predict_rows
 from hf_iau.objective.row_loss import ModelRowLoss, RowLoss
 from hf_iau.objective.rows import RowSource
@@ -112,8 +113,7 @@ def relearn_time(
         )
 
     step, reached = 0, arrived(0)
-    devices = sorted({p.device for p in parameters if p.device.type == "cuda"}, key=str)
-    with torch.random.fork_rng(devices=devices):
+    with random_state_kept(learner):
         torch.manual_seed(seed)
         order = torch.Generator().manual_seed(seed)
         learner.train()

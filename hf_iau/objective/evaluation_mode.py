@@ -14,6 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hf_iau.devices import generator_state, set_generator_state
+from hf_iau.objective.full_precision import full_float32
 from hf_iau.objective.working import autocast_dtype
 from hf_iau.parallel import sharded_passes
 
@@ -31,10 +33,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
     * the autocast wrapper that Accelerate puts around `forward` under bf16/fp16 is set aside, so that the training
       process and a fresh process compute the same numbers; `working(precision=…)` alone decides;
     * layers with gradient checkpointing still recompute their activations, which Transformers does in training only;
-    * code compiled in place (`model.compile()`) is not used.
+    * code compiled in place (`model.compile()`) is not used;
+    * float32 is not rounded to TF32 (see `full_float32`).
 
     On the way out, also after an exception, each module's train/eval flag, the configuration, the wrapper, the
-    parameters' `.grad` and the random states of Python, NumPy, the CPU and the model's CUDA devices are what they were.
+    parameters' `.grad` and the random states of Python, NumPy, the CPU and the model's devices are what they were.
 
     Args:
         model: the bare model (not wrapped by DDP, FSDP1 or `DataParallel`).
@@ -85,7 +88,7 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
         # Casts of weights are not kept, for the context outlasts changes of the weights.
         autocast = torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
         # Compiled code would be compiled anew for these few passes, and does not call hooks that come later.
-        with autocast, torch.compiler.set_stance("force_eager"), _recomputing(model):
+        with autocast, full_float32(), torch.compiler.set_stance("force_eager"), _recomputing(model):
             yield
     finally:
         for module, flag in training_flags.items():
@@ -147,20 +150,20 @@ class RandomState:
         self.python = random.getstate()
         self.numpy = np.random.get_state()
         self.cpu = torch.get_rng_state()
-        devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-        self.cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
+        self.devices = {device: generator_state(device) for device in {p.device for p in model.parameters()}}
 
     def restore(self) -> None:
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)
-        for device, state in self.cuda.items():
-            torch.cuda.set_rng_state(state, device)
+        for device, state in self.devices.items():
+            if state is not None:
+                set_generator_state(device, state)
 
 
 @contextlib.contextmanager
 def random_state_kept(model: nn.Module) -> Iterator[None]:
-    """Afterwards every generator that a forward pass could advance is where it was."""
+    """Afterwards, also after an exception, every generator that a forward pass could advance is where it was."""
     state = RandomState(model)
     try:
         yield

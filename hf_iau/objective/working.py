@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 Precision = Literal["float32", "bfloat16"]
 
-_NARROW = (torch.float16, torch.bfloat16)
-
 
 @dataclass(frozen=True)
 class _Settings:
@@ -59,5 +57,7 @@ def kept_copy(tensor: Tensor) -> Tensor:
 
 
 def is_narrow(model: nn.Module) -> bool:
-    """Whether passes through `model` round to half precision: by its weights or by autocast."""
-    return autocast_dtype() is not None or any(p.dtype in _NARROW for p in model.parameters())
+    """Whether passes through `model` round to half precision: by its weights, quantised ones among them, or by autocast."""
+    if autocast_dtype() is not None or getattr(model, "is_quantized", False):
+        return True
+    return any(p.dtype.itemsize < 4 for p in model.parameters())

@@ -244,6 +244,23 @@ class GradientMemory:
         """Summed length of the steps since the curvature was estimated, relative to the weights' norm."""
         return self.relative_path - self.curvature_path
 
+    def beside(self, model: nn.Module) -> GradientMemory:
+        """The memory where a request works with it: on the device it was gathered to, else beside the parameters.
+
+        One that was loaded lies in the host's memory, where each direction would be made by the CPU.
+        """
+        parameters = dict(model.named_parameters())
+        sums, curvature = self.gradient_sum, self.curvature
+        if sums is not None:
+            sums = {name: total.to(memory_device(parameters[name].device)) for name, total in sums.items()}
+        asked = self.settings.get("factor_device")
+        if curvature is not None:
+            homes = {b.name: parameters[next(iter(b.shapes))].device for b in curvature.blocks.values()}
+            curvature = curvature.placed(
+                {name: torch.device(asked) if asked else memory_device(home) or home for name, home in homes.items()}
+            )
+        return dataclasses.replace(self, gradient_sum=sums, curvature=curvature)
+
     def nbytes(self) -> int:
         """Bytes of all tensors, those that other processes hold among them."""
         held = sum(t.numel() * t.element_size() for t in (self.gradient_sum or {}).values())

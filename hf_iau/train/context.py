@@ -14,6 +14,7 @@ from hf_iau.gather.gather import count_labels
 from hf_iau.gather.gradient_sum import trainable_parameters
 from hf_iau.objective import RowSource, probe_additivity
 from hf_iau.objective.adapters import check_adapters
+from hf_iau.objective.placement import check_placement
 from hf_iau.objective.rows import refuse_iterable, row_bytes, rows_are_deterministic
 from hf_iau.objective.targets import look_for_real_labels
 from hf_iau.objective.trainer_rows import check_columns, model_of, optional_rows, refuse_random_rows, trainer_rows
@@ -57,6 +58,7 @@ def request_context(
             refuse_wrapped(wrapped)
     model = model_of(trainer)
     check_adapters(model)
+    check_placement(model)
     train = None
     if trainer.train_dataset is not None:
         refuse_iterable(trainer.train_dataset, "training rows")
@@ -71,6 +73,7 @@ def request_context(
     if memory is not None:
         memory = memory.spread_like(model) if is_sharded(model) else memory.whole()
         memory.check_model(model)
+        memory = memory if is_sharded(model) else memory.beside(model)
         memory.check_loss(trainer.row_loss)
         if positions is not None and train is not None:
             memory.check_data(model, train.dataset)
