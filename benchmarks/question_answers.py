@@ -84,8 +84,8 @@ def prompt_tokens(row: QuestionAnswer, tokenizer: PreTrainedTokenizerBase) -> li
 def load_tofu(data: Path | None, *, train_rows: int, held_out_rows: int, test_rows: int) -> Splits:
     """Whole authors: those with wrong answers to compare with are trained on, others are never seen.
 
-    TOFU's own unseen authors (`holdout10`) are not used: they were written separately and their answers are a fifth longer,
-    so that a retrained model tells them from its forget rows. Unseen authors come from the same file as the others.
+    TOFU's own unseen authors (`holdout10`) are not used: their answers are a fifth longer, so they are not like the forget
+    rows of a model that was never trained on either. Unseen authors come from the same file as the others.
 
     Args:
         data: a folder with `full`, `retain_perturbed` and `forget10_perturbed`, each as `.parquet` or `.json`; default:
