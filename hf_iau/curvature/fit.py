@@ -449,9 +449,10 @@ class Fit:
                 def use(layer: Layer, calls: list[Call], n_rows: int = len(positions)) -> None:
                     assert isinstance(layer, MatrixLayer)
                     total = self.kronecker_sums[layer.name]
+                    limit = layer.temporary_bytes // 2  # for the activations of layers before it are still held
                     for a, g in layer.expand_in_chunks(calls, n_rows):
                         inputs, outputs = (basis.to(g.device) for basis in self.bases[layer.name])
-                        found = sum_of_squared_gradients(a, g, inputs, outputs, temporary_bytes=layer.temporary_bytes)
+                        found = sum_of_squared_gradients(a, g, inputs, outputs, temporary_bytes=limit)
                         total += found.to(total.device)
 
                 calls = self._capture(capture, positions, inputs_of_batch, use)
