@@ -55,7 +55,7 @@ class ExactCurvature:
     """The Hessian of mean loss + DECAY/2 ‖θ‖², as one dense matrix."""
 
     kind, n_rows, is_spread = "exact", N, False
-    blocks: ClassVar = {"layer": SimpleNamespace(shapes={"layer.weight": None})}
+    blocks: ClassVar = {"layer": SimpleNamespace(name="layer", shapes={"layer.weight": None})}
 
     def __init__(self, model: Linear, rows: Rows) -> None:
         def objective(flat: Tensor) -> Tensor:
@@ -75,6 +75,10 @@ class ExactCurvature:
 
     def multiply(self, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {n: (self.matrix @ v.double().reshape(-1)).view_as(v) for n, v in vector.items()}
+
+    def placed(self, devices: Mapping[str, torch.device]) -> ExactCurvature:
+        assert devices == {"layer": torch.device("cpu")}
+        return self
 
     def coverage(self) -> dict[str, int]:
         return {"kronecker": self.matrix.shape[0]}
