@@ -14,6 +14,9 @@ from hf_iau.gather.gather import estimate_curvature
 from hf_iau.objective import RowLoss, RowSource
 from hf_iau.remember import GradientMemory
 
+# Of the rows that the old curvature was estimated on; an estimate from fewer is no better for being near.
+_FEWEST_ROWS = 0.5
+
 
 def renewal_settings(memory: GradientMemory, **changes: Any) -> GatherConfig | None:
     """What the curvature of `memory` was estimated with; None where it cannot be estimated again from rows alone.
@@ -22,8 +25,8 @@ def renewal_settings(memory: GradientMemory, **changes: Any) -> GatherConfig | N
         memory: with a curvature.
         changes: settings to take instead.
     """
-    kinds = {field.name for field in dataclasses.fields(GatherConfig)}
-    if not memory.settings.keys() <= kinds:  # of another version
+    known = {field.name for field in dataclasses.fields(GatherConfig)}
+    if not memory.settings.keys() <= known:  # of another version
         return None
     config = GatherConfig(**{**memory.settings, **changes})
     return None if config.curvature in ("none", "adam") else config
@@ -48,7 +51,7 @@ def renew_curvature(
 
 
 def with_near_curvature(context: ForgetContext, memory: GradientMemory, farthest: float | None) -> GradientMemory:
-    """The memory; with its curvature estimated anew where the weights have left it behind and retained rows are at hand.
+    """The memory; with its curvature estimated anew where the weights have left it behind and enough retained rows are at hand.
 
     Args:
         context: the request.
@@ -62,7 +65,7 @@ def with_near_curvature(context: ForgetContext, memory: GradientMemory, farthest
         return memory
     with context.timer.phase("curvature"):
         rows = context.retained_sample(config.curvature_rows, context.seed + 11, "curvature rows")
-        if rows is None:
+        if rows is None or len(rows) < _FEWEST_ROWS * memory.require_curvature("iau").n_rows:
             return memory
         rows = rows.resized(context.forget.batch_size)
         return renew_curvature(memory, context.model, context.row_loss, rows, config)

@@ -101,7 +101,7 @@ def test_rows_that_are_out_have_no_part_in_it(tmp_path: Path) -> None:
         assert torch.allclose(value, expected[name], rtol=1e-8, atol=1e-10 * float(expected[name].abs().max())), name
 
 
-@pytest.mark.parametrize("case", ["never", "given", "no rows", "adam", "of another version"])
+@pytest.mark.parametrize("case", ["never", "given", "no rows", "few rows", "adam", "of another version"])
 def test_else_the_old_one_serves(tmp_path: Path, case: str) -> None:
     trainer = after_one_request(tmp_path)
     memory = trainer.memory
@@ -113,6 +113,8 @@ def test_else_the_old_one_serves(tmp_path: Path, case: str) -> None:
     elif case == "of another version":
         memory.settings["what_is_this"] = 1
     request = {"row_indices": NEXT}
+    if case == "few rows":
+        request["retain_dataset"] = trainer.train_dataset.select(range(100, 180))
     if case == "no rows":
         request = {"forget_dataset": trainer.train_dataset.select(NEXT)}
         trainer.train_dataset = None
