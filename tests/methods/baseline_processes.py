@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from tiny_models import build
+from baseline_settings import quick_settings
 from unlearning_trainers import FORGET, make_trainer
 
-from hf_iau.methods import FineTuneConfig, InfluenceCGConfig, RetrainConfig, SCRUBConfig, SSDConfig
-
-CONFIGS: dict[str, Any] = {
-    "fine-tune": FineTuneConfig(epochs=1),
-    "scrub": SCRUBConfig(epochs=1, max_epochs=1, lr=0.01),
-    "ssd": SSDConfig(selection=1.1),
-    "influence-cg": InfluenceCGConfig(iterations=3),
-    "retrain": RetrainConfig(model_init=lambda: build("plain", seed=5)),
+CONFIGS = {
+    method: config
+    for method, config in quick_settings("plain").items()
+    if method in ("fine-tune", "scrub", "ssd", "influence-cg", "retrain")
 }
+CONFIGS["scrub"] = replace(CONFIGS["scrub"], lr=0.01)  # to be seen beside the rounding
 
 
 def every_method(folder: Path) -> dict[str, list[float]]:

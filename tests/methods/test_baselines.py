@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from baseline_settings import quick_settings
 from baselines import KEPT, exact_trainer
-from tiny_models import RowList, build, pad_right, rows_of
+from tiny_models import RowList, pad_right, rows_of
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from unlearning_trainers import FORGET, ROWS, WITH_CURVATURE, assert_bits, make_trainer, state_of
@@ -26,40 +27,27 @@ from hf_iau.methods import (
     InfluenceCGConfig,
     L1SparseConfig,
     NegGradPlusConfig,
-    NPOConfig,
-    RandomLabelsConfig,
     RetrainConfig,
     SalUnConfig,
     SCRUBConfig,
     SSDConfig,
     UnrollingSGDConfig,
+    available_methods,
 )
 from hf_iau.methods.epochs import EpochsConfig
 from hf_iau.objective import RowSource
 from hf_iau.objective.rows import row_bytes
 
-CONFIGS: dict[str, Any] = {
-    "fine-tune": FineTuneConfig(epochs=1),
-    "gradient-ascent": GradientAscentConfig(epochs=1),
-    "neggrad-plus": NegGradPlusConfig(epochs=1),
-    "npo": NPOConfig(epochs=1, lr=1e-3),
-    "random-labels": RandomLabelsConfig(epochs=1),
-    "salun": SalUnConfig(epochs=1),
-    "scrub": SCRUBConfig(epochs=2, max_epochs=1),
-    "ssd": SSDConfig(selection=1.1),
-    "influence-cg": InfluenceCGConfig(iterations=2),
-    "bad-teacher": BadTeacherConfig(epochs=3, retain_share=0.9),
-    "l1-sparse": L1SparseConfig(epochs=1),
-    "fisher-forgetting": FisherForgettingConfig(alpha=1e-5),
-    "unrolling-sgd": UnrollingSGDConfig(model_init=lambda: build("resnet", seed=5)),
-    "retrain": RetrainConfig(model_init=lambda: build("resnet", seed=5)),
-}
+FAMILY = "resnet"  # has BatchNorm statistics, which move too
+CONFIGS = quick_settings(FAMILY)
 EPOCHS = [name for name, config in CONFIGS.items() if isinstance(config, EpochsConfig)]
 NEED_RETAINED = [name for name in CONFIGS if name not in ("gradient-ascent", "unrolling-sgd")]
-FAMILY = "resnet"  # has BatchNorm statistics, which move too
-
 
 BATCHES = {"per_device_train_batch_size": 5}  # a plain Trainer may not be left with a single row, for BatchNorm
+
+
+def test_no_baseline_is_left_out() -> None:
+    assert sorted([*CONFIGS, "iau", "iau-paper", "iau-released"]) == available_methods()
 
 
 class Broken(Exception):
