@@ -20,6 +20,7 @@ from benchmarks.suites import SUITES, SYNTHETIC  # noqa: E402
 from benchmarks.training import ModelStore  # noqa: E402
 from benchmarks.variants import RELEASED_TUNED, SETTINGS_A_METHOD, Variant  # noqa: E402
 from hf_iau import IAUReleasedConfig, RequestError, UnlearningTrainer  # noqa: E402
+from hf_iau.methods import available_methods  # noqa: E402
 
 
 def trial(auc: float | None, ratio: float | None) -> dict[str, Any]:
@@ -41,6 +42,11 @@ def test_the_lowest_held_out_loss_wins_where_every_setting_costs_too_much() -> N
 
 def test_a_setting_that_diverged_is_never_preferred() -> None:
     assert tuning.choose([trial(None, None), trial(0.9, 9.0)]) == 1
+
+
+def test_no_method_is_left_out() -> None:
+    compared = {variant.method for variant in SUITES["cifar10_lenet"].every_variant}
+    assert sorted(compared | {"unrolling-sgd"}) == available_methods()
 
 
 def test_every_tuned_method_has_as_many_attempts() -> None:
