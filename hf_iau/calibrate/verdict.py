@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hf_iau.calibrate.aftermath import LossAttack
 from hf_iau.calibrate.calibration import Calibration
 
 SAFE, CHECK, RETRAIN = "safe", "check", "retrain"
@@ -11,6 +12,8 @@ DRIFT, TOO_MUCH_DRIFT = 0.10, 0.30
 LARGE_SHARE, TOO_LARGE_SHARE = 0.15, 0.40
 _LOST, _TOO_MUCH_LOST = 0.05, 0.15
 _LEAD = 0.05
+# An AUC that is farther than this from a retrained model's, and than twice what chance would make of it, is no accident.
+_AUC_AWAY, _STANDARD_ERRORS = 0.05, 2.0
 _LITTLE_CURVATURE = 0.5
 _SPREAD = 1.0
 
@@ -24,6 +27,7 @@ def judge(
     whole_class: int | None,
     retained_accuracy_lost: float = 0.0,
     accuracy_lead: float | None = None,
+    attack: LossAttack | None = None,
 ) -> tuple[str, list[str]]:
     """ "safe", "check" or "retrain", and the reasons.
 
@@ -37,6 +41,7 @@ def judge(
             held-out loss may fall while it forgets what it should keep.
         accuracy_lead: accuracy on the forget rows minus that on held-out rows, after the step, where the forget rows
             are like any others; a retrained model has about 0.
+        attack: the loss attack on the same rows, after the step.
     """
     grave: list[str] = []
     mild: list[str] = []
@@ -62,6 +67,14 @@ def judge(
         mild.append(
             f"the forget rows are predicted {100 * abs(accuracy_lead):.1f} points {better} than held-out rows, which a "
             "retrained model would not do"
+        )
+    if attack is not None and abs(away := attack.auc - attack.expected) > max(
+        _AUC_AWAY, _STANDARD_ERRORS * attack.standard_error
+    ):
+        tells = "still tells the forget rows" if away > 0 else "tells the forget rows, whose losses rose too far,"
+        mild.append(
+            f"a loss attack {tells} from held-out rows: AUC {attack.auc:.2f}; a retrained model would be at "
+            f"{attack.expected:.2f}"
         )
     if share_forgotten >= TOO_LARGE_SHARE:
         grave.append(f"{share_forgotten:.0%} of the training rows are forgotten by now")

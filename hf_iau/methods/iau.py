@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import ClassVar
 
 from hf_iau.calibrate import (
@@ -81,7 +82,7 @@ class IAU:
             del directions
         with context.timer.phase("calibration"):
             lost = decision.after.retained_accuracy_lost(context.model, outset)
-            lead = decision.after.accuracy_lead(context.model, outset, decision.basis)
+            lead, attack = decision.after.beside_held_out(context.model, outset, decision.basis)
         calibration, coverage = decision.calibration, curvature.coverage()
         verdict, reasons = judge(
             calibration=calibration,
@@ -91,6 +92,7 @@ class IAU:
             whole_class=decision.basis.whole_class,
             retained_accuracy_lost=lost or 0.0,
             accuracy_lead=lead,
+            attack=attack,
         )
         return MethodOutcome(
             forget_sum=forget.tensors,
@@ -109,6 +111,7 @@ class IAU:
                 **({} if duplicates is None else {"near_duplicates": duplicates.to_dict()}),
                 "retained_accuracy_lost": lost,
                 "accuracy_lead_of_forget_rows": lead,
+                "loss_attack_on_forget_rows": None if attack is None else asdict(attack),
             },
             calibrated=calibration.source != "uncalibrated",
             verdict=verdict,

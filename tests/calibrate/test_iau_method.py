@@ -13,7 +13,7 @@ import torch
 from hf_iau import CalibrationError, IAUConfig, MissingMemoryError, RequestError
 from hf_iau.calibrate import search
 from hf_iau.calibrate.verdict import CHECK, RETRAIN, SAFE
-from hf_iau.objective import predictions
+from hf_iau.objective import RowSource, predictions
 from hf_iau.objective.rows import row_bytes
 from hf_iau.objective.trainer_rows import trainer_rows
 
@@ -35,6 +35,65 @@ def test_many_random_rows_calibrate_on_themselves(scene, trainer_of):
     assert report.after["held_out_loss"] < report.before["held_out_loss"] * 1.1
     assert report.verdict in (SAFE, CHECK) and report.diagnostics["reasons"]
     assert len(found["curve"]) + len(found["finish_curve"]) <= 24
+
+
+def auc_by_pairs(members, others):
+    """Share of the pairs in which the member's loss is the lower one; ties count half."""
+    wins = [1.0 if m < o else 0.5 if m == o else 0.0 for m in members for o in others]
+    return sum(wins) / len(wins)
+
+
+def lucky(losses, size):
+    """Of many draws of so many rows, the one that the model knows best."""
+    draws = [np.random.default_rng(seed).choice(1200, size, replace=False) for seed in range(50)]
+    return min(draws, key=lambda rows: np.argsort(np.argsort(losses))[rows].mean())
+
+
+@pytest.mark.parametrize("draw", ["random", "lucky"])
+def test_the_loss_attack_at_the_end_beside_that_on_a_retrained_model(scene, trainer_of, draw):
+    def losses(rows):
+        return predictions.predict_rows(scene.model, RowSource(rows, None, batch_size=512)).loss
+
+    scene.model.load_state_dict(scene.state)
+    before, held_out = losses(scene.train), losses(scene.held_out)
+    rows = RANDOM if draw == "random" else lucky(before, 60)
+    retained = np.delete(before, rows)
+    report = trainer_of().unlearn(row_indices=rows).report
+    found = report.diagnostics["loss_attack_on_forget_rows"]
+    assert report.diagnostics["shift_test"]["passed"]
+    end = auc_by_pairs(losses(scene.train.take(rows)), losses(scene.held_out))
+    luck = auc_by_pairs(before[rows], held_out) - auc_by_pairs(retained, held_out)
+    assert found["auc"] == pytest.approx(end) and found["expected"] == pytest.approx(0.5 + luck)
+    assert found["standard_error"] == pytest.approx(np.sqrt((len(rows) + 801) / (12 * len(rows) * 800)))
+    assert abs(luck) < 0.03 if draw == "random" else luck > 0.03
+    assert not any("loss attack" in reason for reason in report.diagnostics["reasons"])
+
+
+@pytest.mark.parametrize(
+    "config, sentence",
+    [
+        (IAUConfig(walk=False, max_relative_step=0.001), "still tells the forget rows from held-out rows"),
+        (
+            IAUConfig(walk=False, length=3.3, max_relative_step=2.0, damping_range=(1.0, 1.0)),
+            "whose losses rose too far, from held-out rows",
+        ),
+    ],
+    ids=["too short", "too long"],
+)
+def test_rows_that_an_attack_still_finds_are_to_be_checked(trainer_of, config, sentence):
+    report = trainer_of().unlearn(row_indices=RANDOM, config=config).report
+    found = report.diagnostics["loss_attack_on_forget_rows"]
+    assert abs(found["auc"] - found["expected"]) > 0.05
+    assert report.verdict != SAFE and any(sentence in reason for reason in report.diagnostics["reasons"])
+
+
+def test_no_attack_is_judged_where_rows_are_not_like_any_others_or_too_few(scene, trainer_of):
+    few = trainer_of().unlearn(row_indices=[3, 4, 5]).report
+    one_class = np.flatnonzero(scene.train.labels.numpy() == 1)[:60]
+    unlike = trainer_of().unlearn(row_indices=one_class).report
+    assert few.diagnostics["shift_test"] is None and not unlike.diagnostics["shift_test"]["passed"]
+    for report in (few, unlike):
+        assert report.diagnostics["loss_attack_on_forget_rows"] is None
 
 
 def test_no_rows_are_looked_at_twice_at_the_same_weights(trainer_of, monkeypatch):

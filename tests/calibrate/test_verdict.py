@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hf_iau.calibrate import Calibration, judge
+from hf_iau.calibrate.aftermath import LossAttack
 from hf_iau.calibrate.verdict import CHECK, RETRAIN, SAFE
 
 
@@ -39,6 +40,23 @@ def good(**changes):
         (good(source="walk"), {"accuracy_lead": 0.12}, CHECK, "12.0 points better"),
         (good(), {"accuracy_lead": -0.08}, CHECK, "8.0 points worse"),
         (good(), {"accuracy_lead": 0.01}, SAFE, "calibration"),
+        (
+            good(),
+            {"attack": LossAttack(0.96, 0.50, 0.02)},
+            CHECK,
+            "still tells the forget rows from held-out rows: AUC 0.96",
+        ),
+        (good(source="walk"), {"attack": LossAttack(0.58, 0.52, 0.02)}, CHECK, "a retrained model would be at 0.52"),
+        (
+            good(),
+            {"attack": LossAttack(0.31, 0.50, 0.02)},
+            CHECK,
+            "whose losses rose too far, from held-out rows: AUC 0.31",
+        ),
+        (good(), {"attack": LossAttack(0.58, 0.55, 0.01)}, SAFE, "calibration"),  # an easy draw
+        (good(), {"attack": LossAttack(0.549, 0.50, 0.01)}, SAFE, "calibration"),
+        (good(), {"attack": LossAttack(0.62, 0.50, 0.07)}, SAFE, "calibration"),  # few rows
+        (good(), {"attack": LossAttack(0.35, 0.50, 0.07)}, CHECK, "AUC 0.35"),
         (good(source="remembered", held_out_loss=1.5), {}, RETRAIN, "held-out loss rose"),
         (good(source="remembered", reached=False), {}, CHECK, "target"),
         (good(source="given", reached=False), {}, CHECK, "max_relative_step"),
