@@ -19,6 +19,7 @@ from hf_iau.curvature.fit import LOOP_ROWS, cached_size, usual_cache_bytes
 from hf_iau.curvature.layers import LayerPlan, MatrixLayer, plan_layers, spare_bytes
 from hf_iau.devices import memory_counters, synchronise
 from hf_iau.errors import ConfigError
+from hf_iau.forget.renewal import FEWEST_ROWS
 from hf_iau.forget.transaction import model_state
 from hf_iau.gather.config import GatherConfig
 from hf_iau.gather.gather import check_gatherable, choose_row_loss, default_collator, keep_input_columns
@@ -49,11 +50,14 @@ class Estimate:
     Attributes:
         bytes: `weights` (all of the model's), `gradients`, `gradient_sum`, `factors`, `memory` (the two before), what
             autograd keeps for a batch (`activations`), what gathering and a request hold at most beside the weights and
-            the memory (`gathering`, `request`; `walk` comes on top where a request has to be walked), and the peak of
-            either with all of these (`gathering_peak`, `request_peak`). An optimizer that is still alive comes on top.
+            the memory (`gathering`, `request`; `walk` comes on top where a request has to be walked, `renewal` where it
+            first estimates the curvature anew), and the peak of either with all of these but the two on top
+            (`gathering_peak`, `request_peak`). An optimizer that is still alive comes on top.
         seconds: `gradient_sum`, `curvature`, `gather` (the two before) and `unlearn`; where a request has to be walked,
-            `walk` comes on top with the usual number of steps and `walk_at_most` with the most; empty without a probe.
-        rows: rows of the training set, of a gradient sum, of the curvature, of a request and of calibration.
+            `walk` comes on top with the usual number of steps and `walk_at_most` with the most; where it first estimates
+            the curvature anew, because requests have moved the weights far (`IAUConfig(renew_curvature=…)`), `renewal`
+            does; empty without a probe.
+        rows: rows of the training set, of a gradient sum, of the curvature, of its renewal, of a request and of calibration.
         coverage: parameters by kind of curvature.
     """
 
@@ -70,7 +74,8 @@ class Estimate:
     def table(self) -> list[tuple[str, str]]:
         """Lines of a label and a figure with its unit."""
         lines = [(f"{name.replace('_', ' ')}", f"{size / 2**20:,.1f} MiB") for name, size in self.bytes.items()]
-        lines += [(f"{name.replace('_', ' ')}", f"{value:,.1f} s") for name, value in self.seconds.items()]
+        walks = {"walk": f"walk, {USUAL_STEPS} steps (usual)", "walk_at_most": f"walk, {MOST_STEPS} steps (the most)"}
+        lines += [(walks.get(name, name.replace("_", " ")), f"{value:,.1f} s") for name, value in self.seconds.items()]
         lines += [(f"rows: {name.replace('_', ' ')}", f"{count:,}") for name, count in self.rows.items()]
         return lines + [(f"parameters: {name}", f"{count:,}") for name, count in self.coverage.items()]
 
@@ -134,10 +139,14 @@ def estimate(
             "rows, and one of at least 0."
         )
     summed = {"none": 0, "exact": known, "sampled": min(config.sample_rows, known)}[config.gradient_sum]
+    curved = min(config.curvature_rows, known) if config.curvature in ("ekfac", "diagonal") else 0
+    left = min(curved, known - asked)
+    renewed = wishes.renew_curvature is not None and not wishes.is_given and left >= FEWEST_ROWS * curved
     rows = {
         "training": known,
         "gradient_sum": summed,
-        "curvature": min(config.curvature_rows, known) if config.curvature in ("ekfac", "diagonal") else 0,
+        "curvature": curved,
+        "renewal": left if renewed else 0,
         "request": asked,
         "held_out": min(held_out_rows, wishes.held_out_rows),
     }
@@ -149,7 +158,9 @@ def estimate(
         coverage, factors = _factors(model, plan, config)
         seconds, activations, cached = _probe(model, source, loss, config, wishes, plan, rows) if probe else ({}, 0, 0)
         predictions = _prediction_bytes(model, source, prediction_batch_size) if probe else 0
-        sizes = _sizes(model, config, plan, factors, activations, cached, predictions, source.batch_size)
+        sizes = _sizes(
+            model, config, plan, factors, activations, cached, predictions, source.batch_size, bool(rows["renewal"])
+        )
     return Estimate(sizes, seconds, rows, coverage)
 
 
@@ -162,6 +173,7 @@ def _sizes(
     cached: int,
     predictions: int,
     batch_size: int,
+    renewed: bool,
 ) -> dict[str, int]:
     parameters = trainable_parameters(model)
     weights = sum(t.numel() * t.element_size() for t in model_state(model).values())
@@ -181,7 +193,10 @@ def _sizes(
     # A layer's direction and, of Σ_D, what the curvature makes of its step; and float64 copies of pieces of them.
     at_once = max((piece(p.device) for p in parameters.values()), default=0)
     of_layer = (1 + bool(total)) * largest + 4 * 8 * at_once
-    request = weights - frozen + _VECTORS * vector + max(predictions, activations, of_layer)
+    copies = weights - frozen
+    request = copies + _VECTORS * vector + max(predictions, activations, of_layer)
+    # The old curvature is kept, for `revert`, beside the new one, which is fitted before there are any vectors.
+    renewal = max(copies + factors + max(curved, 0) - request, factors)
     return {
         "weights": weights,
         "gradients": gradients,
@@ -193,6 +208,7 @@ def _sizes(
         "gathering_peak": weights + total + factors + gathering,
         "request": request,
         "walk": _VECTORS_OF_WALK * vector,
+        "renewal": renewal * renewed,
         "request_peak": weights + total + factors + request,
     }
 
@@ -235,7 +251,7 @@ def _probe(
     forward = _seconds(lambda: predict_rows(model, drawn), source.device) / len(drawn)
     activations = _saved_bytes(model, loss, one)
 
-    curvature, solve, cached = 0.0, 0.0, 0
+    curvature, renewal, solve, cached = 0.0, 0.0, 0.0, 0
     if rows["curvature"]:
         cached, limit = (
             _cached_bytes(model, loss, one, plan) * rows["curvature"] // batch,
@@ -265,7 +281,10 @@ def _probe(
         more = _seconds(lambda: fitted.append(fit(drawn)), source.device) - looped * min(LOOP_ROWS, len(drawn))
         each = max(more - first, 0.0) / (several - 1) if several > 1 else max(first, 0.0)
         constant = max(first - each, 0.0)
-        curvature = constant + each * rows["curvature"] / batch + looped * min(LOOP_ROWS, rows["curvature"])
+        curvature, renewal = (
+            constant + each * rows[name] / batch + looped * min(LOOP_ROWS, rows[name])
+            for name in ("curvature", "renewal")
+        )
         zeros = {name: torch.ones_like(p, dtype=torch.float64) for name, p in trainable_parameters(model).items()}
         solve = _seconds(lambda: fitted[0].solve(zeros, 0.1), source.device)
         cached = min(cached, limit)
@@ -290,6 +309,8 @@ def _probe(
         for name, steps in {"walk": USUAL_STEPS, "walk_at_most": MOST_STEPS}.items():
             work = WalkWork.of(steps, forget=asked, held_out=rows["held_out"], known=len(retained), anchors=anchors)
             seconds[name] = gradient * work.gradients + forward * work.forwards + solve * work.solves
+    if rows["renewal"]:
+        seconds["renewal"] = renewal
     return seconds, activations, cached
 
 

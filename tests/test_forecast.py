@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from hf_iau.calibrate.walk import WalkWork
 from hf_iau.curvature import Curvature
 from hf_iau.forget.transaction import WeightTransaction
 from hf_iau.gather.gradient_sum import sum_row_gradients
+from hf_iau.methods import iau as method
 from hf_iau.objective import ModelRowLoss, RowSource
 from hf_iau.phases import peak_allocated_bytes
 
@@ -96,6 +98,10 @@ def test_peaks_of_gathering_and_of_a_request(kind: Any, width: int, tmp_path: Pa
     )
     peak = peak_allocated_bytes(lambda: found.append(trainer.unlearn(row_indices=np.arange(60), config=wishes)))
     assert forecast.bytes["request"] == pytest.approx(peak, rel=0.2)
+    trainer.memory.relative_path += 1.0  # as if requests had taken the weights far from where they were
+    peak = peak_allocated_bytes(lambda: found.append(trainer.unlearn(row_indices=np.arange(60, 120), config=wishes)))
+    assert found[-1].report.diagnostics["curvature"]["renewed"]
+    assert forecast.bytes["request"] + forecast.bytes["renewal"] == pytest.approx(peak, rel=0.2)
 
 
 def test_what_it_says() -> None:
@@ -103,7 +109,7 @@ def test_what_it_says() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     forecast = hf_iau.estimate(model, rows, GatherConfig(**QUIET), data_collator=pad_right(), request_rows=3)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert set(forecast.seconds) == {"gradient_sum", "curvature", "gather", "unlearn"}
+    assert set(forecast.seconds) == {"gradient_sum", "curvature", "gather", "unlearn", "renewal"}
     assert all(value > 0 for value in forecast.seconds.values())
     assert forecast.seconds["gather"] == forecast.seconds["gradient_sum"] + forecast.seconds["curvature"]
     assert forecast.bytes["activations"] > 0
@@ -170,6 +176,67 @@ def test_seconds_of_a_walk_come_on_top_where_there_can_be_one(monkeypatch: pytes
         {"held_out_rows": 0},
     ):
         assert "walk" not in hf_iau.estimate(model, train, **({"request_rows": 50} | settings | changes)).seconds
+
+
+def test_the_work_of_a_renewal_is_that_of_the_renewal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are counted, for seconds depend on what else the machine does."""
+    torch.manual_seed(0)
+    train, held_out, model = draw(640, 1), draw(300, 2), Classifier()
+    config = GatherConfig(batch_size=32, curvature_rows=600, progress=False)
+    rows = [0]
+    model.register_forward_pre_hook(lambda module, args, inputs: rows.append(len(inputs["labels"])), with_kwargs=True)
+
+    def counted(work: Callable[[], Any], device: Any = None) -> float:
+        before = sum(rows)
+        work()
+        return float(sum(rows) - before)
+
+    monkeypatch.setattr(forecast_module, "_seconds", counted)
+    forecast = hf_iau.estimate(model, train, config, request_rows=160, held_out_rows=300)
+    assert forecast.rows["curvature"] == 600 and forecast.rows["renewal"] == 480
+    memory = hf_iau.gather(model, train, config=config)
+    trainer = Scene(model, train, held_out, held_out, memory, dict(model.state_dict())).trainer(tmp_path)
+    memory.relative_path += 1.0
+    renew = method.with_near_curvature
+    spent: list[float] = []
+    found: list[Any] = []
+
+    def watched(*args: Any) -> Any:
+        spent.append(counted(lambda: found.append(renew(*args))))
+        return found[-1]
+
+    monkeypatch.setattr(method, "with_near_curvature", watched)
+    report = trainer.unlearn(row_indices=np.arange(160), config=IAUConfig(walk=False)).report
+    assert report.diagnostics["curvature"]["renewed"] and report.diagnostics["curvature"]["rows"] == 480
+    assert spent == [pytest.approx(forecast.seconds["renewal"], rel=0.05)]
+    assert forecast.seconds["curvature"] == pytest.approx(spent[0] * 600 / 480, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method_config": IAUConfig(renew_curvature=None)},
+        {"method_config": IAUConfig(length=0.1, damping=0.1)},
+        {"config": GatherConfig(curvature="identity", progress=False)},
+        {"config": GatherConfig(curvature="none", progress=False)},
+        {"request_rows": 350},  # leaves fewer than half of the rows
+    ],
+    ids=["never", "given", "identity", "none", "few rows"],
+)
+def test_no_renewal_is_foretold_where_there_is_none(changes: dict[str, Any]) -> None:
+    settings: dict[str, Any] = {"config": GatherConfig(progress=False), "request_rows": 250, "held_out_rows": 0}
+    usual, other = (hf_iau.estimate(Classifier(), draw(600, 1), **(settings | found)) for found in ({}, changes))
+    assert usual.seconds["renewal"] > 0 and usual.bytes["renewal"] > 0 and usual.rows["renewal"] == 350
+    assert "renewal" not in other.seconds and other.bytes["renewal"] == 0 and other.rows["renewal"] == 0
+
+
+def test_the_text_tells_a_usual_walk_from_the_longest() -> None:
+    settings: dict[str, Any] = {"held_out_rows": 300, "config": GatherConfig(batch_size=32, progress=False)}
+    forecast = hf_iau.estimate(Classifier(), draw(600, 1), request_rows=50, **settings)
+    lines = dict(forecast.table())
+    assert lines["walk, 8 steps (usual)"] == f"{forecast.seconds['walk']:,.1f} s"
+    assert lines["walk, 40 steps (the most)"] == f"{forecast.seconds['walk_at_most']:,.1f} s"
+    assert lines["renewal"] == f"{forecast.seconds['renewal']:,.1f} s"
 
 
 def test_bad_input() -> None:

@@ -14,8 +14,8 @@ from hf_iau.gather.gather import estimate_curvature
 from hf_iau.objective import RowLoss, RowSource
 from hf_iau.remember import GradientMemory
 
-# Of the rows that the old curvature was estimated on; an estimate from fewer is no better for being near.
-_FEWEST_ROWS = 0.5
+FEWEST_ROWS = 0.5
+"""Of the rows that the old curvature was estimated on; an estimate from fewer is no better for being near."""
 
 
 def renewal_settings(memory: GradientMemory, **changes: Any) -> GatherConfig | None:
@@ -65,7 +65,7 @@ def with_near_curvature(context: ForgetContext, memory: GradientMemory, farthest
         return memory
     with context.timer.phase("curvature"):
         rows = context.retained_sample(config.curvature_rows, context.seed + 11, "curvature rows")
-        if rows is None or len(rows) < _FEWEST_ROWS * memory.require_curvature("iau").n_rows:
+        if rows is None or len(rows) < FEWEST_ROWS * memory.require_curvature("iau").n_rows:
             return memory
         rows = rows.resized(context.forget.batch_size)
         return renew_curvature(memory, context.model, context.row_loss, rows, config)
