@@ -1,4 +1,10 @@
-"""How much better some rows are known than held-out rows of the same rank: what a walk is to make up for."""
+"""How much better some rows are known than held-out rows of the same rank: what a walk is to make up for.
+
+Of token prediction every token has a target of its own. A row of text has tokens that are hard to guess (a name, a date) and
+tokens that anyone knows; a mean loss over the row would be reached by making a few tokens impossible while the rest are still
+recited. So a row's counterpart among the held-out rows is looked up by the mean loss, as for any row, and the row's
+tokens get the losses of the counterpart's, the best known token that of the best known.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +23,17 @@ class Shortfall:
     """How far some rows are from being known only as well as held-out rows are.
 
     Attributes:
-        targets: `(rows,)` float64, the loss T that each row is to reach; NaN for rows without a target.
+        targets: float64, the loss T that each row is to reach, `(rows,)`, or each token, `(rows, most tokens of a row)`;
+            NaN where there is none.
         scale: losses are divided by it before p = exp(−ℓ/scale); 1 but for regression.
         at_start: mean shortfall at the weights that the targets were made at.
+        rows_at_start: the same of the rows' mean losses, where tokens have the targets.
     """
 
     targets: np.ndarray
     scale: float
     at_start: float
+    rows_at_start: float = 0.0
 
     @classmethod
     def of(cls, rows: RowPredictions, known: RowPredictions, held_out: RowPredictions) -> Shortfall:
@@ -35,33 +44,76 @@ class Shortfall:
         rank = np.clip(below / (2.0 * len(ordered)), 0.5 / len(ordered), 1.0 - 0.5 / len(ordered))
         scale = max(float(unseen.mean()), 1e-12) if rows.kind is TaskKind.REGRESSION else 1.0
         # A row without a target has no loss, and none to reach.
-        new = cls(np.where(rows.targets > 0, np.quantile(unseen, rank), np.nan), scale, 0.0)
-        return cls(new.targets, scale, new.mean(rows.loss))
+        if rows.token_losses is None or held_out.token_losses is None:
+            targets = np.where(rows.targets > 0, np.quantile(unseen, rank), np.nan)
+        else:
+            counterparts = np.flatnonzero(held_out.targets > 0)[np.argsort(unseen)]
+            places = np.clip((rank * len(counterparts)).astype(int), 0, len(counterparts) - 1)
+            targets = _by_place(rows.token_losses, held_out.token_losses[counterparts[places]])
+        new = cls(targets, scale, 0.0)
+        return cls(targets, scale, new.mean(rows.target_losses), new._mean_of_rows(rows.target_losses))
 
     def doubt(self, losses: np.ndarray) -> np.ndarray:
-        """1 − p of each row, above 0."""
-        return -np.expm1(-np.maximum(losses / self.scale, 1e-7))
+        """1 − p of each, above 0."""
+        return -np.expm1(-np.maximum(losses.astype(np.float64) / self.scale, 1e-7))
 
     def known(self, losses: np.ndarray) -> np.ndarray:
-        """q of each row, between 0 and 1."""
-        return 1.0 / (1.0 + np.expm1(np.clip(losses / self.scale, 1e-7, 500.0)) ** (1.0 / _SOFTNESS))
+        """q of each, between 0 and 1."""
+        odds = np.expm1(np.clip(losses.astype(np.float64) / self.scale, 1e-7, 500.0))
+        return 1.0 / (1.0 + odds ** (1.0 / _SOFTNESS))
 
     def each(self, losses: np.ndarray, positions: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """s of each row, or of those at `positions`, whose losses are given; 0 where it has no target."""
-        return np.nan_to_num(np.maximum(self.known(losses) - self.known(self.targets[positions]), 0.0))
+        """s of each row or token, or of the rows at `positions`, whose losses are given; 0 where there is no target."""
+        targets = self.targets[positions]
+        if losses.ndim == 2:  # the rows of a batch may all be shorter than others
+            targets = targets[:, : losses.shape[1]]
+        return np.nan_to_num(np.maximum(self.known(losses) - self.known(targets), 0.0))
 
     def weights(self, losses: np.ndarray, positions: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """s/(1−p) of each row: what its plain gradient is multiplied by."""
+        """s/(1−p) of each row or token: what its plain gradient is multiplied by."""
         return np.nan_to_num(self.each(losses, positions) / self.doubt(losses))
 
     def mean(self, losses: np.ndarray) -> float:
-        """The same between the two distributions: sorted against sorted, so that rows may change places."""
-        counted = np.isfinite(losses)
-        now, then = np.sort(self.known(losses[counted])), np.sort(self.known(self.targets[counted]))
-        return float(np.maximum(now - then, 0.0).mean()) if len(now) else 0.0
+        """The same between the two distributions: sorted against sorted, so that rows (or tokens) may change places."""
+        return self._mean(losses, self.targets)
 
     def remaining(self, losses: np.ndarray) -> float:
-        """`mean` as a share of what it was at the start; 0 where there was nothing to do."""
+        """`mean` as a share of what it was at the start; 0 where there was nothing to do.
+
+        Of tokens the larger share of two: the tokens', and that of the rows' mean losses. All tokens together can look like
+        held-out ones while some rows are still known by heart.
+        """
         if not np.isfinite(losses[np.isfinite(self.targets)]).all():
             return float("inf")
-        return self.mean(losses) / self.at_start if self.at_start > 0 else 0.0
+        left = self.mean(losses) / self.at_start if self.at_start > 0 else 0.0
+        return max(left, self._mean_of_rows(losses) / self.rows_at_start) if self.rows_at_start > 0 else left
+
+    def _mean_of_rows(self, losses: np.ndarray) -> float:
+        return self._mean(_row_means(losses), _row_means(self.targets)) if losses.ndim == 2 else 0.0
+
+    def _mean(self, losses: np.ndarray, targets: np.ndarray) -> float:
+        counted = np.isfinite(losses)
+        now, then = np.sort(self.known(losses[counted])), np.sort(self.known(targets[counted]))
+        return float(np.maximum(now - then, 0.0).mean()) if len(now) else 0.0
+
+
+def _by_place(losses: np.ndarray, counterparts: np.ndarray) -> np.ndarray:
+    """Each row's tokens with the losses of its counterpart's tokens of the same place in the order of losses.
+
+    Args:
+        losses: `(rows, width)`, NaN beyond a row's end.
+        counterparts: `(rows, another width)`, likewise, at least one loss a row.
+    """
+    targets = np.full(losses.shape, np.nan)
+    for target, own, other in zip(targets, losses, counterparts, strict=True):
+        here = np.flatnonzero(np.isfinite(own))
+        places = (np.arange(len(here)) + 0.5) / max(len(here), 1)
+        target[here[np.argsort(own[here], kind="stable")]] = np.quantile(other[np.isfinite(other)], places)
+    return targets
+
+
+def _row_means(losses: np.ndarray) -> np.ndarray:
+    """`(rows,)`, NaN for a row without any."""
+    there = np.isfinite(losses)
+    sums: np.ndarray = np.where(there, losses, 0.0).sum(axis=1, dtype=np.float64)
+    return np.where(there.any(axis=1), sums / np.maximum(there.sum(axis=1), 1), np.nan)

@@ -39,6 +39,7 @@ from hf_iau.calibrate.shortfall import Shortfall
 from hf_iau.curvature import Curvature
 from hf_iau.forget.step import Step, step_norm, weights_norm
 from hf_iau.objective import RowPredictions, RowSource, evaluation_mode, predict_rows, read_targets
+from hf_iau.objective.predictions import stacked
 from hf_iau.objective.rows import sample_positions
 from hf_iau.objective.targets import Targets, TaskKind
 from hf_iau.objective.working import kept_copy, memory_device
@@ -141,7 +142,7 @@ def walk(
     watched = held_out.select(chosen).keep_batches() if len(chosen) < len(held_out) else held_out.keep_batches()
     looked_at = (looked_at or forget.resized(held_out.batch_size)).keep_batches()
     pushed = forget.keep_batches()
-    losses_at_start = (before[0] if before else predict_rows(model, looked_at)).loss
+    losses_at_start = (before[0] if before else predict_rows(model, looked_at)).target_losses
     at_start = (before[1].select(chosen) if before else predict_rows(model, watched)).mean_loss
     anchors = _Anchors(model, retained)
     best = Walk(dict(moved), damping, 0, False, shortfall.remaining(losses_at_start), at_start, 0.0)
@@ -207,14 +208,14 @@ def walk(
             if not curve or ruined or expected <= _NEAR * ARRIVED or number == MOST_STEPS - 1:
                 # The first step, or perhaps the last. Elsewhere the pass that takes the next gradient looks as well.
                 seen = predict_rows(model, looked_at)
-                brought = 1.0 - shortfall.remaining(seen.loss)
+                brought = 1.0 - shortfall.remaining(seen.target_losses)
                 if not curve and brought > _TOO_MUCH and stride > _SHORTEST_STRIDE:
                     stride = max(stride * _SHARE / brought, _SHORTEST_STRIDE)
                     _place(model, weights, moved)
                     continue
             moved, last, push, losses = further, now, None, None
             if seen is not None:
-                losses = seen.loss
+                losses = seen.target_losses
                 if arrive(losses, seen):
                     break
         if best.steps:  # the whole held-out sample, for comparison with one step
@@ -347,7 +348,7 @@ def weighted_gradient(
     Args:
         model: the bare model.
         source: the rows; of several processes, each takes its share.
-        weights: `(rows,)`, w of each row of `source`.
+        weights: `(rows,)`, w of each row of `source`; or `(rows, most tokens of a row)`, of each token.
         names: parameters to take gradients for.
 
     Returns:
@@ -361,9 +362,7 @@ def weighted_gradient(
             if not counts_here:
                 yield _nothing(targets)
                 continue
-            counts = torch.bincount(targets.rows, minlength=targets.n_rows).clamp(min=1)
-            weight = torch.from_numpy(weights[start + positions]).to(targets.logits) / counts
-            yield (targets.losses() * weight[targets.rows]).sum(), len(targets)
+            yield (targets.losses() * _of_targets(targets, weights[start + positions])).sum(), len(targets)
 
     return _gradient(model, losses(), names, f"the weighted gradient of the {source.name}")[0]
 
@@ -371,7 +370,8 @@ def weighted_gradient(
 def push_gradient(
     model: nn.Module, source: RowSource, shortfall: Shortfall, names: Sequence[str]
 ) -> tuple[dict[str, Tensor], np.ndarray]:
-    """Σ_rows s/(1−p)·∇ℓ, s and p by each row's loss at the weights as they are: one pass for both.
+    """Σ_rows s/(1−p)·∇ℓ, s and p by each row's loss at the weights as they are: one pass for both. For tokens the mean
+    over a row's tokens, each with an s and p of its own.
 
     Args:
         model: the bare model.
@@ -380,11 +380,10 @@ def push_gradient(
         names: parameters to take gradients for.
 
     Returns:
-        Tensors by parameter name; and every row's loss, a mean over its targets, `(rows,)` float64, NaN for a
-        row without targets.
+        Tensors by parameter name; and `RowPredictions.target_losses` of all rows.
     """
-    own, start = source.share()
-    seen = np.full(len(own), np.nan)
+    _, start = source.share()
+    seen: list[tuple[np.ndarray, np.ndarray]] = []
 
     def losses() -> Iterator[tuple[Tensor, int]]:
         for positions, targets, counts_here in _targets_of(model, source):
@@ -392,18 +391,25 @@ def push_gradient(
                 yield _nothing(targets)
                 continue
             each = targets.losses()
-            counts = torch.bincount(targets.rows, minlength=targets.n_rows)
-            sums = torch.zeros(targets.n_rows, dtype=torch.float64, device=each.device)
-            sums.index_add_(0, targets.rows, each.detach().double())
-            seen[positions] = (sums / counts).cpu().numpy()
-            weights = shortfall.weights(seen[positions], start + positions)
-            share = torch.from_numpy(weights).to(each.device) / counts.clamp(min=1)
-            yield (each * share.to(each.dtype)[targets.rows]).sum(), len(targets)
+            found = targets.in_rows(each.detach()).cpu().numpy()
+            seen.append((positions, found if targets.kind is TaskKind.TOKENS else found[:, 0]))
+            weights = shortfall.weights(seen[-1][1], start + positions)
+            yield (each * _of_targets(targets, weights)).sum(), len(targets)
 
     what = f"the push of the {source.name}"
     gradient, _ = _gradient(model, losses(), names, what)
-    parts = gather_arrays({"loss": seen}, {}, what)
-    return gradient, np.concatenate([arrays["loss"] for arrays, _ in parts])
+    own = {}
+    if seen:
+        own["loss"] = stacked([found for _, found in seen])[np.argsort(np.concatenate([rows for rows, _ in seen]))]
+    return gradient, stacked([arrays["loss"] for arrays, _ in gather_arrays(own, {}, what) if arrays])
+
+
+def _of_targets(targets: Targets, weights: np.ndarray) -> Tensor:
+    """`weights` of the batch's rows, or of their tokens, over the number of targets of their row, `(targets,)`."""
+    counts = torch.bincount(targets.rows, minlength=targets.n_rows)
+    found = torch.from_numpy(weights).to(targets.logits)
+    each = found[targets.rows] if found.ndim == 1 else found[targets.rows, targets.order]
+    return each / counts[targets.rows]
 
 
 def _targets_of(model: nn.Module, source: RowSource) -> Iterator[tuple[np.ndarray, Targets, bool]]:

@@ -72,7 +72,7 @@ def choose_walk(
     runner = outset.runner(directions, outset.forget_rows)
     (forget,) = runner.look((outset.forget_rows,), *place)
     seen = replace(seen, forget=forget)
-    left = shortfall.remaining(forget.loss)
+    left = shortfall.remaining(forget.target_losses)
     if calibration.reached and left <= _LEFT and after <= (1.0 + DEAR) * before:
         (retained,) = runner.look((outset.retained_rows,), *place)
         seen = replace(seen, retained=retained)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -30,6 +31,8 @@ class RowPredictions:
         label: the true class of a single-label row, else NaN.
         predicted: the predicted class of a single-label row, else NaN.
         probabilities: `(rows, classes)` predicted distribution of single-label rows when asked for, else None.
+        token_losses: `(rows, most tokens of a row)`, the loss of each token of token-prediction rows, NaN beyond
+            a row's last; None for other tasks.
     """
 
     kind: TaskKind
@@ -42,6 +45,7 @@ class RowPredictions:
     label: np.ndarray
     predicted: np.ndarray
     probabilities: np.ndarray | None = None
+    token_losses: np.ndarray | None = None
 
     @classmethod
     def from_probabilities(cls, probabilities: np.ndarray, labels: np.ndarray | None = None) -> RowPredictions:
@@ -68,7 +72,7 @@ class RowPredictions:
             )
         if labels is None:
             missing = np.full(len(p), np.nan)
-            names = (f.name for f in fields(cls) if f.name not in ("kind", "targets", "probabilities"))
+            names = (name for name in _figures_of_a_row() if name != "targets")
             return cls(
                 TaskKind.SINGLE_LABEL, **dict.fromkeys(names, missing), targets=np.zeros(len(p)), probabilities=p
             )
@@ -89,7 +93,7 @@ class RowPredictions:
     def from_losses(cls, losses: np.ndarray) -> RowPredictions:
         """Rows of which only the loss is known, shape `(rows,)`: the loss attack is all that can be made of them."""
         loss = np.asarray(losses, dtype=np.float64).reshape(-1)
-        names = (f.name for f in fields(cls) if f.name not in ("kind", "loss", "targets", "probabilities"))
+        names = (name for name in _figures_of_a_row() if name not in ("loss", "targets"))
         missing = np.full(len(loss), np.nan)
         return cls(TaskKind.REGRESSION, loss=loss, **dict.fromkeys(names, missing), targets=np.ones(len(loss)))
 
@@ -102,6 +106,11 @@ class RowPredictions:
         return RowPredictions(
             **{name: value[positions] if isinstance(value, np.ndarray) else value for name, value in chosen.items()}
         )
+
+    @property
+    def target_losses(self) -> np.ndarray:
+        """The loss of each target: `(rows, most tokens of a row)` for token prediction, else `(rows,)`."""
+        return self.loss if self.token_losses is None else self.token_losses
 
     @property
     def mean_loss(self) -> float:
@@ -133,16 +142,33 @@ def predict_rows(model: nn.Module, source: RowSource, *, keep_probabilities: boo
         parts = gather_arrays(own, {"kind": None if own_kind is None else own_kind.value}, what)
     filled = [(arrays, about["kind"]) for arrays, about in parts if about["kind"] is not None]
     if not filled:
-        names = [f.name for f in fields(RowPredictions) if f.name not in ("kind", "probabilities")]
-        return RowPredictions(kind=TaskKind.SINGLE_LABEL, **{name: np.zeros(0) for name in names})
-    arrays = {name: np.concatenate([part[name] for part, _ in filled]) for name in filled[0][0]}
+        return RowPredictions(kind=TaskKind.SINGLE_LABEL, **{name: np.zeros(0) for name in _figures_of_a_row()})
+    arrays = {name: stacked([part[name] for part, _ in filled]) for name in filled[0][0]}
     return RowPredictions(kind=TaskKind(filled[-1][1]), **arrays)
+
+
+def stacked(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """One array of rows from several, `(rows,)` or `(rows, width)` each; of unequal widths NaN fills what is missing."""
+    width = max((part.shape[1] for part in parts if part.ndim == 2), default=0)
+    return np.concatenate(
+        [
+            np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=np.nan)
+            if part.ndim == 2 and part.shape[1] < width
+            else part
+            for part in parts
+        ]
+    )
+
+
+def _figures_of_a_row() -> list[str]:
+    return [f.name for f in fields(RowPredictions) if f.name not in ("kind", "probabilities", "token_losses")]
 
 
 def _predict_own_rows(
     model: nn.Module, source: RowSource, keep_probabilities: bool
 ) -> tuple[dict[str, np.ndarray], TaskKind | None]:
     collected: dict[str, list[Tensor]] = {}
+    token_losses: list[np.ndarray] = []
     seen: list[np.ndarray] = []
     kind: TaskKind | None = None
     with evaluation_mode(model), torch.no_grad():
@@ -152,7 +178,10 @@ def _predict_own_rows(
                 continue
             seen.append(positions)
             kind = targets.kind
-            figures = _target_figures(targets.kind, targets.logits, targets.labels, targets.losses())
+            losses = targets.losses()
+            figures = _target_figures(targets.kind, targets.logits, targets.labels, losses)
+            if kind is TaskKind.TOKENS:
+                token_losses.append(targets.in_rows(losses).cpu().numpy())
             counts = torch.bincount(targets.rows, minlength=targets.n_rows).double()
             for name, values in figures.items():
                 sums = torch.zeros(targets.n_rows, dtype=torch.float64, device=values.device)
@@ -162,7 +191,10 @@ def _predict_own_rows(
             if keep_probabilities and kind is TaskKind.SINGLE_LABEL:
                 collected.setdefault("probabilities", []).append(targets.logits.softmax(dim=1).cpu())
     order = np.argsort(np.concatenate(seen)) if seen else np.zeros(0, dtype=np.int64)
-    return {name: torch.cat(parts).numpy()[order] for name, parts in collected.items()}, kind
+    arrays = {name: torch.cat(parts).numpy()[order] for name, parts in collected.items()}
+    if token_losses:
+        arrays["token_losses"] = stacked(token_losses)[order]
+    return arrays, kind
 
 
 def _target_figures(kind: TaskKind, logits: Tensor, labels: Tensor, losses: Tensor) -> dict[str, Tensor]:

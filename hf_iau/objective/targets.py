@@ -65,6 +65,13 @@ class Targets:
             return F.binary_cross_entropy_with_logits(self.logits, self.labels, reduction="none").mean(dim=1)
         return (self.logits - self.labels).square().mean(dim=1)
 
+    def in_rows(self, values: Tensor) -> Tensor:
+        """`values` of all targets, `(targets,)`, a line for each row: `(rows, most targets of a row)`, NaN where there is none."""
+        width = int(self.order.max()) + 1 if len(self) else 1
+        lines = values.new_full((self.n_rows, width), float("nan"))
+        lines[self.rows, self.order] = values
+        return lines
+
     def fisher_loss(self, row_ids: np.ndarray, seed: int) -> Tensor:
         """Summed loss at labels drawn from the model itself; its row gradients have the true Fisher as second moment.
 

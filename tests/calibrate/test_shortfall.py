@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hf_iau.calibrate import Shortfall, shortfall
-from hf_iau.objective import RowPredictions
+from hf_iau.objective import RowPredictions, TaskKind
 
 
 def classifier_rows(losses) -> RowPredictions:
@@ -59,6 +59,46 @@ def test_a_row_without_targets_does_not_count():
     assert found.remaining(bare.loss) == pytest.approx(1.0)
     assert found.each(bare.loss)[1] == 0.0 and np.isnan(found.targets[1])
     assert found.remaining(np.array([0.11, np.nan, np.inf, 0.41])) == float("inf")
+
+
+def token_rows(*rows) -> RowPredictions:
+    width = max(len(row) for row in rows)
+    losses = np.array([[*row, *[np.nan] * (width - len(row))] for row in rows], dtype=np.float64)
+    counts = np.isfinite(losses).sum(axis=1).astype(float)
+    means = np.array([np.mean(row) if len(row) else np.nan for row in rows])
+    return dataclasses.replace(
+        RowPredictions.from_losses(means), kind=TaskKind.TOKENS, targets=counts, token_losses=losses
+    )
+
+
+def test_tokens_get_the_losses_of_the_rows_counterpart_by_hand():
+    """The better known row is that of the better known held-out row; its tokens in their order."""
+    known = token_rows([0.1], [0.2], [0.3], [0.4])
+    held_out = token_rows([], [6.0, 2.0, 4.0], [1.0, 0.0])
+    rows = token_rows([0.02, 0.0, 0.04], [0.9, 0.5], [])
+    found = Shortfall.of(rows, known, held_out)
+    assert found.targets[0] == pytest.approx(np.quantile([0.0, 1.0], np.array([3, 1, 5]) / 6))
+    assert found.targets[1][:2] == pytest.approx(np.quantile([2.0, 4.0, 6.0], [0.75, 0.25]))
+    assert np.isnan(found.targets[1][2]) and np.isnan(found.targets[2]).all()
+    assert found.each(rows.token_losses).shape == (3, 3)
+    assert found.each(rows.token_losses[1:2, :2], np.array([1])).shape == (1, 2)  # of a batch of short rows alone
+
+
+def test_tokens_that_look_held_out_are_not_enough_while_rows_are_known():
+    """Half of the rows are recited, half have become impossible: all tokens together look right, rows do not."""
+    rng = np.random.default_rng(0)
+    held_out = token_rows(*rng.exponential(size=(200, 10)))
+    rows = token_rows(*(rng.exponential(size=(200, 10)) / 1000.0))
+    found = Shortfall.of(rows, rows, held_out)
+    assert found.remaining(rows.token_losses) == pytest.approx(1.0)
+    # As the targets say, whichever token of a row it is.
+    assert (
+        found.remaining(np.take_along_axis(found.targets, rng.permuted(np.tile(np.arange(10), (200, 1)), axis=1), 1))
+        < 1e-9
+    )
+    unfair = np.sort(found.targets.flatten()).reshape(200, 10)
+    assert found.mean(unfair) < 1e-12 and found.remaining(unfair) > 0.05
+    assert found.remaining(np.full((200, 10), np.nan)) == float("inf")
 
 
 def test_q_is_the_probability_at_softness_one_and_softer_beyond(monkeypatch):

@@ -120,6 +120,39 @@ def test_a_push_is_the_weighted_gradient_by_the_losses_of_the_same_pass(scene, b
         model.float()
 
 
+@pytest.mark.parametrize("batch_size, collate", [(1, pad_right()), (3, pad_right()), (12, pad_right(extra=3))])
+def test_a_push_of_tokens_is_that_of_a_loop_over_rows_and_tokens(batch_size, collate):
+    model, rows = build("gpt2", dtype=torch.float64), tiny_rows("gpt2", 12)
+    rows[2]["labels"] = [-100] * len(rows[2]["labels"])
+    source = RowSource(RowList(rows), collate, batch_size=batch_size)
+    held_out = RowSource(RowList(tiny_rows("gpt2", 20, seed=1)), pad_right(), batch_size=20)
+    names = [name for name, _ in model.named_parameters()]
+    unseen, seen = predict_rows(model, held_out), predict_rows(model, source)
+    # As if held-out rows were known much worse, so that there is something to do.
+    unseen = dataclasses.replace(unseen, token_losses=1.5 * unseen.token_losses)
+    shortfall = Shortfall.of(seen, seen, unseen)
+    found, losses = push_gradient(model, source, shortfall, names)
+    assert np.allclose(losses, seen.token_losses, rtol=0, atol=1e-12, equal_nan=True)
+    expected = {name: torch.zeros_like(model.get_parameter(name)) for name in names}
+    for number, row in enumerate(rows):
+        inputs = {name: torch.tensor([values]) for name, values in row.items() if name != "labels"}
+        labels = torch.tensor(row["labels"])[1:]
+        each = F.cross_entropy(model(**inputs).logits[0, :-1], labels, reduction="none")[labels != -100]
+        assert np.allclose(each.detach().numpy(), losses[number][: len(each)], rtol=0, atol=1e-9)
+        assert np.isnan(losses[number][len(each) :]).all()
+        loss = torch.zeros((), dtype=torch.float64)
+        for token, value in enumerate(each):
+            odds, goal = float(value.detach().expm1()), float(np.expm1(shortfall.targets[number, token]))
+            missing = max(1 / (1 + odds**0.25) - 1 / (1 + goal**0.25), 0.0)
+            loss = loss + missing * (1 + odds) / odds * value / len(each)  # 1/(1−p) = (1 + odds)/odds
+        if len(each):
+            for name, gradient in zip(names, torch.autograd.grad(loss, list(model.parameters())), strict=True):
+                expected[name] += gradient
+    for name in names:
+        assert float(expected[name].abs().max()) > 0
+        assert torch.allclose(found[name], expected[name], rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("kind", [TaskKind.SINGLE_LABEL, TaskKind.MULTI_LABEL, TaskKind.REGRESSION])
 def test_drift_has_no_slope_at_the_start_and_the_fisher_matrix_as_its_hessian(kind):
     torch.manual_seed(0)
@@ -369,7 +402,7 @@ def test_models_of_tokens_are_walked_alike(family, monkeypatch):
     forget, known, unseen = source(train[:20]), source(train[20:]), source(held_out)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     shortfall = Shortfall.of(*(predict_rows(model, rows) for rows in (forget, known, unseen)))
-    assert shortfall.at_start > 0.02
+    assert shortfall.rows_at_start > 0.02
     monkeypatch.setattr(WALK, "MOST_STEPS", 15)
     path = walk(
         model, memory.curvature, forget, known, unseen, shortfall, names=list(memory.parameters), max_relative_step=0.5
