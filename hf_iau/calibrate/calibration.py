@@ -18,7 +18,7 @@ from hf_iau.calibrate.trial import Trial, TrialRunner
 # Trials of one search for k: a guess from the first-order response, then interpolation.
 _TRIALS_PER_LENGTH = 5
 _TRIALS_AFTER_A_GUESS = 3
-_MOST_HALVINGS = 4
+MOST_HALVINGS = 4
 # A length that was too short is raised at least so much, or the search would creep.
 _LEAST_FACTOR = 1.05
 MAX_DRIFT = 0.3
@@ -40,7 +40,7 @@ class Calibration:
         curve: every trial that looked for k and λ, for the report.
         draws: rows of each proxy draw.
         relative_step: ‖Δ‖/‖θ‖ of the request's step.
-        halvings: how often that step was halved to spare the held-out rows.
+        halvings: how often that step was halved to spare the held-out or the retained rows.
         finish_curve: every trial of the request's own step, in which c was chosen; every step of a walk.
     """
 
@@ -289,7 +289,7 @@ def finish(
 
     best = run(length, given)
     halvings = 0
-    while not best.held_out_loss <= (1.0 + MAX_DRIFT) * before.held_out_loss and halvings < _MOST_HALVINGS:
+    while not best.held_out_loss <= (1.0 + MAX_DRIFT) * before.held_out_loss and halvings < MOST_HALVINGS:
         halvings += 1
         best = run(length * 0.5**halvings, given)
     for weight in finish_weights if finish_weight is None else ():

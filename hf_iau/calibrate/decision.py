@@ -6,18 +6,20 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hf_iau.calibrate.aftermath import Aftermath
+from hf_iau.calibrate.aftermath import Aftermath, accuracy_lost
 from hf_iau.calibrate.basis import Basis, choose_basis
-from hf_iau.calibrate.calibration import Calibration, finish
+from hf_iau.calibrate.calibration import MOST_HALVINGS, Calibration, finish
 from hf_iau.calibrate.config import IAUConfig
 from hf_iau.calibrate.directions import Directions
 from hf_iau.calibrate.outset import Outset
 from hf_iau.calibrate.remembered import calibration_to_remember, is_dear
 from hf_iau.calibrate.search import calibrate_on_proxies, calibrate_on_request
+from hf_iau.calibrate.verdict import TOO_MUCH_LOST
 from hf_iau.calibrate.walk import Walk
 from hf_iau.calibrate.walk_choice import calibration_of_walk, choose_walk, step_not_taken
 from hf_iau.errors import RequestError
 from hf_iau.forget import ForgetContext, apply_step, step_norm, weights_norm
+from hf_iau.objective import RowSource
 from hf_iau.parallel import of_main_process
 from hf_iau.remember import GradientMemory
 
@@ -109,11 +111,41 @@ def decide(
             decision = _find_anew(context, replace(config, recalibrate=True), memory, directions, outset)
         chosen = choose_walk(context, config, directions, decision.step, outset, decision.basis)
         decision.path, decision.after, decision.left = chosen.path, chosen.after, chosen.left
+        if decision.path is None and outset.retained_rows is not None and config.length is None:
+            _spare_retained(decision, directions, outset, outset.retained_rows)
     step = decision.step
     step.length, step.damping, step.finish_weight = of_main_process(
         [step.length, step.damping, step.finish_weight], "k, λ and c"
     )
     return decision
+
+
+def _spare_retained(decision: Decision, directions: Directions, outset: Outset, rows: RowSource) -> None:
+    """Halve the one step, up to four times, while it costs the retained rows accuracy as only retraining may.
+
+    A model that knows its rows by heart may be very wrong about the held-out rows, and nothing that is done to it makes them
+    dearer: they do not tell that it is ruined.
+    """
+    runner = outset.runner(directions, None, criterion=lambda *_: 0.0)
+    step = decision.step
+    retained = decision.after.retained
+    if retained is None:
+        (retained,) = runner.look((rows,), step.length, step.damping, step.finish_weight)
+        decision.after = replace(decision.after, retained=retained)
+    while (accuracy_lost(outset.retained, retained) or 0.0) >= TOO_MUCH_LOST and step.halvings < MOST_HALVINGS:
+        trial = runner.run(0.5 * step.length, step.damping, 0.5 * step.finish_weight)
+        step = replace(
+            step,
+            length=trial.length,
+            finish_weight=trial.finish_weight,
+            halvings=step.halvings + 1,
+            reached=False,
+            held_out_loss=trial.held_out_loss,
+            relative_step=trial.relative_step,
+            finish_curve=[*step.finish_curve, trial.to_dict()],
+        )
+        (retained,) = runner.look((rows,), step.length, step.damping, step.finish_weight)
+        decision.step, decision.after, decision.left = step, Aftermath(retained=retained), None
 
 
 def _find_anew(

@@ -16,6 +16,7 @@ from hf_iau.objective import RowPredictions
 from hf_iau.objective.targets import TaskKind
 
 _SOFTNESS = 4.0  # τ
+_TOKENS = 16.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Shortfall:
             places = np.clip((rank * len(counterparts)).astype(int), 0, len(counterparts) - 1)
             targets = _by_place(rows.token_losses, held_out.token_losses[counterparts[places]])
         new = cls(targets, scale, 0.0)
-        return cls(targets, scale, new.mean(rows.target_losses), new._mean_of_rows(rows.target_losses))
+        return cls(targets, scale, new.mean(rows.target_losses), new._lead_of_rows(rows.target_losses))
 
     def doubt(self, losses: np.ndarray) -> np.ndarray:
         """1 − p of each, above 0."""
@@ -60,7 +61,7 @@ class Shortfall:
     def known(self, losses: np.ndarray) -> np.ndarray:
         """q of each, between 0 and 1."""
         odds = np.expm1(np.clip(losses.astype(np.float64) / self.scale, 1e-7, 500.0))
-        return 1.0 / (1.0 + odds ** (1.0 / _SOFTNESS))
+        return 1.0 / (1.0 + odds ** (1.0 / (_TOKENS if self.targets.ndim == 2 else _SOFTNESS)))
 
     def each(self, losses: np.ndarray, positions: np.ndarray | slice = slice(None)) -> np.ndarray:
         """s of each row or token, or of the rows at `positions`, whose losses are given; 0 where there is no target."""
@@ -86,10 +87,16 @@ class Shortfall:
         if not np.isfinite(losses[np.isfinite(self.targets)]).all():
             return float("inf")
         left = self.mean(losses) / self.at_start if self.at_start > 0 else 0.0
-        return max(left, self._mean_of_rows(losses) / self.rows_at_start) if self.rows_at_start > 0 else left
+        return max(left, self._lead_of_rows(losses) / self.rows_at_start) if self.rows_at_start > 0 else left
 
-    def _mean_of_rows(self, losses: np.ndarray) -> float:
-        return self._mean(_row_means(losses), _row_means(self.targets)) if losses.ndim == 2 else 0.0
+    def _lead_of_rows(self, losses: np.ndarray) -> float:
+        """AUC of a loss attack on the rows, against rows with the losses that they are to reach, above one half."""
+        if losses.ndim == 1:
+            return 0.0
+        now, then = (means[np.isfinite(means)] for means in (_row_means(losses), _row_means(self.targets)))
+        ordered = np.sort(then)
+        below = np.searchsorted(ordered, now, side="left") + np.searchsorted(ordered, now, side="right")
+        return max(0.5 - float(below.mean()) / (2.0 * len(ordered)), 0.0) if len(now) else 0.0
 
     def _mean(self, losses: np.ndarray, targets: np.ndarray) -> float:
         counted = np.isfinite(losses)

@@ -10,7 +10,7 @@ SAFE, CHECK, RETRAIN = "safe", "check", "retrain"
 LONG_STEP, TOO_LONG_STEP = 0.35, 0.6
 DRIFT, TOO_MUCH_DRIFT = 0.10, 0.30
 LARGE_SHARE, TOO_LARGE_SHARE = 0.15, 0.40
-_LOST, _TOO_MUCH_LOST = 0.05, 0.15
+_LOST, TOO_MUCH_LOST = 0.05, 0.15
 _LEAD = 0.05
 # An AUC that is farther than this from a retrained model's, and than twice what chance would make of it, is no accident.
 _AUC_AWAY, _STANDARD_ERRORS = 0.05, 2.0
@@ -58,7 +58,7 @@ def judge(
             grave.append(f"the held-out loss rose by {drift:.0%}")
         elif drift >= DRIFT:
             mild.append(f"the held-out loss rose by {drift:.0%}")
-    if retained_accuracy_lost >= _TOO_MUCH_LOST:
+    if retained_accuracy_lost >= TOO_MUCH_LOST:
         grave.append(f"accuracy on retained rows fell by {100 * retained_accuracy_lost:.1f} points")
     elif retained_accuracy_lost >= _LOST:
         mild.append(f"accuracy on retained rows fell by {100 * retained_accuracy_lost:.1f} points")
@@ -94,7 +94,7 @@ def judge(
     if kronecker_share < _LITTLE_CURVATURE:
         mild.append(f"only {kronecker_share:.0%} of the parameters have curvature beyond a diagonal")
     if calibration.halvings:
-        mild.append(f"the step was halved {calibration.halvings} times to spare the held-out rows")
+        mild.append(f"the step was halved {calibration.halvings} times to spare other rows")
     if grave:
         return RETRAIN, grave + mild
     if mild:

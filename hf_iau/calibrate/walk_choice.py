@@ -13,6 +13,7 @@ from hf_iau.calibrate.config import IAUConfig
 from hf_iau.calibrate.directions import Directions
 from hf_iau.calibrate.outset import Outset
 from hf_iau.calibrate.shortfall import Shortfall
+from hf_iau.calibrate.verdict import TOO_MUCH_LOST
 from hf_iau.calibrate.walk import ARRIVED, DAMPING, DEAR, Walk, walk
 from hf_iau.forget import ForgetContext
 
@@ -73,11 +74,11 @@ def choose_walk(
     (forget,) = runner.look((outset.forget_rows,), *place)
     seen = replace(seen, forget=forget)
     left = shortfall.remaining(forget.target_losses)
-    if calibration.reached and left <= _LEFT and after <= (1.0 + DEAR) * before:
-        (retained,) = runner.look((outset.retained_rows,), *place)
-        seen = replace(seen, retained=retained)
-        if (accuracy_lost(outset.retained, retained) or 0.0) < _SPARED:
-            return WalkChoice(None, seen, left)
+    (retained,) = runner.look((outset.retained_rows,), *place)
+    seen = replace(seen, retained=retained)
+    lost = accuracy_lost(outset.retained, retained) or 0.0
+    if calibration.reached and left <= _LEFT and after <= (1.0 + DEAR) * before and lost < _SPARED:
+        return WalkChoice(None, seen, left)
     del runner
     everything = outset.every_forget_row()
     directions.clear()
@@ -96,8 +97,9 @@ def choose_walk(
         progress=context.progress,
         weights=context.weights,
     )
-    # Arrived or nearer to the target, and no dearer than one step or than what may be paid.
-    nearer = path.reached or path.remaining < left
+    # Arrived or nearer to the target, and no dearer than one step or than what may be paid. Where that step ruins the
+    # retained rows, it may be near to any target.
+    nearer = path.reached or path.remaining < left or lost >= TOO_MUCH_LOST
     better = nearer and path.held_out_loss <= max(after, (1.0 + DEAR) * before)
     if not path.steps or not better:
         return WalkChoice(None, seen, left)

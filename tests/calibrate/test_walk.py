@@ -17,7 +17,7 @@ from transformers import default_data_collator
 
 from hf_iau import GatherConfig, IAUConfig, gather
 from hf_iau.calibrate import Directions, Shortfall, TrialRunner, Walk, walk
-from hf_iau.calibrate.verdict import SAFE
+from hf_iau.calibrate.verdict import CHECK, SAFE
 from hf_iau.calibrate.walk import ARRIVED, DEAR, _lengthen, drift, push_gradient, watched_rows, weighted_gradient
 from hf_iau.curvature import fit_curvature
 from hf_iau.forget import step_norm
@@ -473,9 +473,43 @@ def test_a_walk_that_costs_more_than_a_step_is_not_taken(scene, tmp_path, monkey
 
 
 def test_a_walk_that_gets_less_far_than_a_step_is_not_taken(scene, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_iau.calibrate.walk_choice.TOO_MUCH_LOST", 1.0)
     seen = fake_walk(monkeypatch, lambda before: 0.0, remaining=5.0)
     assert scene.trainer(tmp_path).unlearn(row_indices=FORGET).report.diagnostics["calibration"]["source"] != "walk"
     assert seen
+
+
+def test_a_walk_that_gets_less_far_is_taken_where_the_step_ruins_the_retained_rows(scene, tmp_path, monkeypatch):
+    """A ruined model may be near to any target."""
+    fake_walk(monkeypatch, lambda before: 0.0, remaining=0.9)
+    monkeypatch.setattr("hf_iau.calibrate.walk_choice.TOO_MUCH_LOST", -1.0)
+    report = scene.trainer(tmp_path).unlearn(row_indices=FORGET).report
+    assert report.diagnostics["calibration"]["source"] == "walk" and report.verdict == CHECK
+    assert any("90% of its way left" in reason for reason in report.diagnostics["reasons"])
+
+
+@pytest.mark.parametrize("rows", [FORGET, FORGET[:15]], ids=["many", "too few for a walk"])
+def test_a_step_that_ruins_the_retained_rows_is_halved_where_no_walk_is_taken(scene, tmp_path, monkeypatch, rows):
+    fake_walk(monkeypatch, lambda before: 10.0 * before, remaining=0.0)
+    monkeypatch.setattr("hf_iau.calibrate.decision.TOO_MUCH_LOST", 1.0)
+    whole = scene.trainer(tmp_path).unlearn(row_indices=rows).report
+    scene.model.load_state_dict(scene.state)
+    lost = whole.diagnostics["retained_accuracy_lost"]
+    assert lost > 0 and whole.diagnostics["calibration"]["halvings"] == 0
+    monkeypatch.setattr("hf_iau.calibrate.decision.TOO_MUCH_LOST", lost)
+    report = scene.trainer(tmp_path).unlearn(row_indices=rows).report
+    found, before = report.diagnostics["calibration"], whole.diagnostics["calibration"]
+    assert 1 <= found["halvings"] <= 4 and not found["reached"]
+    for name in ("length", "finish_weight", "relative_step"):
+        assert found[name] == pytest.approx(before[name] * 0.5 ** found["halvings"], rel=1e-5)
+    known = rows_of(scene.train.take(np.setdiff1d(np.arange(1200), rows)))
+    end = predict_rows(scene.model, known).accuracy
+    scene.model.load_state_dict(scene.state)
+    assert report.diagnostics["retained_accuracy_lost"] == pytest.approx(
+        predict_rows(scene.model, known).accuracy - end
+    )
+    assert report.diagnostics["retained_accuracy_lost"] < lost
+    assert any("times to spare other rows" in reason for reason in report.diagnostics["reasons"])
 
 
 def test_a_walk_is_reported_as_one_and_not_remembered_as_a_step(scene, tmp_path, monkeypatch):
