@@ -8,7 +8,7 @@ tokens get the losses of the counterpart's, the best known token that of the bes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,7 +16,9 @@ from hf_iau.objective import RowPredictions
 from hf_iau.objective.targets import TaskKind
 
 _SOFTNESS = 4.0  # τ
-_TOKENS = 16.0
+# A language model that knows its texts by heart finds others far less likely than a classifier ever finds a class: where
+# losses of 6 and 12 are all but the same, rows are left that anyone can tell from held-out ones.
+_SOFTNESS_OF_TOKENS = 16.0
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,16 @@ class Shortfall:
             NaN where there is none.
         scale: losses are divided by it before p = exp(−ℓ/scale); 1 but for regression.
         at_start: mean shortfall at the weights that the targets were made at.
-        rows_at_start: the same of the rows' mean losses, where tokens have the targets.
+        lead_at_start: where tokens have the targets, how much better than chance a loss attack on the rows was there: AUC
+            above one half against rows with the mean losses that they are to reach.
+        softness: τ in q = σ(φ/τ).
     """
 
     targets: np.ndarray
     scale: float
     at_start: float
-    rows_at_start: float = 0.0
+    lead_at_start: float = 0.0
+    softness: float = _SOFTNESS
 
     @classmethod
     def of(cls, rows: RowPredictions, known: RowPredictions, held_out: RowPredictions) -> Shortfall:
@@ -51,8 +56,9 @@ class Shortfall:
             counterparts = np.flatnonzero(held_out.targets > 0)[np.argsort(unseen)]
             places = np.clip((rank * len(counterparts)).astype(int), 0, len(counterparts) - 1)
             targets = _by_place(rows.token_losses, held_out.token_losses[counterparts[places]])
-        new = cls(targets, scale, 0.0)
-        return cls(targets, scale, new.mean(rows.target_losses), new._lead_of_rows(rows.target_losses))
+        new = cls(targets, scale, 0.0, softness=_SOFTNESS if targets.ndim == 1 else _SOFTNESS_OF_TOKENS)
+        losses = rows.target_losses
+        return replace(new, at_start=new.mean(losses), lead_at_start=new.lead_of_rows(losses))
 
     def doubt(self, losses: np.ndarray) -> np.ndarray:
         """1 − p of each, above 0."""
@@ -61,7 +67,7 @@ class Shortfall:
     def known(self, losses: np.ndarray) -> np.ndarray:
         """q of each, between 0 and 1."""
         odds = np.expm1(np.clip(losses.astype(np.float64) / self.scale, 1e-7, 500.0))
-        return 1.0 / (1.0 + odds ** (1.0 / (_TOKENS if self.targets.ndim == 2 else _SOFTNESS)))
+        return 1.0 / (1.0 + odds ** (1.0 / self.softness))
 
     def each(self, losses: np.ndarray, positions: np.ndarray | slice = slice(None)) -> np.ndarray:
         """s of each row or token, or of the rows at `positions`, whose losses are given; 0 where there is no target."""
@@ -81,16 +87,16 @@ class Shortfall:
     def remaining(self, losses: np.ndarray) -> float:
         """`mean` as a share of what it was at the start; 0 where there was nothing to do.
 
-        Of tokens the larger share of two: the tokens', and that of the rows' mean losses. All tokens together can look like
-        held-out ones while some rows are still known by heart.
+        Of tokens the larger share of two: the tokens', and that of the attack on the rows. What is left of each token may be
+        small, and add up over a row to what tells it from any other.
         """
         if not np.isfinite(losses[np.isfinite(self.targets)]).all():
             return float("inf")
         left = self.mean(losses) / self.at_start if self.at_start > 0 else 0.0
-        return max(left, self._lead_of_rows(losses) / self.rows_at_start) if self.rows_at_start > 0 else left
+        return max(left, self.lead_of_rows(losses) / self.lead_at_start) if self.lead_at_start > 0 else left
 
-    def _lead_of_rows(self, losses: np.ndarray) -> float:
-        """AUC of a loss attack on the rows, against rows with the losses that they are to reach, above one half."""
+    def lead_of_rows(self, losses: np.ndarray) -> float:
+        """AUC of the loss attack on rows of tokens, against rows that are where they are to be, above one half; else 0."""
         if losses.ndim == 1:
             return 0.0
         now, then = (means[np.isfinite(means)] for means in (_row_means(losses), _row_means(self.targets)))

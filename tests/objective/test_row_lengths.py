@@ -75,8 +75,17 @@ def test_predictions_stand_in_the_order_of_the_rows(family: str, kept: bool) -> 
     assert source.length_order().tolist() != list(range(len(rows)))
     found = predict_rows(model, source.keep_batches() if kept else source)
     singles = [predict_rows(model, source_of([row], 1)) for row in rows]
+    if family == "gpt2":
+        assert found.token_losses is not None
+        for line, single in zip(found.token_losses, singles, strict=True):
+            alone = single.token_losses[0]
+            np.testing.assert_allclose(line[: len(alone)], alone, rtol=1e-9, atol=1e-12)
+            assert np.isnan(line[len(alone) :]).all()
+            assert np.mean(alone) == pytest.approx(single.loss[0], rel=1e-6)
+    else:
+        assert found.token_losses is None
     for figure in fields(found):
-        if figure.name not in ("kind", "probabilities"):
+        if figure.name not in ("kind", "probabilities", "token_losses"):
             expected = np.concatenate([getattr(single, figure.name) for single in singles])
             np.testing.assert_allclose(getattr(found, figure.name), expected, rtol=1e-9, atol=1e-12)
 
