@@ -8,6 +8,7 @@ every forget row a target of its own and takes short steps towards all of them.
   row that is known better than the same share u of the held-out rows: T = Q_held-out(F_training(ℓ)). The rank is
   looked up among retained rows, so the luck of a small draw of easy or hard rows stays as it is, as it would in
   retraining.
+  Of rows with many targets every token has one, see `hf_iau.calibrate.shortfall`.
 * **Push.** What is still missing is s = max(q − q_T, 0), where q = σ(φ/τ) and φ = log(p/(1−p)) are the log-odds of the
   truth, p = exp(−ℓ). With τ = 1 that is a difference of probabilities, which hardly sees the rows that are known for
   sure; for large τ one of log-odds, which sees nothing else. A row is pushed along the gradient of its log-odds,
@@ -17,7 +18,8 @@ every forget row a target of its own and takes short steps towards all of them.
   back to what the model made of them before, along (C+λ)⁻¹ of the mean gradient of KL(before ‖ now). Their labels are
   not looked at, so nothing is trained further.
 
-The walk ends where the distribution of the forget rows' q has come within a tenth of its way to the targets'.
+The walk ends where the distribution of the forget rows' q has come within a tenth of its way to the targets', and with
+tokens the loss attack on whole rows as well.
 """
 
 from __future__ import annotations
