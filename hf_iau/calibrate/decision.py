@@ -14,12 +14,12 @@ from hf_iau.calibrate.directions import Directions
 from hf_iau.calibrate.outset import Outset
 from hf_iau.calibrate.remembered import calibration_to_remember, is_dear
 from hf_iau.calibrate.search import calibrate_on_proxies, calibrate_on_request
+from hf_iau.calibrate.trial import TrialRunner
 from hf_iau.calibrate.verdict import TOO_MUCH_LOST
 from hf_iau.calibrate.walk import Walk
 from hf_iau.calibrate.walk_choice import calibration_of_walk, choose_walk, step_not_taken
 from hf_iau.errors import RequestError
 from hf_iau.forget import ForgetContext, apply_step, step_norm, weights_norm
-from hf_iau.objective import RowSource
 from hf_iau.parallel import of_main_process
 from hf_iau.remember import GradientMemory
 
@@ -35,6 +35,7 @@ class Decision:
         path: the walk that is taken instead of that step, if one is.
         after: what was seen of the rows at the weights that this leads to.
         left: share of the way to the held-out rows that one step leaves; None where that was not looked at.
+        spared: whether that step was halved for the sake of the retained rows.
     """
 
     found: Calibration
@@ -43,6 +44,7 @@ class Decision:
     path: Walk | None = None
     after: Aftermath = field(default_factory=Aftermath)
     left: float | None = None
+    spared: bool = False
 
     @property
     def calibration(self) -> Calibration:
@@ -50,9 +52,12 @@ class Decision:
         return self.step if self.path is None else calibration_of_walk(self.step, self.path)
 
     def to_remember(self, config: IAUConfig, memory: GradientMemory) -> dict[str, Any] | None:
-        """What to remember for later requests; one that had to be walked says nothing about one step for the next."""
+        """What to remember for later requests; one that had to be walked says nothing about one step for the next, and one
+        whose step was too long for the retained rows nothing good."""
         if self.path is not None:
             return memory.calibration
+        if self.spared:
+            return None
         return calibration_to_remember(self.found, config, memory, self.basis)
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,8 +116,8 @@ def decide(
             decision = _find_anew(context, replace(config, recalibrate=True), memory, directions, outset)
         chosen = choose_walk(context, config, directions, decision.step, outset, decision.basis)
         decision.path, decision.after, decision.left = chosen.path, chosen.after, chosen.left
-        if decision.path is None and outset.retained_rows is not None and config.length is None:
-            _spare_retained(decision, directions, outset, outset.retained_rows)
+        if decision.path is None and config.length is None and config.finish_weight is None:
+            _spare_retained(decision, directions, outset)
     step = decision.step
     step.length, step.damping, step.finish_weight = of_main_process(
         [step.length, step.damping, step.finish_weight], "k, λ and c"
@@ -120,14 +125,16 @@ def decide(
     return decision
 
 
-def _spare_retained(decision: Decision, directions: Directions, outset: Outset, rows: RowSource) -> None:
-    """Halve the one step, up to four times, while it costs the retained rows accuracy as only retraining may.
+def _spare_retained(decision: Decision, directions: Directions, outset: Outset) -> None:
+    """Halve the one step, up to four times in all, while it costs the retained rows too much accuracy.
 
     A model that knows its rows by heart may be very wrong about the held-out rows, and nothing that is done to it makes them
     dearer: they do not tell that it is ruined.
     """
-    runner = outset.runner(directions, None, criterion=lambda *_: 0.0)
-    step = decision.step
+    rows, step = outset.retained_rows, decision.step
+    if rows is None:
+        return
+    runner = _runner_of_the_step(directions, outset, decision.basis)
     retained = decision.after.retained
     if retained is None:
         (retained,) = runner.look((rows,), step.length, step.damping, step.finish_weight)
@@ -145,7 +152,7 @@ def _spare_retained(decision: Decision, directions: Directions, outset: Outset, 
             finish_curve=[*step.finish_curve, trial.to_dict()],
         )
         (retained,) = runner.look((rows,), step.length, step.damping, step.finish_weight)
-        decision.step, decision.after, decision.left = step, Aftermath(retained=retained), None
+        decision.step, decision.after, decision.left, decision.spared = step, Aftermath(retained=retained), None, True
 
 
 def _find_anew(
@@ -164,8 +171,7 @@ def _finish(
     config: IAUConfig, directions: Directions, calibration: Calibration, outset: Outset, basis: Basis
 ) -> Calibration:
     """c for the request's own step, and a look at what it does to the held-out rows."""
-    kept = None if basis.whole_class is None else outset.held_out.label != basis.whole_class
-    runner = outset.runner(directions, None, criterion=lambda *_: 0.0, kept=kept)
+    runner = _runner_of_the_step(directions, outset, basis)
     return finish(
         runner,
         calibration,
@@ -175,6 +181,12 @@ def _finish(
         finish_weight=config.finish_weight,
         keep_length=config.length is not None,
     )
+
+
+def _runner_of_the_step(directions: Directions, outset: Outset, basis: Basis) -> TrialRunner:
+    """Tries the request's own step on the held-out rows that are to stay as they are."""
+    kept = None if basis.whole_class is None else outset.held_out.label != basis.whole_class
+    return outset.runner(directions, None, criterion=lambda *_: 0.0, kept=kept)
 
 
 def _bound(context: ForgetContext, config: IAUConfig, directions: Directions, calibration: Calibration) -> None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from hf_iau.calibrate.calibration import standard_error_of_auc
+from hf_iau.measure import attack_auc
 from hf_iau.objective import RowPredictions
 from hf_iau.objective.targets import TaskKind
 
@@ -19,6 +21,8 @@ _SOFTNESS = 4.0  # τ
 # A language model that knows its texts by heart finds others far less likely than a classifier ever finds a class: where
 # losses of 6 and 12 are all but the same, rows are left that anyone can tell from held-out ones.
 _SOFTNESS_OF_TOKENS = 16.0
+# A loss attack that is no better than chance so often is.
+_STANDARD_ERRORS = 2.0
 
 
 @dataclass(frozen=True)
@@ -44,21 +48,23 @@ class Shortfall:
     @classmethod
     def of(cls, rows: RowPredictions, known: RowPredictions, held_out: RowPredictions) -> Shortfall:
         """Targets of `rows` by their rank among `known` training rows, all at the same weights."""
-        loss, unseen = known.loss[known.targets > 0], held_out.loss[held_out.targets > 0]
+        loss, unseen = known.loss[known.targets > 0], held_out.loss[np.isfinite(held_out.loss)]
         ordered = np.sort(loss)
         below = np.searchsorted(ordered, rows.loss, side="left") + np.searchsorted(ordered, rows.loss, side="right")
         rank = np.clip(below / (2.0 * len(ordered)), 0.5 / len(ordered), 1.0 - 0.5 / len(ordered))
         scale = max(float(unseen.mean()), 1e-12) if rows.kind is TaskKind.REGRESSION else 1.0
         # A row without a target has no loss, and none to reach.
-        if rows.token_losses is None or held_out.token_losses is None:
+        if rows.token_losses is None:
             targets = np.where(rows.targets > 0, np.quantile(unseen, rank), np.nan)
         else:
-            counterparts = np.flatnonzero(held_out.targets > 0)[np.argsort(unseen)]
+            assert held_out.token_losses is not None
+            counterparts = np.flatnonzero(np.isfinite(held_out.loss))[np.argsort(unseen)]
             places = np.clip((rank * len(counterparts)).astype(int), 0, len(counterparts) - 1)
             targets = _by_place(rows.token_losses, held_out.token_losses[counterparts[places]])
         new = cls(targets, scale, 0.0, softness=_SOFTNESS if targets.ndim == 1 else _SOFTNESS_OF_TOKENS)
         losses = rows.target_losses
-        return replace(new, at_start=new.mean(losses), lead_at_start=new.lead_of_rows(losses))
+        lead, chance = new.lead_of_rows(losses), standard_error_of_auc(len(rows), len(rows))
+        return replace(new, at_start=new.mean(losses), lead_at_start=lead if lead > _STANDARD_ERRORS * chance else 0.0)
 
     def doubt(self, losses: np.ndarray) -> np.ndarray:
         """1 − p of each, above 0."""
@@ -74,25 +80,37 @@ class Shortfall:
         targets = self.targets[positions]
         if losses.ndim == 2:  # the rows of a batch may all be shorter than others
             targets = targets[:, : losses.shape[1]]
-        return np.nan_to_num(np.maximum(self.known(losses) - self.known(targets), 0.0))
+        found = np.zeros(losses.shape)
+        there = ~(np.isnan(losses) | np.isnan(targets))
+        found[there] = np.maximum(self.known(losses[there]) - self.known(targets[there]), 0.0)
+        return found
 
     def weights(self, losses: np.ndarray, positions: np.ndarray | slice = slice(None)) -> np.ndarray:
         """s/(1−p) of each row or token: what its plain gradient is multiplied by."""
-        return np.nan_to_num(self.each(losses, positions) / self.doubt(losses))
+        found = self.each(losses, positions)
+        there = found > 0.0
+        found[there] /= self.doubt(losses[there])
+        return found
 
     def mean(self, losses: np.ndarray) -> float:
         """The same between the two distributions: sorted against sorted, so that rows (or tokens) may change places."""
-        return self._mean(losses, self.targets)
+        counted = np.isfinite(losses) & np.isfinite(self.targets)
+        now, then = np.sort(self.known(losses[counted])), np.sort(self.known(self.targets[counted]))
+        return float(np.maximum(now - then, 0.0).mean()) if len(now) else 0.0
+
+    def share_left(self, losses: np.ndarray) -> float:
+        """`mean` as a share of what it was at the start; 0 where there was nothing to do."""
+        return self.mean(losses) / self.at_start if self.at_start > 0 else 0.0
 
     def remaining(self, losses: np.ndarray) -> float:
-        """`mean` as a share of what it was at the start; 0 where there was nothing to do.
+        """What is left of the way, as a share; infinite where a loss is not finite.
 
         Of tokens the larger share of two: the tokens', and that of the attack on the rows. What is left of each token may be
         small, and add up over a row to what tells it from any other.
         """
         if not np.isfinite(losses[np.isfinite(self.targets)]).all():
             return float("inf")
-        left = self.mean(losses) / self.at_start if self.at_start > 0 else 0.0
+        left = self.share_left(losses)
         return max(left, self.lead_of_rows(losses) / self.lead_at_start) if self.lead_at_start > 0 else left
 
     def lead_of_rows(self, losses: np.ndarray) -> float:
@@ -100,18 +118,16 @@ class Shortfall:
         if losses.ndim == 1:
             return 0.0
         now, then = (means[np.isfinite(means)] for means in (_row_means(losses), _row_means(self.targets)))
-        ordered = np.sort(then)
-        below = np.searchsorted(ordered, now, side="left") + np.searchsorted(ordered, now, side="right")
-        return max(0.5 - float(below.mean()) / (2.0 * len(ordered)), 0.0) if len(now) else 0.0
-
-    def _mean(self, losses: np.ndarray, targets: np.ndarray) -> float:
-        counted = np.isfinite(losses)
-        now, then = np.sort(self.known(losses[counted])), np.sort(self.known(targets[counted]))
-        return float(np.maximum(now - then, 0.0).mean()) if len(now) else 0.0
+        if len(now) < 2:
+            return 0.0
+        return max(float(attack_auc(RowPredictions.from_losses(now), RowPredictions.from_losses(then))) - 0.5, 0.0)
 
 
 def _by_place(losses: np.ndarray, counterparts: np.ndarray) -> np.ndarray:
-    """Each row's tokens with the losses of its counterpart's tokens of the same place in the order of losses.
+    """For each row's tokens the losses of its counterpart's tokens at the same place in the order of losses.
+
+    Where the rows differ in length, a token gets the mean over its part of the counterpart's sorted losses, so that the targets
+    of a row have the counterpart's mean loss whatever its length: tokens' losses are so skewed that quantiles would not.
 
     Args:
         losses: `(rows, width)`, NaN beyond a row's end.
@@ -119,9 +135,12 @@ def _by_place(losses: np.ndarray, counterparts: np.ndarray) -> np.ndarray:
     """
     targets = np.full(losses.shape, np.nan)
     for target, own, other in zip(targets, losses, counterparts, strict=True):
-        here = np.flatnonzero(np.isfinite(own))
-        places = (np.arange(len(here)) + 0.5) / max(len(here), 1)
-        target[here[np.argsort(own[here], kind="stable")]] = np.quantile(other[np.isfinite(other)], places)
+        here, sorted_ = np.flatnonzero(np.isfinite(own)), np.sort(other[np.isfinite(other)].astype(np.float64))
+        if not len(here):
+            continue
+        sums = np.concatenate([[0.0], np.cumsum(sorted_)]) / len(sorted_)
+        bounds = np.interp(np.linspace(0.0, 1.0, len(here) + 1), np.linspace(0.0, 1.0, len(sums)), sums)
+        target[here[np.argsort(own[here], kind="stable")]] = len(here) * np.diff(bounds)
     return targets
 
 

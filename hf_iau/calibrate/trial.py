@@ -133,7 +133,8 @@ class TrialRunner:
             try:
                 size = self.directions.apply(self.model, *place)
                 target = None if self.target is None else predict_rows(self.model, self.target)
-                held_out = predict_rows(self.model, self.held_out) if held_out is None else held_out
+                if held_out is None:  # many of them are kept, and no criterion looks at single tokens
+                    held_out = replace(predict_rows(self.model, self.held_out), token_losses=None)
             finally:
                 self._restore()
         else:

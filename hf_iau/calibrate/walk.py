@@ -89,7 +89,8 @@ class Walk:
         remaining: the share that is left; 1 at the start.
         held_out_loss, relative_step: at that point.
         curve: a line for each step of the whole path.
-        forget, held_out: what is made of the forget and of the held-out rows at that point; None where it is the start.
+        forget, held_out, known: what is made there of the forget, the held-out and the `known` rows; None at the start, and
+            where that was not looked at.
     """
 
     step: Step
@@ -102,6 +103,7 @@ class Walk:
     curve: list[dict[str, Any]] = field(default_factory=list)
     forget: RowPredictions | None = None
     held_out: RowPredictions | None = None
+    known: RowPredictions | None = None
 
 
 def walk(
@@ -114,6 +116,7 @@ def walk(
     *,
     names: Sequence[str],
     looked_at: RowSource | None = None,
+    known: RowSource | None = None,
     before: tuple[RowPredictions, RowPredictions] | None = None,
     damping: float = DAMPING,
     max_relative_step: float,
@@ -131,6 +134,7 @@ def walk(
         shortfall: the forget rows' targets, made at these weights.
         names: the parameters that move.
         looked_at: the forget rows in batches that fit forward passes.
+        known: retained rows, in such batches, to be looked at once, where the walk ends.
         before: what is made of all forget and all held-out rows at these weights, where that is known.
         damping: λ, relative to each layer's mean eigenvalue.
         max_relative_step: farthest ‖Δ‖/‖θ‖ allowed.
@@ -210,7 +214,7 @@ def walk(
             if not curve or ruined or expected <= _NEAR * ARRIVED or number == MOST_STEPS - 1:
                 # The first step, or perhaps the last. Elsewhere the pass that takes the next gradient looks as well.
                 seen = predict_rows(model, looked_at)
-                brought = 1.0 - shortfall.remaining(seen.target_losses)
+                brought = 1.0 - shortfall.share_left(seen.target_losses)
                 if not curve and brought > _TOO_MUCH and stride > _SHORTEST_STRIDE:
                     stride = max(stride * _SHARE / brought, _SHORTEST_STRIDE)
                     _place(model, weights, moved)
@@ -224,6 +228,7 @@ def walk(
             _place(model, weights, best.step)
             best.held_out = predict_rows(model, held_out)
             best.held_out_loss = best.held_out.mean_loss
+            best.known = None if known is None else predict_rows(model, known)
     finally:
         _place(model, weights, None)
     best.curve = curve

@@ -91,20 +91,24 @@ def choose_walk(
         Shortfall.of(everything, outset.retained, outset.held_out),
         names=list(directions.forget_sum),
         looked_at=context.forget_to_predict,
+        known=outset.retained_rows,
         before=(everything, outset.held_out),
         damping=DAMPING if config.damping is None else config.damping,
         max_relative_step=config.max_relative_step,
         progress=context.progress,
         weights=context.weights,
     )
-    # Arrived or nearer to the target, and no dearer than one step or than what may be paid. Where that step ruins the
-    # retained rows, it may be near to any target.
-    nearer = path.reached or path.remaining < left or lost >= TOO_MUCH_LOST
+    # Arrived or nearer to the target, and no dearer than one step or than what may be paid. A step that ruins the retained
+    # rows may be near to any target; then the walk need not be nearer, only less ruinous.
+    nearer = path.reached or path.remaining < left
+    if not nearer and lost >= TOO_MUCH_LOST and path.known is not None:
+        nearer = (accuracy_lost(outset.retained, path.known) or 0.0) < lost
     better = nearer and path.held_out_loss <= max(after, (1.0 + DEAR) * before)
     if not path.steps or not better:
         return WalkChoice(None, seen, left)
     whole = outset.forget_rows is context.forget_to_predict
-    return WalkChoice(path, Aftermath(forget=path.forget if whole else None, held_out=path.held_out), left)
+    seen = Aftermath(path.forget if whole else None, retained=path.known, held_out=path.held_out)
+    return WalkChoice(path, seen, left)
 
 
 def calibration_of_walk(calibration: Calibration, path: Walk) -> Calibration:

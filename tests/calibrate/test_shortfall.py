@@ -74,12 +74,18 @@ def token_rows(*rows) -> RowPredictions:
 def test_tokens_get_the_losses_of_the_rows_counterpart_by_hand():
     """The better known row is that of the better known held-out row; its tokens in their order."""
     known = token_rows([0.1], [0.2], [0.3], [0.4])
-    held_out = token_rows([], [6.0, 2.0, 4.0], [1.0, 0.0])
+    held_out = token_rows([], [6.0, 2.0, 13.0], [1.0, 0.0])
     rows = token_rows([0.02, 0.0, 0.04], [0.9, 0.5], [])
     found = Shortfall.of(rows, known, held_out)
-    assert found.targets[0] == pytest.approx(np.quantile([0.0, 1.0], np.array([3, 1, 5]) / 6))
-    assert found.targets[1][:2] == pytest.approx(np.quantile([2.0, 4.0, 6.0], [0.75, 0.25]))
+    # Thirds of two tokens: the best, half of each, the worst. Halves of three: the better one and half of the middle one, ….
+    assert found.targets[0] == pytest.approx([0.5, 0.0, 1.0])
+    assert found.targets[1][:2] == pytest.approx([(13 + 6 / 2) / 1.5, (2 + 6 / 2) / 1.5])
     assert np.isnan(found.targets[1][2]) and np.isnan(found.targets[2]).all()
+    longest, one = token_rows([0.1, 0.3, 0.2]), token_rows([0.1])
+    assert Shortfall.of(longest, longest, token_rows([6.0, 2.0, 13.0])).targets == pytest.approx(
+        np.array([[2, 13, 6.0]])
+    )
+    assert Shortfall.of(one, one, token_rows([6.0, 2.0, 13.0])).targets == pytest.approx(np.array([[7.0]]))
     assert found.each(rows.token_losses).shape == (3, 3)
     assert found.each(rows.token_losses[1:2, :2], np.array([1])).shape == (1, 2)  # of a batch of short rows alone
 
