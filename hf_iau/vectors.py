@@ -59,7 +59,8 @@ class GradientAccumulator:
 
     Where sum and gradient are of one type and on one device, what a sum's rounding loses is put back as the parameter's
     `.grad`, to which autograd adds the next gradient (compensated summation, Kahan 1965); the sum is then as exact as
-    one in twice the precision. Elsewhere it is made in float64. There is no sum beside `.grad` for the first few batches.
+    one in twice the precision. Elsewhere it is made in float64. There is no sum beside `.grad` for the first few batches,
+    and with sums on another device no `.grad` between batches.
 
     Args:
         parameters: by name; the caller takes care of their `.grad` before and after.
@@ -72,20 +73,20 @@ class GradientAccumulator:
     ) -> None:
         self.parameters = parameters
         self.pending = 0  # batches in `.grad`
-        self._half = any(p.dtype in (torch.float16, torch.bfloat16) for p in parameters.values())
+        stays = {name: device is None or is_same_device(p.device, device) for name, p in parameters.items()}
         self._compensated = {
-            name: compensated
-            and p.dtype == kept_dtype(p.dtype)
-            and (device is None or is_same_device(p.device, device))
-            for name, p in parameters.items()
+            name: compensated and p.dtype == kept_dtype(p.dtype) and stays[name] for name, p in parameters.items()
         }
+        # Half precision is too coarse for several batches; and the next forward pass may need a moved gradient's room.
+        half = any(p.dtype in (torch.float16, torch.bfloat16) for p in parameters.values())
+        self._at_once = half or not all(stays.values())
         self._device = device
         self._sums: dict[str, Tensor] = {}
 
     @property
     def is_full(self) -> bool:
         """Whether the next `add` empties `.grad`."""
-        return self._half or self.pending + 1 == _BATCHES_PER_FLUSH
+        return self._at_once or self.pending + 1 == _BATCHES_PER_FLUSH
 
     def add(self, *, at_once: bool = False) -> None:
         """Take account of a batch whose gradients autograd has added to `.grad`.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import scipy.linalg
 import torch
@@ -10,6 +12,8 @@ from torch import Tensor
 from hf_iau.curvature.layers import LayerPlan, MatrixLayer
 from hf_iau.errors import NonFiniteGradientError
 
+logger = logging.getLogger(__name__)
+
 DIVIDE_AND_CONQUER_COPIES = 3
 """Float64 matrices that LAPACK's divide and conquer (`syevd`) holds: the matrix itself and two as its workspace."""
 
@@ -17,8 +21,10 @@ QL_COPIES = 1
 """Float64 matrices that LAPACK's QL iteration (`syev`) holds. On one thread it takes about three times as long."""
 
 
-def eigenvectors(covariance: Tensor, name: str, *, spare: int) -> Tensor:
+def eigenvectors(covariance: Tensor, name: str, *, spare: float) -> Tensor:
     """Eigenvectors in columns, found in float64, in the place and the type of the matrices that they are of.
+
+    Where an accelerator runs out of memory or does not converge, those of this one factor are found on the CPU.
 
     Args:
         covariance: `(groups, size, size)`; overwritten.
@@ -35,21 +41,25 @@ def eigenvectors(covariance: Tensor, name: str, *, spare: int) -> Tensor:
         )
     if covariance.shape[-1] == 1:
         return covariance.fill_(1.0)
-    where = torch.device("cpu") if covariance.device.type == "mps" else covariance.device
-    scale = covariance.diagonal(dim1=-2, dim2=-1).mean(dim=-1, dtype=torch.float64)[:, None, None].to(where)
+    cpu = torch.device("cpu")
+    where = cpu if covariance.device.type == "mps" else covariance.device
+    scale = covariance.diagonal(dim1=-2, dim2=-1).mean(dim=-1, dtype=torch.float64)[:, None, None]
     scale = torch.where(scale > 0, scale, 1.0)
 
-    def scaled() -> Tensor:
+    def scaled(device: torch.device) -> Tensor:
         # Column by column, as LAPACK wants it. Only the lower triangle is read, so rounding in the other is no matter.
-        matrix = torch.empty_like(covariance, dtype=torch.float64, device=where).mT
-        return matrix.copy_(covariance).div_(scale)
+        matrix = torch.empty_like(covariance, dtype=torch.float64, device=device).mT
+        return matrix.copy_(covariance.to(device)).div_(scale.to(device))
 
     little = _bytes(covariance.shape[0], covariance.shape[-1], DIVIDE_AND_CONQUER_COPIES) > spare
     try:
-        vectors = _by_ql(scaled()) if little and where.type == "cpu" else _by_divide_and_conquer(scaled())
-    except (torch.linalg.LinAlgError, np.linalg.LinAlgError):
+        find = _by_ql if little and where.type == "cpu" else _by_divide_and_conquer
+        vectors = find(scaled(where))
+    except (torch.cuda.OutOfMemoryError, torch.linalg.LinAlgError, np.linalg.LinAlgError) as error:
+        size, kind = covariance.shape[-1], type(error).__name__
+        logger.info("A factor of size %d of layer %r is diagonalised on the CPU: %s on %s.", size, name, kind, where)
         # A multiple of the identity does not move eigenvectors; another driver on the CPU often converges.
-        matrix = scaled().cpu()
+        matrix = scaled(cpu)
         matrix.diagonal(dim1=-2, dim2=-1).add_(1.0)
         vectors = _by_divide_and_conquer(matrix)
     return covariance.copy_(vectors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -38,6 +39,7 @@ from hf_iau.parallel import (
     from_one_process,
     process_number,
 )
+from hf_iau.vectors import is_same_device
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -52,6 +54,13 @@ FEWEST_CACHE_BYTES = 24 * 2**20
 BASIS_POSITIONS = 131_072
 """About so many positions of a convolution make its bases, which are covariances of a few hundred columns and need no
 more; Λ is measured on the positions of all rows."""
+
+SHARE_OF_TEMPORARIES = 8
+"""By how much temporary tensors are smaller where factors are kept on another device than the model's.
+
+Then passes are of half a batch. Beside the weights and whatever else training keeps, training needs room for gradients or a
+batch's activations, whichever are larger, and such a pass half of the latter: half the gradients' bytes are free at least.
+"""
 
 
 class Fit:
@@ -82,7 +91,11 @@ class Fit:
         reduce: Reduce,
     ) -> None:
         self.model = model
-        self.source = source
+        # Whether statistics lie on another device than the model, for which training's memory has to be enough.
+        self.is_apart = factor_device is not None and not all(
+            is_same_device(parameter.device, factor_device) for parameter in model.parameters()
+        )
+        self.source = source.resized(max(1, source.batch_size // 2)) if self.is_apart else source
         self.start = start  # the first row's position among those of all processes
         self.total_rows = total_rows
         self.looped = looped
@@ -96,6 +109,8 @@ class Fit:
         self.progress = progress
         self.reduce = reduce
         self.every_layer = plan.layers
+        for layer in plan.layers if self.is_apart else []:
+            layer.temporary_bytes //= SHARE_OF_TEMPORARIES
         self.needs_backward = False
         self.n_rows = 0
         self.n_targets = 0
@@ -203,7 +218,8 @@ class Fit:
 
     def _probe(self) -> None:
         """Compare each closed form with rows taken one by one, and send layers that disagree to the loop."""
-        positions = np.unique(np.linspace(0, len(self.source) - 1, num=min(PROBE_ROWS, len(self.source)), dtype=int))
+        most = min(PROBE_ROWS, self.source.batch_size) if self.is_apart else PROBE_ROWS
+        positions = np.unique(np.linspace(0, len(self.source) - 1, num=min(most, len(self.source)), dtype=int))
         if not len(positions):
             return
         rows = len(positions)
@@ -232,7 +248,7 @@ class Fit:
                 continue
             maxima[layer.name] = max(float(total.max()) for total in squares.values())
             scales[layer.name] = _norm(squares)
-            sums[layer.name] = self._own_part(layer, squares)
+            sums[layer.name] = self._all_on_factor_device(self._own_part(layer, squares))
         layers = self.plan.layers
         largest = max(maxima.values(), default=0.0)
         names = [(layer, attribute, name) for layer in layers for attribute, name in layer.parameters.items()]
@@ -243,7 +259,8 @@ class Fit:
             for (layer, _, name), gradient in zip(names, gradients, strict=True):
                 if gradient is not None:
                     total = sums[layer.name][name]
-                    total -= gradient.to(total.dtype).square()
+                    total -= gradient.to(total).square()
+            del gradients, gradient  # before the next row has its own
         # Of the whole model: adapters are often wider than the base weights that their gradients pass through.
         half = is_narrow(self.model)
         for layer in layers:
@@ -312,6 +329,7 @@ class Fit:
         for a, g in layer.expand_in_chunks(calls, len(positions)):
             self._add_covariances(layer, a, g, positions[first : first + a.shape[1]])
             first += a.shape[1]
+            del a, g  # before the next rows have their own
 
     def _layer_done(self, layer: Layer) -> None:
         """A batch is done with this layer."""
@@ -341,16 +359,13 @@ class Fit:
             g = g[:, chosen]
         live = live_positions(g)[..., None]
         inputs, outputs = a.reshape(groups, -1, a.shape[-1]), g.reshape(groups, -1, g.shape[-1])
-        # Behind a max-pooling most positions are dead: work on the others alone.
-        used = (
-            live.reshape(groups, -1)[0] if groups == 1 and positions > 1 else torch.ones_like(outputs[0, :, 0]).bool()
-        )
-        if len(chosen) < len(rows) or not bool(used.all()):
-            index = (chosen[:, None] * positions + torch.arange(positions, device=g.device)).reshape(-1)
-            inputs, outputs = inputs[:, index[used]], outputs[:, used]
-        weighted = inputs
-        if (groups > 1 or positions == 1) and not bool(live.all()):
-            weighted = inputs * live.reshape(groups, -1, 1)
+        index = (chosen[:, None] * positions + torch.arange(positions, device=g.device)).reshape(-1)
+        if groups == 1 and positions > 1:  # behind a max-pooling most positions are dead: work on the others alone
+            used = live.reshape(-1).nonzero()[:, 0]  # the one place where an accelerator is waited for
+            index, outputs = index[used], outputs if len(used) == outputs.shape[1] else outputs[:, used]
+        if len(index) < inputs.shape[1]:
+            inputs = inputs[:, index]
+        weighted = inputs if groups == 1 and positions > 1 else inputs * live.reshape(groups, -1, 1)
         input_sum, output_sum, bound = self._covariance(layer)
         if positions > 1:
             norms = torch.linalg.vector_norm(weighted, dim=-1) * torch.linalg.vector_norm(outputs, dim=-1)
@@ -373,7 +388,7 @@ class Fit:
     def _diagonal(self, layer: Layer) -> dict[str, Tensor]:
         """Sums of squared gradients."""
         if layer.name not in self.diagonal_sums:
-            self.diagonal_sums[layer.name] = self._on_factor_device(layer.new_sums())
+            self.diagonal_sums[layer.name] = self._all_on_factor_device(layer.new_sums())
         return self.diagonal_sums[layer.name]
 
     def _keep(self, layer: MatrixLayer, a: Tensor, g: Tensor) -> None:
@@ -386,9 +401,10 @@ class Fit:
         if self.cached_bytes > self.cache_bytes:
             self.caching = False
         elif as_matrices:
-            self.cache.append((layer.name, None, row_gradients(a, g)))
+            self.cache.append((layer.name, None, self._on_factor_device(row_gradients(a, g))))
         else:
-            self.cache.append((layer.name, a.contiguous(), g.contiguous()))
+            a, g = self._on_factor_device(a.contiguous()), self._on_factor_device(g.contiguous())
+            self.cache.append((layer.name, a, g))
 
     def _agree_on_layers(self) -> None:
         """Measure a layer by the loop everywhere when one process has to."""
@@ -413,7 +429,9 @@ class Fit:
             while sums:  # a covariance is freed as its eigenvectors take its place
                 total = self._reduced(sums.pop(0))
                 if own:
-                    total = eigenvectors(total, layer.name, spare=spare_for_eigenvectors(layer))
+                    # Where factors are apart, it is not their device that is short of memory.
+                    spare = math.inf if self.is_apart else spare_for_eigenvectors(layer)
+                    total = eigenvectors(total, layer.name, spare=spare)
                 bases.append(total)
             self.bases[layer.name] = (bases[0], bases[1])
         if self.owners > 1:
@@ -428,17 +446,8 @@ class Fit:
         for layer in self.plan.kronecker:
             groups, columns, rows = layer.layout.groups, layer.layout.columns, layer.layout.group_outputs
             self.kronecker_sums[layer.name] = self.bases[layer.name][0].new_zeros(groups, rows, columns)
-        layers = {layer.name: layer for layer in self.plan.kronecker}
-        for name, a, g in self.cache:
-            if name not in layers:
-                continue
-            inputs, outputs = (basis.to(g.device) for basis in self.bases[name])
-            limit = layers[name].temporary_bytes
-            if a is None:
-                found = sum_of_squares(g, inputs, outputs, temporary_bytes=limit)
-            else:
-                found = sum_of_squared_gradients(a, g, inputs, outputs, temporary_bytes=limit)
-            self.kronecker_sums[name] += found.to(self.kronecker_sums[name].device)
+        for layer in self.plan.kronecker:
+            self._add_cached(layer)
         self.cache = []
         if self.cached_rows == len(self.source):
             return
@@ -450,15 +459,30 @@ class Fit:
                     assert isinstance(layer, MatrixLayer)
                     total = self.kronecker_sums[layer.name]
                     limit = layer.temporary_bytes // 2  # for the activations of layers before it are still held
+                    inputs, outputs = (basis.to(calls[0][1].device) for basis in self.bases[layer.name])
                     for a, g in layer.expand_in_chunks(calls, n_rows):
-                        inputs, outputs = (basis.to(g.device) for basis in self.bases[layer.name])
                         found = sum_of_squared_gradients(a, g, inputs, outputs, temporary_bytes=limit)
                         total += found.to(total.device)
+                        del a, g, found  # before the next rows have their own
 
                 calls = self._capture(capture, positions, inputs_of_batch, use)
                 for layer in self.plan.kronecker:
                     if layer.name in calls:
                         use(layer, calls.pop(layer.name))
+
+    def _add_cached(self, layer: MatrixLayer) -> None:
+        """Λ of a layer, as far as what it takes is cached."""
+        device, limit = layer.parameter(next(iter(layer.parameters))).device, layer.temporary_bytes
+        total = self.kronecker_sums[layer.name]
+        inputs, outputs = (basis.to(device) for basis in self.bases[layer.name])
+        for name, a, g in self.cache:
+            if name != layer.name:
+                continue
+            if a is None:
+                found = sum_of_squares(g.to(device), inputs, outputs, temporary_bytes=limit)
+            else:
+                found = sum_of_squared_gradients(a.to(device), g.to(device), inputs, outputs, temporary_bytes=limit)
+            total += found.to(total.device)
 
     def _loop(self) -> tuple[dict[str, Tensor], int]:
         """Squared gradients of the loose parameters, summed over some rows, and those rows' targets."""
@@ -489,6 +513,7 @@ class Fit:
                         f"(position {self.start + int(position[0])} of the {self.source.name}). Remove or repair such rows."
                     )
                 total += squares
+            del gradients, gradient  # before the next row has its own
         return sums, n_targets
 
     # --- results ------------------------------------------------------------------------------------------------------
@@ -548,8 +573,11 @@ class Fit:
     def _device_of(self, layer: Layer) -> torch.device:
         return self.factor_device or layer.parameter(next(iter(layer.parameters))).device
 
-    def _on_factor_device(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: total.to(self.factor_device or total.device) for name, total in sums.items()}
+    def _on_factor_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.factor_device or tensor.device)
+
+    def _all_on_factor_device(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self._on_factor_device(total) for name, total in sums.items()}
 
 
 def usual_cache_bytes(model: nn.Module, plan: LayerPlan) -> int:

@@ -74,7 +74,8 @@ def fit_curvature(
         fisher: "true" draws labels from the model, "empirical" uses `row_loss`.
         row_loss: the summed loss; for "empirical" only.
         max_factor_size: largest side of a Kronecker factor; larger layers are diagonal.
-        factor_device: where statistics are kept; each layer's own device if None.
+        factor_device: where statistics are kept; each layer's own device if None. If it is not the model's, passes are of
+            half a batch and temporary tensors smaller, so that training's memory on the model's device is enough.
         cache_bytes: memory for sparing the second pass; 0 forces it. None: as much as the trained weights' gradients
             take (which training holds and a fit does not), at least 24 MiB, less what finding eigenvectors takes.
         optimizer: for "adam".

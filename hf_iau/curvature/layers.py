@@ -446,6 +446,7 @@ def sum_of_squared_gradients(
             for start, stop in _chunks(rows, groups * outputs * columns * a.element_size() * 2, temporary_bytes):
                 matrices = row_gradients(a[:, start:stop], g[:, start:stop])
                 total += sum_of_squares(matrices, input_basis, output_basis, temporary_bytes=temporary_bytes)
+                del matrices  # before the next rows have theirs
             return total
         a = (a.reshape(groups, -1, columns) @ input_basis).reshape(a.shape)
         g = (g.reshape(groups, -1, outputs) @ output_basis).reshape(g.shape)
@@ -457,6 +458,7 @@ def sum_of_squared_gradients(
         for start, stop in _chunks(rows, groups * (high - low) * columns * a.element_size(), temporary_bytes):
             matrices = row_gradients(a[:, start:stop], g[:, start:stop, :, low:high])
             total[:, low:high] += matrices.square_().sum(dim=1)
+            del matrices
     return total
 
 
@@ -468,6 +470,7 @@ def sum_of_squares(matrices: Tensor, input_basis: Tensor, output_basis: Tensor, 
     for start, stop in _chunks(matrices.shape[1], size, temporary_bytes):
         rotated = output_basis[:, None].mT @ matrices[:, start:stop] @ input_basis[:, None]
         total += rotated.square_().sum(dim=1)
+        del rotated
     return total
 
 

@@ -145,7 +145,7 @@ def _sum_rows(
     sharded = is_sharded(model)
     sums = GradientAccumulator(parameters, memory_device(None), compensated=not sharded)
     result = GradientSum({}, 0, 0)
-    losses: list[Tensor] = []
+    total: Tensor | None = None
 
     with evaluation_mode(model), torch.enable_grad():
         own, _ = source.share()
@@ -171,7 +171,8 @@ def _sum_rows(
             matters = counts and n_targets > 0
             (loss if matters else loss * 0.0).backward()
             if matters:
-                losses.append(loss.detach())
+                added = loss.detach().double()
+                total = added if total is None else total + added
             if sums.is_full or track_batches:
                 if sharded:
                     _add_up_whole_gradients(parameters, source.name)
@@ -181,7 +182,7 @@ def _sum_rows(
         if sharded and sums.pending:
             _add_up_whole_gradients(parameters, source.name)
         result.tensors = sums.finish()
-    result.loss = float(torch.stack(losses).double().sum()) if losses else 0.0
+    result.loss = 0.0 if total is None else float(total)
     return result
 
 

@@ -15,6 +15,8 @@ from unlearning_trainers import assert_bits, make_trainer, state_of
 
 import hf_iau
 from hf_iau import GatherConfig, GradientMemory, UnsupportedModelError
+from hf_iau.curvature import fit_curvature
+from hf_iau.curvature.layers import plan_layers
 from hf_iau.gather.gradient_sum import sum_row_gradients
 from hf_iau.objective import ModelRowLoss, RowSource
 
@@ -160,6 +162,47 @@ def test_a_device_is_waited_for_once_a_batch(monkeypatch: pytest.MonkeyPatch) ->
             sum_row_gradients(model, loss, some, track_batches=True)
             counts.append(len(reads))
     assert 0 < counts[1] - counts[0] <= 3 * 4  # of four batches more; the model has 37 parameters
+
+
+def test_a_device_is_waited_for_once_a_layer_and_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While covariances are summed: to see which positions are live. The batch itself takes a few reads more."""
+    reads = []
+    monkeypatch.setattr("hf_iau.curvature.kinds.LOOP_ROWS", 1)
+    monkeypatch.setattr(MODULE, "synchronising", reads.append)
+    with simulated_device() as device:
+        model, rows = build("bert").to(device), as_dataset(rows_of("bert", 16))
+        counts = []
+        for n in (8, 16):
+            reads.clear()
+            source = RowSource(rows, pad_right(), batch_size=4, device=device).select(range(n))
+            fit_curvature(model, source, cache_bytes=2**30)
+            counts.append(len(reads))
+    layers = len(plan_layers(model, kronecker=True, max_factor_size=4096).kronecker)
+    assert 0 < counts[1] - counts[0] <= 2 * (layers + 5)  # of two batches more
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.linalg.LinAlgError])
+def test_one_factor_is_diagonalised_on_the_cpu_where_the_device_cannot(
+    error: type[RuntimeError], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    own, where = torch.linalg.eigh, []
+
+    def fails_once(matrix: Tensor, **settings: Any) -> Any:
+        where.append(matrix.device.type)
+        if where == ["simulated"] * 3:
+            raise error("for this one")
+        return own(matrix, **settings)
+
+    with simulated_device() as device:
+        expected = gathered(device, "bert", EXACT)
+        monkeypatch.setattr(torch.linalg, "eigh", fails_once)
+        with caplog.at_level("INFO", "hf_iau.curvature.eigenvectors"):
+            found = gathered(device, "bert", EXACT)
+        assert {device.type for device in devices_of(found)} == {"simulated"}
+        assert where[:5] == ["simulated", "simulated", "simulated", "cpu", "simulated"] and where.count("cpu") == 1
+        (record,) = [record for record in caplog.records if record.name == "hf_iau.curvature.eigenvectors"]
+        assert "is diagonalised on the CPU" in record.message and error.__name__ in record.message
+        assert_alike(found, expected)
 
 
 def test_a_model_without_its_weights_is_refused() -> None:

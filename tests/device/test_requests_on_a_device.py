@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import pytest
 import torch
 from baseline_settings import quick_settings
 from memorising_network import Classifier, draw, fit
-from simulated_device import MODULE, on_both, simulated_device
+from simulated_device import on_both
 from tiny_models import build
 from torch import Tensor
 from unlearning_trainers import (
@@ -219,46 +217,3 @@ def test_a_saved_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     expected, found = on_both(serve)
     start = parameters_of(build("bert"))
     assert relative_distance(found, expected, start) < 1e-4
-
-
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-
-def test_with_everything_offloaded_a_request_takes_no_more_than_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Bytes on the device, weights included, at their highest: of training, gathering and the request."""
-    for floor in ("hf_iau.curvature.layers.FEWEST_SPARE_BYTES", "hf_iau.curvature.fit.FEWEST_CACHE_BYTES"):
-        monkeypatch.setattr(floor, 0)  # a few megabytes, which are nothing beside a model that needs a GPU
-    wide = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "vocab_size": 400}
-
-    def peak(
-        work: Callable[[UnlearningTrainer], Any], prepare: Callable[[UnlearningTrainer], Any] | None = None
-    ) -> int:
-        """With a model that was not trained in the same process: no optimizer is alive."""
-        gc.collect()
-        with simulated_device() as device:
-            settings = settings_for(device, per_device_train_batch_size=4)
-            trainer = make_trainer(tmp_path, "bert", model_settings=wide, settings=settings)
-            if prepare is not None:
-                prepare(trainer)
-            MODULE.reset_peak_memory_stats()
-            result = work(trainer)
-            found = MODULE.max_memory_allocated()
-            del result
-        return found
-
-    def request(trainer: UnlearningTrainer) -> Any:
-        result = trainer.unlearn(row_indices=FORGET, config=GIVEN)
-        assert result.memory is not None and result.memory.curvature is not None
-        kept = [*(result.memory.gradient_sum or {}).values(), *result.memory.curvature.tensors().values()]
-        assert {tensor.device.type for tensor in kept} == {result.memory.settings["memory_device"] or "simulated"}
-        return result
-
-    training = peak(lambda trainer: trainer.train())
-    peaks = {
-        where: (peak(lambda t, c=config: t.gather(c)), peak(request, lambda t, c=config: t.gather(c)))
-        for where, config in {"there": WITH_CURVATURE, "offloaded": OFFLOADED}.items()
-    }
-    assert max(peaks["offloaded"]) <= training
-    assert all(offloaded < there for offloaded, there in zip(peaks["offloaded"], peaks["there"], strict=True))

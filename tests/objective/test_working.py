@@ -286,7 +286,7 @@ def test_what_a_request_keeps_lies_on_the_memory_device() -> None:
         for _ in range(9):
             model(**pad_right()(plain_rows(4)))["loss"].backward()
             accumulator.add()
-        assert [p.grad is None for p in model.parameters()] == [False] * 4  # of the ninth, which are added at the end
+            assert all(p.grad is None for p in model.parameters())  # no room is taken for them in the next forward pass
         sums = accumulator.finish()
     assert source._kept is not None
     kept = [tensor for _, inputs in source._kept for tensor in inputs.values()]
