@@ -67,6 +67,7 @@ class RowSource:
         self.name = name
         self.num_workers = num_workers
         self._kept: list[tuple[np.ndarray, Batch]] | None = None
+        self._narrowed: set[str] = set()  # inputs that are int64, but for keeping
         self._digests: dict[int, bytes] = {}
         self._share: tuple[RowSource, int] | None = None
         self._length_order: np.ndarray | None = None
@@ -109,7 +110,9 @@ class RowSource:
         The longest come first, so that what does not fit in memory is seen at once.
         """
         if self._kept is not None and start == 0:
-            yield from ((positions, to_device(dict(inputs), self.device)) for positions, inputs in self._kept)
+            for positions, inputs in self._kept:
+                whole = {name: v.to(torch.int64) if name in self._narrowed else v for name, v in inputs.items()}
+                yield positions, to_device(whole, self.device)
             return
         order = self.length_order()
         rows = self if start == 0 and _is_identity(order) else self.select(order[start:])
@@ -203,13 +206,23 @@ class RowSource:
                 size += sum(v.numel() * v.element_size() for v in inputs.values() if isinstance(v, torch.Tensor))
                 if size > max_bytes:
                     return
-                kept.append((positions, to_device(inputs, memory_device(self.device) or self.device)))
+                whole = {name for name, v in inputs.items() if isinstance(v, torch.Tensor) and v.dtype == torch.int64}
+                small = {name: _narrow(v) if name in whole else v for name, v in inputs.items()}
+                kept.append((positions, to_device(small, memory_device(self.device) or self.device)))
+                self._narrowed |= whole
             self._kept = kept
 
     def first_batch(self) -> Batch:
         """The first batch, for probing."""
         _, inputs = next(iter(self))
         return inputs
+
+
+def _narrow(tensor: torch.Tensor) -> torch.Tensor:
+    """Whole numbers (ids, masks, labels) in the narrowest type that holds them."""
+    low, high = (int(bound) for bound in torch.aminmax(tensor)) if tensor.numel() else (0, 0)
+    types = (torch.uint8, torch.int16, torch.int32)
+    return tensor.to(next((t for t in types if torch.iinfo(t).min <= low and high <= torch.iinfo(t).max), tensor.dtype))
 
 
 def sample_positions(length: int, size: int, seed: int) -> np.ndarray:

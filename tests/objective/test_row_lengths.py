@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import as_dataset, build, image_rows, pad_right, rows_of, text_rows
+from tiny_models import RowList, as_dataset, build, image_rows, pad_right, rows_of, text_rows
 
 from hf_iau.calibrate import Shortfall
 from hf_iau.calibrate.walk import push_gradient, weighted_gradient
@@ -88,6 +88,22 @@ def test_predictions_stand_in_the_order_of_the_rows(family: str, kept: bool) -> 
         if figure.name not in ("kind", "probabilities", "token_losses"):
             expected = np.concatenate([getattr(single, figure.name) for single in singles])
             np.testing.assert_allclose(getattr(found, figure.name), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("ids", [(0, 1), (0, 255), (-100, 30_000), (0, 2**31 - 1), (-(2**40), 2**40)])
+def test_kept_batches_come_back_as_they_were(ids: tuple[int, int]) -> None:
+    """They are kept in narrower types."""
+    rows = [{"input_ids": [*ids, i % 2], "labels": 1, "weight": 0.5 * i} for i in range(7)]
+    fresh = RowSource(RowList(rows), pad_right(), batch_size=3)
+    kept = RowSource(RowList(rows), pad_right(), batch_size=3).keep_batches()
+    assert kept._kept is not None and kept._kept[0][1]["labels"].dtype == torch.uint8
+    for _ in range(2):
+        for (own, inputs), (others, expected) in zip(kept.by_length(), fresh.by_length(), strict=True):
+            assert own.tolist() == others.tolist() and inputs.keys() == expected.keys()
+            assert all(
+                inputs[name].dtype == value.dtype and torch.equal(inputs[name], value)
+                for name, value in expected.items()
+            )
 
 
 def test_sums_over_rows_are_those_of_single_rows() -> None:
