@@ -152,7 +152,9 @@ def _spare_retained(decision: Decision, directions: Directions, outset: Outset) 
             finish_curve=[*step.finish_curve, trial.to_dict()],
         )
         (retained,) = runner.look((rows,), step.length, step.damping, step.finish_weight)
-        decision.step, decision.after, decision.left, decision.spared = step, Aftermath(retained=retained), None, True
+        held_out = outset.held_out_at[step.length, step.damping, step.finish_weight]
+        decision.after = Aftermath(retained=retained, held_out=held_out)
+        decision.step, decision.left, decision.spared = step, None, True
 
 
 def _find_anew(
