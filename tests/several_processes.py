@@ -4,37 +4,45 @@
 
 imports the program once and forks from there, so that no process has to import PyTorch again. Each process calls
 `function(folder / "<function>-<processes>")` and leaves what it returned or raised in `process-<number>.json` there.
+
+A function that does not end fails alone: after a time limit its processes write where they are and are killed.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import importlib
 import json
 import multiprocessing
 import os
-import socket
+import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).parent
+LIMIT = 120.0  # seconds that a function may take: several times what the longest takes on two busy cores
 
 
-def run_in_processes(program: Path, folder: Path, *jobs: str, timeout: float = 280) -> dict[str, list[dict[str, Any]]]:
-    """Run `jobs` ("function:processes") one after the other.
+def run_in_processes(program: Path, folder: Path, *jobs: str, limit: float = LIMIT) -> dict[str, list[dict[str, Any]]]:
+    """Run `jobs` ("function:processes") one after the other, each for at most `limit` seconds.
 
     Returns:
         Job → for each process its `exit_code` and, where it came to its end, `result` (JSON), `error` (class name),
-        `message` and `seconds`.
+        `message` and `seconds`. A process that did not come to its end has an `error` "TimeoutError" and where it was
+        as its `message`.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "SECONDS_PER_JOB": str(limit)}
     command = [sys.executable, str(Path(__file__)), str(program), str(folder), *jobs]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     found: dict[str, list[dict[str, Any]]] = json.loads((folder / "jobs.json").read_text())
     return found
@@ -65,6 +73,8 @@ def results(processes: list[dict[str, Any]]) -> list[Any]:
 
 def _process(function: Callable[[Path], Any], folder: Path, environment: dict[str, str], out: Path) -> None:
     os.environ.update(environment)
+    stacks = out.with_suffix(".stacks").open("w")
+    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     started = time.perf_counter()
     result: dict[str, Any] = {"error": None, "message": None}
     try:
@@ -76,6 +86,39 @@ def _process(function: Callable[[Path], Any], folder: Path, environment: dict[st
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # process groups are not to be waited for
+
+
+def _store(port: Connection) -> None:
+    """Serve the store in which processes find each other."""
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port.send(store.port)
+    signal.pause()
+
+
+def _serve_store(context: ForkContext) -> tuple[BaseProcess, int]:
+    """A process that serves a store, and its port.
+
+    As torchrun does it. Were the first of the processes to open a port chosen before, another program, or a process
+    that tries to reach it, could have taken that port by then, and the processes would wait for each other.
+    """
+    receives, sends = context.Pipe(duplex=False)
+    process = context.Process(target=_store, args=(sends,), daemon=True)
+    process.start()
+    return process, receives.recv()
+
+
+def _stop(processes: list[BaseProcess]) -> None:
+    """Have `processes` write where they are, and kill them."""
+    for process in processes:
+        if process.pid is not None:
+            os.kill(process.pid, signal.SIGUSR1)
+    if processes:
+        time.sleep(1)  # to write
+    for process in processes:
+        process.kill()
+        process.join()
 
 
 def main(program: str, folder: str, *jobs: str) -> None:
@@ -90,10 +133,14 @@ def main(program: str, folder: str, *jobs: str) -> None:
         name, count = job.rsplit(":", 1)
         own = Path(folder) / job.replace(":", "-")
         own.mkdir(parents=True, exist_ok=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "ACCELERATE_USE_CPU": "true"}
+        store, port = _serve_store(context)
+        shared = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "WORLD_SIZE": count,
+            "ACCELERATE_USE_CPU": "true",
+        }
         processes = []
         for number in range(int(count)):
             environment = shared | {"RANK": str(number), "LOCAL_RANK": str(number)}
@@ -101,10 +148,18 @@ def main(program: str, folder: str, *jobs: str) -> None:
             process = context.Process(target=_process, args=(getattr(module, name), own, environment, out))
             process.start()
             processes.append((process, out))
+        end = time.monotonic() + float(os.environ["SECONDS_PER_JOB"])
+        for process, _ in processes:
+            process.join(max(0.0, end - time.monotonic()))
+        late = [process for process, _ in processes if process.is_alive()]
+        _stop(late)
+        store.kill()
+        store.join()
         found[job] = []
         for process, out in processes:
-            process.join()
             ended = json.loads(out.read_text()) if out.exists() else {}
+            if process in late:
+                ended = {"error": "TimeoutError", "message": out.with_suffix(".stacks").read_text()}
             found[job].append({"exit_code": process.exitcode, **ended})
     (Path(folder) / "jobs.json").write_text(json.dumps(found))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import time
@@ -9,7 +10,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
@@ -29,6 +32,7 @@ from hf_iau import (
     gather,
     register_method,
 )
+from hf_iau.calibrate import Shortfall, Walk, walk
 from hf_iau.curvature import fit_curvature
 from hf_iau.errors import IAUError, MissingMemoryError
 from hf_iau.forget import ForgetContext, MethodOutcome
@@ -123,6 +127,49 @@ def calibrated(folder: Path) -> dict[str, Any]:
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def walked_by_tokens(folder: Path) -> dict[str, Any]:
+    """Walks of a language model, alone and together: with rows of several lengths, one without any target, and a request
+    of fewer rows than processes."""
+    rows = rows_of("gpt2", 30)
+    rows[3]["labels"] = [-100] * len(rows[3]["labels"])
+    model = build("gpt2", dtype=torch.float64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(15):
+        for _, inputs in source_of("gpt2", rows, batch_size=15):
+            optimizer.zero_grad()
+            model(**inputs)["loss"].backward()
+            optimizer.step()
+    names = [name for name, _ in model.named_parameters()]
+    held_out = source_of("gpt2", rows_of("gpt2", 20, seed=1), batch_size=5)
+    curvature = fit_curvature(model, source_of("gpt2", rows))
+
+    def take(count: int) -> tuple[Shortfall, Walk]:
+        forget, known = source_of("gpt2", rows[:count], batch_size=3), source_of("gpt2", rows[10:], batch_size=4)
+        shortfall = Shortfall.of(*(predict_rows(model, rows) for rows in (forget, known, held_out)))
+        with patch.object(importlib.import_module("hf_iau.calibrate.walk"), "MOST_STEPS", 6):
+            path = walk(model, curvature, forget, known, held_out, shortfall, names=names, max_relative_step=0.5)
+        return shortfall, path
+
+    requests = (10, 2)
+    alone = [take(count) for count in requests]
+    join()
+    found = {}
+    for count, (targets, path), (own_targets, own_path) in zip(requests, map(take, requests), alone, strict=True):
+        moved, apart = (
+            float(sum((path.step[n] - there).square().sum() for n, there in other.items())) ** 0.5
+            for other in (dict.fromkeys(names, torch.zeros(())), own_path.step)
+        )
+        found[str(count)] = {
+            "targets": [targets.targets.shape, own_targets.targets.shape],
+            "targets apart": float(np.nanmax(np.abs(targets.targets - own_targets.targets))),
+            "steps": [len(path.curve), len(own_path.curve)],
+            "remaining": [path.remaining, own_path.remaining],
+            "apart": apart / moved,
+            "moved": moved,
+        }
+    return found
 
 
 def non_finite_row(folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from several_processes import results, run_jobs
 JOBS = {
     "few_rows": 3,
     "calibrated": 2,
+    "walked_by_tokens": 3,
     "non_finite_row": 2,
     "unreadable_row": 2,
     "apart": 2,
@@ -60,6 +61,20 @@ def test_calibration_is_that_of_one_process(jobs: dict[str, Any]) -> None:
     assert first["renewed"]["path"] == pytest.approx(alone["renewed"]["path"], rel=1e-4)
     assert first["after"] == pytest.approx(alone["after"], rel=1e-4)
     assert first["weights"] == pytest.approx(alone["weights"], rel=1e-6)
+
+
+def test_a_walk_by_tokens_is_that_of_one_process(jobs: dict[str, Any]) -> None:
+    first, *others = results(jobs["walked_by_tokens"])
+    assert all(other == first for other in others)
+    for count, found in first.items():
+        together, alone = found["targets"]
+        assert together == alone and together[0] == int(count)
+        assert found["targets apart"] < 1e-9
+        assert found["steps"][0] == found["steps"][1] > 2
+        assert found["remaining"][0] == pytest.approx(found["remaining"][1], rel=1e-9)
+        assert found["remaining"][0] < 0.95
+        assert found["moved"] > 0
+        assert found["apart"] < 1e-9
 
 
 def test_a_bad_row_of_one_process_is_named_by_all(jobs: dict[str, Any]) -> None:
