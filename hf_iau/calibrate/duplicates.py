@@ -77,7 +77,9 @@ def _describe(source: RowSource) -> Tensor | None:
 def _describe_batch(inputs: Batch) -> Tensor | None:
     tokens = inputs.get("input_ids")
     if isinstance(tokens, Tensor):
-        kept = inputs.get("attention_mask", torch.ones_like(tokens)).float()
+        # Rows of several texts, as of multiple choice, are one text here.
+        kept = inputs.get("attention_mask", torch.ones_like(tokens)).reshape(len(tokens), -1).float()
+        tokens = tokens.reshape(len(tokens), -1)
         # A fixed multiplicative hash: the same token falls into the same of many buckets in every batch.
         buckets = (tokens.long() * 2654435761 % 2**32) % (16 * _WIDTH)
         counts = torch.zeros(len(tokens), 16 * _WIDTH, device=tokens.device)

@@ -40,7 +40,7 @@ from hf_iau.calibrate.calibration import MAX_DRIFT
 from hf_iau.calibrate.shortfall import Shortfall
 from hf_iau.curvature import Curvature
 from hf_iau.forget.step import Step, step_norm, weights_norm
-from hf_iau.objective import RowPredictions, RowSource, evaluation_mode, predict_rows, read_targets
+from hf_iau.objective import RowPredictions, RowSource, evaluation_mode, predict_rows, predicted_targets
 from hf_iau.objective.predictions import stacked
 from hf_iau.objective.rows import sample_positions
 from hf_iau.objective.targets import Targets, TaskKind
@@ -324,7 +324,7 @@ def _kept_bytes(model: nn.Module, rows: RowSource) -> float:
     held = 0
     with evaluation_mode(model), torch.no_grad():
         for _, inputs in few.passes_of_all(model):
-            tensors = (*inputs.values(), read_targets(model, model(**inputs), inputs.get("labels")).logits)
+            tensors = (*inputs.values(), predicted_targets(model, inputs).logits)
             held += sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
     return max(held, 1) / len(few)
 
@@ -422,7 +422,7 @@ def _of_targets(targets: Targets, weights: np.ndarray) -> Tensor:
 def _targets_of(model: nn.Module, source: RowSource) -> Iterator[tuple[np.ndarray, Targets, bool]]:
     """Positions in this process's share, targets, and whether they count, of each batch that it has to go through."""
     for positions, inputs, counts in source.passes(model):
-        yield positions, read_targets(model, model(**inputs), inputs.get("labels")), counts
+        yield positions, predicted_targets(model, inputs), counts
 
 
 def _nothing(targets: Targets) -> tuple[Tensor, int]:

@@ -33,7 +33,7 @@ from hf_iau.curvature.layers import (
     sum_of_squares,
 )
 from hf_iau.errors import NonFiniteGradientError, RequestError
-from hf_iau.objective import RowLoss, RowSource, read_targets
+from hf_iau.objective import RowLoss, RowSource, predicted_targets
 from hf_iau.objective.working import is_narrow
 from hf_iau.parallel import (
     from_one_process,
@@ -148,7 +148,7 @@ class Fit:
         if self.row_loss is not None:
             loss, n_targets = self.row_loss(self.model, inputs)
         else:
-            targets = read_targets(self.model, self.model(**inputs), inputs.get("labels"))
+            targets = predicted_targets(self.model, inputs)
             loss, n_targets = targets.fisher_loss(self.row_ids[positions], self.seed), len(targets)
         return loss, n_targets
 

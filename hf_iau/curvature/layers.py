@@ -261,6 +261,8 @@ class NormalisationLayer(Layer):
         """The input as it is before scale and shift."""
         module = self.module
         if isinstance(module, nn.LayerNorm):
+            if tuple(x.shape[-len(module.normalized_shape) :]) != tuple(module.normalized_shape):
+                raise NotSeparableError(f"it normalises other dimensions of {tuple(x.shape)} than the last")
             return F.layer_norm(x, module.normalized_shape, None, None, module.eps)
         if isinstance(module, nn.GroupNorm):
             return F.group_norm(x, module.num_groups, None, None, module.eps)
@@ -411,7 +413,9 @@ def _layer_type(module: nn.Module) -> type[Layer] | None:
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
         return ConvolutionLayer
     if isinstance(module, nn.Embedding):
-        return None if module.scale_grad_by_freq or module.max_norm is not None else EmbeddingLayer
+        # Learned positions are often made of it, with a forward that is given something else than the places looked up.
+        plain = type(module).forward is nn.Embedding.forward
+        return EmbeddingLayer if plain and not module.scale_grad_by_freq and module.max_norm is None else None
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm, *_CHANNEL_NORMS)) or type(module).__name__.endswith("RMSNorm"):
         return NormalisationLayer
     return None

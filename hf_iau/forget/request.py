@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_iau.errors import MissingMemoryError, RequestError
 from hf_iau.objective import RowLoss, RowPredictions, RowSource
 from hf_iau.objective.row_loss import batch_rows
-from hf_iau.objective.targets import count_targets
+from hf_iau.objective.targets import count_targets, labels_of
 from hf_iau.phases import PhaseTimer
 from hf_iau.remember import GradientMemory
 
@@ -131,7 +131,7 @@ class ForgetContext:
 
     def count_forget_targets(self) -> int:
         """Targets of the forget rows: rows of a classifier, predicted tokens of a language model."""
-        return sum(count_targets(self.model, inputs.get("labels"), batch_rows(inputs)) for _, inputs in self.forget)
+        return sum(count_targets(self.model, labels_of(inputs), batch_rows(inputs)) for _, inputs in self.forget)
 
     def retained_sample(self, size: int, seed: int, name: str = "retained rows") -> RowSource | None:
         """Up to `size` retained rows: drawn from `retain` where given, else training rows that are not excluded."""

@@ -16,7 +16,7 @@ from hf_iau.forget import ForgetContext, MethodOutcome, apply_step, step_norm
 from hf_iau.gather.gradient_sum import sum_row_gradients
 from hf_iau.methods.base import register_method
 from hf_iau.methods.epochs import trained_parameters
-from hf_iau.objective import ModelRowLoss, RowSource, SmoothedRowLoss, evaluation_mode, read_targets
+from hf_iau.objective import ModelRowLoss, RowSource, SmoothedRowLoss, evaluation_mode, predicted_targets
 from hf_iau.objective.rows import Batch
 from hf_iau.settings import check_choice, check_number
 
@@ -169,7 +169,7 @@ class CurvatureProduct:
         return self._gradients(along) if along.requires_grad else None
 
     def _gauss_newton(self, inputs: Batch, vector: list[Tensor]) -> tuple[Tensor, ...] | None:
-        targets = read_targets(self.context.model, self.context.model(**inputs), inputs.get("labels"))
+        targets = predicted_targets(self.context.model, inputs)
         if len(targets) == 0:
             return None
         logits = targets.logits

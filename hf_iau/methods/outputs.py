@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_iau.errors import UnsupportedModelError
 from hf_iau.forget import ForgetContext
-from hf_iau.objective import Targets, TaskKind, evaluation_mode, read_targets
+from hf_iau.objective import Targets, TaskKind, evaluation_mode, labels_of, predicted_targets, read_targets
 from hf_iau.objective.rows import Batch
 
 
@@ -26,7 +26,7 @@ def check_task(context: ForgetContext, method: str, *kinds: TaskKind) -> int:
     model = context.model
     with evaluation_mode(model), torch.no_grad():
         inputs = context.forget.select([0]).first_batch()
-        targets = read_targets(model, model(**inputs), inputs.get("labels"))
+        targets = predicted_targets(model, inputs)
     if targets.kind not in kinds:
         raise UnsupportedModelError(
             f"method={method!r} serves {' and '.join(kinds)}, not {targets.kind}: its update has no meaning there. "
@@ -49,7 +49,7 @@ class Teacher:
     def targets(self, inputs: Batch) -> Targets:
         """What the teacher predicts for a batch, without gradients."""
         with torch.no_grad():
-            return read_targets(self.model, self.model(**inputs), inputs.get("labels"))
+            return predicted_targets(self.model, inputs)
 
 
 class Student:
@@ -79,7 +79,7 @@ class Student:
         loss, _ = self.context.row_loss(self.context.model, inputs)
         if not self._outputs:
             raise UnsupportedModelError("The row loss does not call the model itself, so its outputs cannot be read.")
-        return loss, read_targets(self.context.model, self._outputs[-1], inputs.get("labels"))
+        return loss, read_targets(self.context.model, self._outputs[-1], labels_of(inputs))
 
 
 def divergence(student: Targets, teacher: Targets, temperature: float) -> Tensor:

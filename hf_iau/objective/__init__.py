@@ -11,7 +11,7 @@ from hf_iau.objective.row_loss import (
     probe_additivity,
 )
 from hf_iau.objective.rows import RowSource
-from hf_iau.objective.targets import Targets, TaskKind, read_targets
+from hf_iau.objective.targets import Targets, TaskKind, labels_of, predicted_targets, read_targets
 
 __all__ = [
     "ModelRowLoss",
@@ -24,7 +24,9 @@ __all__ = [
     "TaskKind",
     "UserRowLoss",
     "evaluation_mode",
+    "labels_of",
     "predict_rows",
+    "predicted_targets",
     "probe_additivity",
     "read_targets",
 ]

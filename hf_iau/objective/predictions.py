@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_iau.errors import RequestError
 from hf_iau.objective.evaluation_mode import evaluation_mode
 from hf_iau.objective.rows import RowSource
-from hf_iau.objective.targets import TaskKind, read_targets
+from hf_iau.objective.targets import TaskKind, predicted_targets
 from hf_iau.parallel import gather_arrays, together
 
 
@@ -173,7 +173,7 @@ def _predict_own_rows(
     kind: TaskKind | None = None
     with evaluation_mode(model), torch.no_grad():
         for positions, inputs, counts_here in source.passes(model):
-            targets = read_targets(model, model(**inputs), inputs.get("labels"))
+            targets = predicted_targets(model, inputs)
             if not counts_here:
                 continue
             seen.append(positions)

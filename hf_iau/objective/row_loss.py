@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from hf_iau.errors import CoupledRowsError, UnsupportedModelError
 from hf_iau.objective.evaluation_mode import evaluation_mode
 from hf_iau.objective.rows import Batch, RowSource
-from hf_iau.objective.targets import TaskKind, base_model, count_targets, read_targets
+from hf_iau.objective.targets import SPAN_LABELS, TaskKind, base_model, count_targets, labels_of, read_targets
 from hf_iau.objective.working import is_narrow
 from hf_iau.parallel import gather_arrays, is_sharded
 
 LABEL_COLUMNS = ("labels", "label", "label_ids")
+LABELS = ("labels", *SPAN_LABELS)
 
 UserLossFunction = Callable[[nn.Module, Batch], Tensor]
 
@@ -58,14 +59,15 @@ class _ScaledRowLoss(RowLoss):
         """The loss as the library computes it when told that the batch has `num_items` items."""
 
     def __call__(self, model: nn.Module, inputs: Batch) -> tuple[Tensor, int]:
-        labels = inputs.get("labels")
+        labels = labels_of(inputs)
         n_targets = count_targets(model, labels, batch_rows(inputs))
         counts = 1.0
         if n_targets == 0:  # nothing but ignored labels: no loss, and a mean over them would be NaN
             if labels is None or not is_sharded(model):
                 return sum((p.sum() * 0.0 for p in model.parameters() if p.requires_grad), torch.zeros(())), 0
             # All processes pass through a sharded model: with labels of some kind.
-            counts, inputs = 0.0, {**inputs, "labels": torch.zeros_like(labels)}
+            counts = 0.0
+            inputs = {key: torch.zeros_like(inputs[key]) if key in LABELS else inputs[key] for key in inputs}
         if model not in self._is_sum:
             self._find_scale(model, inputs)
         loss = self._loss(model, inputs, 1) * counts
@@ -159,6 +161,11 @@ class SmoothedRowLoss(RowLoss):
     def __call__(self, model: nn.Module, inputs: Batch) -> tuple[Tensor, int]:
         inputs = dict(inputs)
         labels = inputs.pop("labels", None)
+        if labels is None and labels_of(inputs) is not None:
+            raise UnsupportedModelError(
+                f"label_smoothing_factor={self.epsilon} is of no effect where rows have {' and '.join(SPAN_LABELS)}: the "
+                "Trainer smooths `labels` alone. Leave it at 0."
+            )
         targets = read_targets(model, model(**inputs), labels)
         if targets.kind not in (TaskKind.SINGLE_LABEL, TaskKind.TOKENS):
             raise UnsupportedModelError(
@@ -194,7 +201,7 @@ class UserRowLoss(RowLoss):
                 f"row_loss returned {shape} for a batch of {rows} rows: return a tensor of shape ({rows},) with each "
                 "row's loss, or their sum as a scalar."
             )
-        return loss.sum(), count_targets(model, inputs.get("labels"), rows)
+        return loss.sum(), count_targets(model, labels_of(inputs), rows)
 
     def fingerprint(self) -> dict[str, str]:
         return {"kind": self.kind, **describe_function(self.function)}

@@ -19,6 +19,8 @@ from hf_iau.errors import UnsupportedModelError
 from hf_iau.objective.rows import sample_positions
 
 IGNORED_LABEL = -100
+SPAN_LABELS = ("start_positions", "end_positions")
+"""Label columns of extractive question answering."""
 _DRAW_UNITS = 2.0**52
 _LOOKED_AT = 256
 # Models whose labels are known to be real numbers.
@@ -147,13 +149,31 @@ def _draw_by_importance(p: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     return drawn, (sign * ratio.sqrt()).squeeze(1)
 
 
+def labels_of(inputs: Mapping[str, Any]) -> Tensor | None:
+    """A batch's labels: `labels`; or of question answering the tokens where answers start and end, `(rows, 2)`.
+
+    As Transformers' models do it, an answer that lies beyond the tokens is ignored, and a negative place is the first.
+    """
+    labels = inputs.get("labels")
+    if labels is not None or not all(isinstance(inputs.get(name), Tensor) for name in SPAN_LABELS):
+        return labels
+    spans = torch.stack([inputs[name].reshape(-1) for name in SPAN_LABELS], dim=1).clamp(min=0)
+    tokens = inputs.get("input_ids")
+    return spans.masked_fill(spans >= tokens.shape[1], IGNORED_LABEL) if isinstance(tokens, Tensor) else spans
+
+
 def read_logits(outputs: Any) -> Tensor:
-    """The logits in a model's outputs: `outputs["logits"]`, or the first tensor after the loss of a tuple."""
+    """The logits in a model's outputs: `outputs["logits"]`, or the first tensor after the loss of a tuple.
+
+    Of question answering the logits of start and end, `(rows, 2, tokens)`.
+    """
     if isinstance(outputs, Tensor):
         return outputs
     if isinstance(outputs, Mapping):
         if "logits" in outputs:
             return outputs["logits"]
+        if "start_logits" in outputs and "end_logits" in outputs:
+            return torch.stack([outputs["start_logits"], outputs["end_logits"]], dim=1)
         raise UnsupportedModelError(
             f"The model returned {', '.join(map(str, outputs))} but no `logits`, so its predictions cannot be read. "
             "Return a mapping with `logits` (and `loss`)."
@@ -207,7 +227,7 @@ def read_targets(model: nn.Module, outputs: Any, labels: Tensor | None) -> Targe
     Args:
         model: the model that made `outputs` (its configuration names the task).
         outputs: mapping, tuple or tensor of outputs.
-        labels: `(rows,)`, `(rows, tokens)` int, or `(rows[, outputs])` float.
+        labels: `(rows,)`, `(rows, tokens)` int, or `(rows[, outputs])` float, see `labels_of`.
 
     Raises:
         UnsupportedModelError: when there are no labels or the shapes are of no supported task.
@@ -217,8 +237,9 @@ def read_targets(model: nn.Module, outputs: Any, labels: Tensor | None) -> Targe
         logits = logits.float()
     if labels is None:
         raise UnsupportedModelError(
-            "The rows have no `labels`, so there is no target to measure. Give the data set a `labels` column "
-            "(question answering and other tasks with several label columns are not supported)."
+            "The rows have no `labels`, so there is no target to measure. Give the data set a `labels` column, or of "
+            "question answering `start_positions` and `end_positions` (other tasks with several label columns are not "
+            "supported)."
         )
     labels = labels.to(logits.device)
     problem = getattr(getattr(base_model(model), "config", None), "problem_type", None)
@@ -251,6 +272,11 @@ def read_targets(model: nn.Module, outputs: Any, labels: Tensor | None) -> Targe
         f"Logits of shape {tuple(logits.shape)} with labels of shape {tuple(labels.shape)} and type {labels.dtype} are "
         "of no supported task (single-label, multi-label or token classification, language modelling, regression)."
     )
+
+
+def predicted_targets(model: nn.Module, inputs: Mapping[str, Any]) -> Targets:
+    """Run `model` on a batch and line up its logits with the batch's labels, see `read_targets`."""
+    return read_targets(model, model(**inputs), labels_of(inputs))
 
 
 def look_for_real_labels(model: nn.Module, dataset: Any) -> None:

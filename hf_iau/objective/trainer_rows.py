@@ -12,6 +12,7 @@ from transformers import Trainer
 
 from hf_iau.errors import RequestError, UnsupportedModelError
 from hf_iau.objective.rows import RowSource, refuse_iterable, row_bytes, rows_are_deterministic, select_rows
+from hf_iau.objective.targets import labels_of
 from hf_iau.objective.wrappers import unwrapped
 
 
@@ -101,13 +102,14 @@ def check_columns(trainer: Trainer, forget: RowSource) -> None:
             "masking or augmentation), so a row has no one gradient. Use a collator without randomness."
         )
     # Looked for in the batch, for the collator may make the labels, as those of language models do.
-    if "labels" not in batch:
+    if labels_of(batch) is None:
         columns = sorted(row) if isinstance(row, Mapping) else sorted(batch)
         others = sorted(set(trainer.label_names) & set(batch))
         if others:
             raise UnsupportedModelError(
-                f"The forget rows have label columns {others} and no `labels`: question answering and other tasks "
-                "with label columns of their own are not supported. Rename the column `labels` where it is one."
+                f"The forget rows have label columns {others} and no `labels`: tasks with label columns of their own are "
+                "not supported, but for question answering (start_positions and end_positions). Rename the column `labels` "
+                "where it is one."
             )
         raise RequestError(
             f"The forget rows have columns {columns} and no labels, so they have no loss to unlearn. Pass rows "

@@ -449,13 +449,14 @@ def test_tasks_from_training_to_report(task: str, method: str, tmp_path: Path) -
 
 
 def test_tasks_with_several_label_columns_are_refused_by_name(tmp_path: Path) -> None:
-    from transformers import BertForQuestionAnswering
+    from transformers import BertForPreTraining
 
     config = bert(2).config
     rows = [
-        {key: row[key] for key in ("input_ids", "attention_mask")} | {"start_positions": 1, "end_positions": 2}
+        {key: row[key] for key in ("input_ids", "attention_mask")} | {"next_sentence_label": 1}
         for row in rows_of("bert", ROWS)
     ]
-    trainer = make_trainer(tmp_path, model=BertForQuestionAnswering(config), rows=rows, eval_dataset=None)
-    with pytest.raises(UnsupportedModelError, match=r"'end_positions', 'start_positions'.*question answering"):
+    settings = {"label_names": ["next_sentence_label"]}
+    trainer = make_trainer(tmp_path, model=BertForPreTraining(config), rows=rows, eval_dataset=None, settings=settings)
+    with pytest.raises(UnsupportedModelError, match=r"'next_sentence_label'.*but for question answering"):
         trainer.unlearn(row_indices=FORGET, retain_dataset=trainer.train_dataset.select([0, 2]), **PAPER)
