@@ -22,7 +22,7 @@ from hf_iau.gather.gather import (
     identify_rows,
     keep_input_columns,
 )
-from hf_iau.objective import RowLoss, RowSource, probe_additivity
+from hf_iau.objective import RowLoss, RowSource, probe_additivity, probe_targets
 from hf_iau.objective.placement import refuse_device
 from hf_iau.objective.row_loss import UserLossFunction
 from hf_iau.objective.wrappers import unwrapped
@@ -118,6 +118,8 @@ class IAUCallback(TrainerCallback):
             source = self._source(args, model, kwargs["train_dataloader"])
             check_gatherable(model, source.dataset)
             probe_additivity(self._choose_loss(args, model), model, source)
+            if self.config.reads_targets:
+                probe_targets(model, source)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any

@@ -76,6 +76,11 @@ class GatherConfig:
     seed: int = field(default=0, metadata={"help": "Seed of samples and drawn labels."})
     progress: bool = field(default=True, metadata={"help": "Show progress bars."})
 
+    @property
+    def reads_targets(self) -> bool:
+        """Whether gathering needs to know what a model predicts, and not only its loss."""
+        return self.curvature in ("ekfac", "diagonal") and self.fisher == "true"
+
     def __post_init__(self) -> None:
         choices = {
             "gradient_sum": ("exact", "sampled", "none"),

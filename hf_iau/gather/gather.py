@@ -27,6 +27,7 @@ from hf_iau.objective import (
     UserRowLoss,
     evaluation_mode,
     probe_additivity,
+    probe_targets,
 )
 from hf_iau.objective.adapters import check_adapters
 from hf_iau.objective.placement import check_placement
@@ -143,6 +144,8 @@ def _build_memory(
     look_for_real_labels(model, source.dataset)
     parameters = trainable_parameters(model)
     probe_additivity(row_loss, model, source)
+    if config.reads_targets:
+        probe_targets(model, source)
     of_model, of_data = model_fingerprint(model), data_fingerprint(model, source.dataset)
     agree(str(of_model | of_data), "the model or training rows that they gather from", SAME_START)
     seconds: dict[str, float] = {}

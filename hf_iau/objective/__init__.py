@@ -9,6 +9,7 @@ from hf_iau.objective.row_loss import (
     SmoothedRowLoss,
     UserRowLoss,
     probe_additivity,
+    probe_targets,
 )
 from hf_iau.objective.rows import RowSource
 from hf_iau.objective.targets import Targets, TaskKind, labels_of, predicted_targets, read_targets
@@ -28,5 +29,6 @@ __all__ = [
     "predict_rows",
     "predicted_targets",
     "probe_additivity",
+    "probe_targets",
     "read_targets",
 ]

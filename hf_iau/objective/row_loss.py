@@ -24,7 +24,15 @@ from torch import Tensor, nn
 from hf_iau.errors import CoupledRowsError, UnsupportedModelError
 from hf_iau.objective.evaluation_mode import evaluation_mode
 from hf_iau.objective.rows import Batch, RowSource
-from hf_iau.objective.targets import SPAN_LABELS, TaskKind, base_model, count_targets, labels_of, read_targets
+from hf_iau.objective.targets import (
+    SPAN_LABELS,
+    TaskKind,
+    base_model,
+    count_targets,
+    labels_of,
+    predicted_targets,
+    read_targets,
+)
 from hf_iau.objective.working import is_narrow
 from hf_iau.parallel import gather_arrays, is_sharded
 
@@ -269,6 +277,21 @@ def first_of_each_class(source: RowSource, rows: int = 256) -> list[int]:
         if isinstance(label, int):
             found.setdefault(label, int(position))
     return sorted(found.values())
+
+
+def probe_targets(model: nn.Module, source: RowSource) -> None:
+    """Look at one row, to refuse a task whose targets cannot be read before anything is computed.
+
+    Args:
+        model: the bare model.
+        source: rows; the first is taken.
+
+    Raises:
+        UnsupportedModelError: the model's outputs or the row's labels are of no supported task.
+    """
+    with evaluation_mode(model), torch.no_grad():
+        _, inputs = next(source.select([0]).passes_of_all(model))
+        predicted_targets(model, inputs)
 
 
 def probe_additivity(row_loss: RowLoss, model: nn.Module, source: RowSource, *, rows: int = 6) -> float:

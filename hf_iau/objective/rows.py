@@ -91,8 +91,19 @@ class RowSource:
         start = 0
         for batch in loader:
             stop = min(start + self.batch_size, len(self))
+            self._refuse_merged_rows(batch, stop - start)
             yield np.arange(start, stop), to_device(dict(batch), self.device)
             start = stop
+
+    def _refuse_merged_rows(self, batch: Mapping[str, Any], n_rows: int) -> None:
+        shapes = {name: tuple(v.shape) for name, v in batch.items() if isinstance(v, torch.Tensor) and v.dim()}
+        if shapes and not any(shape[0] == n_rows for shape in shapes.values()):
+            raise UnsupportedModelError(
+                f"data_collator={getattr(self.collator, '__name__', type(self.collator).__name__)} makes {shapes} of "
+                f"{n_rows} {self.name}, in which rows cannot be told apart (they are packed or flattened). Gather and "
+                "unlearn with a collator that pads, e.g. DataCollatorForSeq2Seq or DataCollatorForLanguageModeling(mlm=False): "
+                "each row's loss is the same."
+            )
 
     def length_order(self) -> np.ndarray:
         """The rows' positions from the longest row to the shortest; `row_lengths` says what is long.

@@ -13,10 +13,10 @@ import torch
 from architectures import ARCHITECTURES, collate
 from tiny_models import RowList
 from torch import Tensor
-from transformers import TrainingArguments
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments
 from unlearning_trainers import assert_bits, state_of
 
-from hf_iau import IAUCallback, UnlearningTrainer
+from hf_iau import IAUCallback, IAUConfig, UnlearningTrainer
 from hf_iau.curvature import DiagonalBlock, KroneckerBlock, fit_curvature
 from hf_iau.gather import sum_row_gradients
 from hf_iau.objective import ModelRowLoss, RowSource, evaluation_mode, predicted_targets
@@ -100,3 +100,33 @@ def test_a_calibrated_request(kind: str, tmp_path: Path) -> None:
     assert any(not torch.equal(value, before[name]) for name, value in state_of(trainer.model).items())
     result.revert()
     assert_bits(trainer.model, before)
+
+
+class Seq2SeqUnlearningTrainer(UnlearningTrainer, Seq2SeqTrainer):
+    """In front of another trainer."""
+
+
+def test_in_front_of_a_trainer_for_sequences(tmp_path: Path) -> None:
+    architecture = ARCHITECTURES["t5"]
+    found = []
+    for trainer_class, args_class in (
+        (UnlearningTrainer, TrainingArguments),
+        (Seq2SeqUnlearningTrainer, Seq2SeqTrainingArguments),
+    ):
+        trainer = trainer_class(
+            model=architecture.model(),
+            args=args_class(
+                tmp_path / trainer_class.__name__, use_cpu=True, report_to=[], save_strategy="no", max_steps=5
+            ),
+            train_dataset=RowList(architecture.rows(30)),
+            eval_dataset=RowList(architecture.rows(20, seed=1)),
+            data_collator=collate,
+            callbacks=[IAUCallback()],
+        )
+        trainer.train()
+        trainer.unlearn(row_indices=[3, 10], config=IAUConfig(length=0.1, damping=1.0))
+        found.append(trainer)
+    plain, sequences = found
+    assert_bits(sequences.model, state_of(plain.model))
+    sequences.args.predict_with_generate = True
+    assert sequences.predict(sequences.eval_dataset, max_length=6).predictions.shape[0] == 20
