@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_iau.errors import RequestError
 from hf_iau.objective.evaluation_mode import evaluation_mode
 from hf_iau.objective.rows import RowSource
-from hf_iau.objective.targets import TaskKind, predicted_targets
+from hf_iau.objective.targets import Targets, TaskKind, predicted_targets
 from hf_iau.parallel import gather_arrays, together
 
 
@@ -84,8 +84,9 @@ class RowPredictions:
             )
         logits = torch.from_numpy(np.log(np.maximum(p, np.finfo(np.float64).tiny)))
         classes = torch.from_numpy(y.astype(np.int64))
-        losses = torch.nn.functional.cross_entropy(logits, classes, reduction="none")
-        figures = _target_figures(TaskKind.SINGLE_LABEL, logits, classes, losses)
+        positions = torch.arange(len(p))
+        targets = Targets(TaskKind.SINGLE_LABEL, logits, classes, positions, len(p), torch.zeros_like(positions))
+        figures = _target_figures(targets)
         values = {name: figure.double().numpy() for name, figure in figures.items()}
         return cls(TaskKind.SINGLE_LABEL, **values, targets=np.ones(len(p)), probabilities=p)
 
@@ -178,10 +179,9 @@ def _predict_own_rows(
                 continue
             seen.append(positions)
             kind = targets.kind
-            losses = targets.losses()
-            figures = _target_figures(targets.kind, targets.logits, targets.labels, losses)
+            figures = _target_figures(targets)
             if kind is TaskKind.TOKENS:
-                token_losses.append(targets.in_rows(losses).cpu().numpy())
+                token_losses.append(targets.in_rows(figures["loss"]).cpu().numpy())
             counts = torch.bincount(targets.rows, minlength=targets.n_rows).double()
             for name, values in figures.items():
                 sums = torch.zeros(targets.n_rows, dtype=torch.float64, device=values.device)
@@ -197,7 +197,13 @@ def _predict_own_rows(
     return arrays, kind
 
 
-def _target_figures(kind: TaskKind, logits: Tensor, labels: Tensor, losses: Tensor) -> dict[str, Tensor]:
+def _target_figures(targets: Targets) -> dict[str, Tensor]:
+    """Figure → its values, `(targets,)`."""
+    parts = [_figures_of_part(part.kind, part.logits, part.labels, part.losses()) for part in targets.parts()]
+    return {name: torch.cat([figures[name] for figures in parts]) for name in parts[0]}
+
+
+def _figures_of_part(kind: TaskKind, logits: Tensor, labels: Tensor, losses: Tensor) -> dict[str, Tensor]:
     missing = torch.full_like(losses, float("nan"))
     figures = {"loss": losses, "label": missing, "predicted": missing}
     if kind is TaskKind.REGRESSION:

@@ -6,8 +6,8 @@ import enum
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ SPAN_LABELS = ("start_positions", "end_positions")
 """Label columns of extractive question answering."""
 _DRAW_UNITS = 2.0**52
 _LOOKED_AT = 256
+# What fits in a processor's cache, and what keeps an accelerator busy.
+_PART_BYTES = {True: 2**20, False: 2**26}
 # Models whose labels are known to be real numbers.
 _REAL_VALUED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -58,6 +60,19 @@ class Targets:
 
     def __len__(self) -> int:
         return int(self.rows.numel())
+
+    def parts(self) -> Iterator[Targets]:
+        """The same targets, few enough at a time that their logits are no more than `_PART_BYTES` on their device.
+
+        For what takes several tensors as large as the logits, which of a large vocabulary are themselves many megabytes.
+        """
+        classes = self.logits.shape[1] if self.logits.dim() > 1 else 1
+        size = max(_PART_BYTES[self.logits.device.type == "cpu"] // max(classes * self.logits.element_size(), 1), 1)
+        for start in range(0, max(len(self), 1), size):
+            part = slice(start, start + size)
+            yield replace(
+                self, logits=self.logits[part], labels=self.labels[part], rows=self.rows[part], order=self.order[part]
+            )
 
     def losses(self) -> Tensor:
         """Plain loss of each target, shape `(targets,)`: cross-entropy, mean BCE over labels, or mean squared error."""
@@ -97,7 +112,12 @@ class Targets:
         uniforms = self._uniforms(row_ids, seed)
         if self.kind in (TaskKind.SINGLE_LABEL, TaskKind.TOKENS):
             with torch.no_grad():
-                drawn, weights = _draw_by_importance(self.logits.double().softmax(dim=1), uniforms)
+                sizes = [len(part) for part in self.parts()]
+                draws = [
+                    _draw_by_importance(part.logits.double().softmax(dim=1), chosen)
+                    for part, chosen in zip(self.parts(), uniforms.split(sizes), strict=True)
+                ]
+                drawn, weights = (torch.cat(found) for found in zip(*draws, strict=True))
             losses = F.cross_entropy(self.logits, drawn, reduction="none")
             return (weights.to(losses.dtype) * losses).sum()
         outputs = self.logits.shape[1]
@@ -233,8 +253,6 @@ def read_targets(model: nn.Module, outputs: Any, labels: Tensor | None) -> Targe
         UnsupportedModelError: when there are no labels or the shapes are of no supported task.
     """
     logits = read_logits(outputs)
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
     if labels is None:
         raise UnsupportedModelError(
             "The rows have no `labels`, so there is no target to measure. Give the data set a `labels` column, or of "
@@ -251,27 +269,33 @@ def read_targets(model: nn.Module, outputs: Any, labels: Tensor | None) -> Targe
     if problem == "regression" or (
         problem is None and logits.dim() <= 2 and (scalar_output or _is_real_valued(model, labels, logits))
     ):
-        values = logits.reshape(n_rows, -1)
+        values = _wide(logits.reshape(n_rows, -1))
         return Targets(
             TaskKind.REGRESSION, values, labels.reshape(n_rows, -1).to(values.dtype), every_row, n_rows, first
         )
     if logits.dim() == 2 and labels.is_floating_point() and labels.shape == logits.shape:
+        logits = _wide(logits)
         return Targets(TaskKind.MULTI_LABEL, logits, labels.to(logits.dtype), every_row, n_rows, first)
     if logits.dim() == 2 and not labels.is_floating_point() and labels.numel() == n_rows:
         flat = labels.reshape(-1).long()
         kept = flat.ne(IGNORED_LABEL)
-        return Targets(TaskKind.SINGLE_LABEL, logits[kept], flat[kept], every_row[kept], n_rows, first[kept])
+        return Targets(TaskKind.SINGLE_LABEL, _wide(logits[kept]), flat[kept], every_row[kept], n_rows, first[kept])
     if logits.dim() == 3 and not labels.is_floating_point() and labels.shape == logits.shape[:2]:
         if shifts_labels(model):
             logits, labels = logits[:, :-1], labels[:, 1:]
         kept = labels.ne(IGNORED_LABEL)
         order = kept.long().cumsum(dim=1) - 1
         rows = every_row[:, None].expand_as(labels)
-        return Targets(TaskKind.TOKENS, logits[kept], labels[kept].long(), rows[kept], n_rows, order[kept])
+        return Targets(TaskKind.TOKENS, _wide(logits[kept]), labels[kept].long(), rows[kept], n_rows, order[kept])
     raise UnsupportedModelError(
         f"Logits of shape {tuple(logits.shape)} with labels of shape {tuple(labels.shape)} and type {labels.dtype} are "
         "of no supported task (single-label, multi-label or token classification, language modelling, regression)."
     )
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """Logits in float32, where they are narrower."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def predicted_targets(model: nn.Module, inputs: Mapping[str, Any]) -> Targets:
