@@ -136,6 +136,7 @@ def _measure(
             logging_strategy="no",
             disable_tqdm=True,
             report_to="none",
+            use_cpu=device.type == "cpu",
             **settings,
         ),
         train_dataset=train,

@@ -19,6 +19,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -75,6 +76,7 @@ def _process(function: Callable[[Path], Any], folder: Path, environment: dict[st
     os.environ.update(environment)
     stacks = out.with_suffix(".stacks").open("w")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     started = time.perf_counter()
     result: dict[str, Any] = {"error": None, "message": None}
     try:
@@ -94,7 +96,7 @@ def _store(port: Connection) -> None:
 
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     port.send(store.port)
-    signal.pause()
+    _end_with(os.getppid())
 
 
 def _serve_store(context: ForkContext) -> tuple[BaseProcess, int]:
@@ -106,7 +108,15 @@ def _serve_store(context: ForkContext) -> tuple[BaseProcess, int]:
     receives, sends = context.Pipe(duplex=False)
     process = context.Process(target=_store, args=(sends,), daemon=True)
     process.start()
+    sends.close()  # so that its end is noticed
     return process, receives.recv()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _stop(processes: list[BaseProcess]) -> None:

@@ -77,9 +77,10 @@ def _describe(source: RowSource) -> Tensor | None:
 def _describe_batch(inputs: Batch) -> Tensor | None:
     tokens = inputs.get("input_ids")
     if isinstance(tokens, Tensor):
+        mask = inputs.get("attention_mask")
+        kept = mask if isinstance(mask, Tensor) and mask.shape == tokens.shape else torch.ones_like(tokens)
         # Rows of several texts, as of multiple choice, are one text here.
-        kept = inputs.get("attention_mask", torch.ones_like(tokens)).reshape(len(tokens), -1).float()
-        tokens = tokens.reshape(len(tokens), -1)
+        tokens, kept = tokens.reshape(len(tokens), -1), kept.reshape(len(tokens), -1).float()
         # A fixed multiplicative hash: the same token falls into the same of many buckets in every batch.
         buckets = (tokens.long() * 2654435761 % 2**32) % (16 * _WIDTH)
         counts = torch.zeros(len(tokens), 16 * _WIDTH, device=tokens.device)

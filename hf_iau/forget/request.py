@@ -130,7 +130,7 @@ class ForgetContext:
         return self.train.select(kept, name)
 
     def count_forget_targets(self) -> int:
-        """Targets of the forget rows: rows of a classifier, predicted tokens of a language model."""
+        """Targets of the forget rows: rows of a classifier, predicted tokens of a language model, two an answer."""
         return sum(count_targets(self.model, labels_of(inputs), batch_rows(inputs)) for _, inputs in self.forget)
 
     def retained_sample(self, size: int, seed: int, name: str = "retained rows") -> RowSource | None:

@@ -25,19 +25,21 @@ from hf_iau.errors import CoupledRowsError, UnsupportedModelError
 from hf_iau.objective.evaluation_mode import evaluation_mode
 from hf_iau.objective.rows import Batch, RowSource
 from hf_iau.objective.targets import (
+    LABELS,
     SPAN_LABELS,
     TaskKind,
     base_model,
     count_targets,
+    has_spans,
     labels_of,
     predicted_targets,
     read_targets,
+    takes_argument,
 )
 from hf_iau.objective.working import is_narrow
 from hf_iau.parallel import gather_arrays, is_sharded
 
 LABEL_COLUMNS = ("labels", "label", "label_ids")
-LABELS = ("labels", *SPAN_LABELS)
 
 UserLossFunction = Callable[[nn.Module, Batch], Tensor]
 
@@ -60,7 +62,8 @@ class _ScaledRowLoss(RowLoss):
     """A loss of unknown scale, probed once a model: is it a sum over `num_items_in_batch`, or a mean over targets?"""
 
     def __init__(self) -> None:
-        self._is_sum: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+        # What makes Σ ℓ of the loss that is given one item; 0 for a mean over targets, whatever number it is given.
+        self._factor: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyDictionary()
 
     @abc.abstractmethod
     def _loss(self, model: nn.Module, inputs: Batch, num_items: int) -> Tensor:
@@ -74,24 +77,29 @@ class _ScaledRowLoss(RowLoss):
             if labels is None or not is_sharded(model):
                 return sum((p.sum() * 0.0 for p in model.parameters() if p.requires_grad), torch.zeros(())), 0
             # All processes pass through a sharded model: with labels of some kind.
-            counts = 0.0
-            inputs = {key: torch.zeros_like(inputs[key]) if key in LABELS else inputs[key] for key in inputs}
-        if model not in self._is_sum:
+            counts, inputs = 0.0, with_some_labels(inputs)
+        if model not in self._factor:
             self._find_scale(model, inputs)
         loss = self._loss(model, inputs, 1) * counts
-        return (loss if self._is_sum.get(model, False) else loss * n_targets), n_targets
+        return loss * (self._factor.get(model) or n_targets), n_targets
 
     def _find_scale(self, model: nn.Module, inputs: Batch) -> None:
-        """Whether the loss halves with twice the items; left open where it is zero or not finite."""
+        """Whether the loss halves with twice the items; left open where it is zero or not finite.
+
+        Of question answering Transformers has two kinds of sum: over starts and ends, and half of that.
+        """
         with torch.no_grad():
             one, two = (float(self._loss(model, inputs, items)) for items in (1, 2))
-        clear = one != 0.0 and np.isfinite(one)
-        found = [abs(one - 2.0 * two) <= 1e-3 * abs(one)] if clear else []
+            whole = float(predicted_targets(model, inputs).losses().sum()) if has_spans(inputs) else one
+        found = []
+        if one != 0.0 and np.isfinite(one):
+            is_sum = abs(one - 2.0 * two) <= 1e-3 * abs(one)
+            found = [(2.0 if abs(2.0 * one - whole) < abs(one - whole) else 1.0) if is_sum else 0.0]
         if is_sharded(model):  # so that all take the same passes from here on
-            every = gather_arrays({}, {"found": [bool(value) for value in found]}, "the scale of the loss")
+            every = gather_arrays({}, {"found": found}, "the scale of the loss")
             found = [value for _, about in every for value in about["found"]]
         if found:
-            self._is_sum[model] = found[0]
+            self._factor[model] = found[0]
 
 
 class ModelRowLoss(_ScaledRowLoss):
@@ -235,11 +243,9 @@ def accepts_loss_kwargs(model: nn.Module) -> bool:
     return takes_argument(base, "num_items_in_batch")
 
 
-def takes_argument(model: nn.Module, name: str) -> bool:
-    """Whether the model's forward has an argument `name`, or takes any."""
-    base = base_model(model)
-    parameters = inspect.signature(base.__dict__.get("_original_forward", base.forward)).parameters
-    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+def with_some_labels(inputs: Batch) -> Batch:
+    """A batch whose labels are all class or place 0, where all were ignored."""
+    return {key: torch.zeros_like(value) if key in LABELS else value for key, value in inputs.items()}
 
 
 def describe_function(function: Callable[..., Any]) -> dict[str, str]:
@@ -291,7 +297,13 @@ def probe_targets(model: nn.Module, source: RowSource) -> None:
     """
     with evaluation_mode(model), torch.no_grad():
         _, inputs = next(source.select([0]).passes_of_all(model))
-        predicted_targets(model, inputs)
+        try:
+            predicted_targets(model, inputs)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(
+                f"{error} Curvature needs to know what the model predicts; GatherConfig(fisher='empirical') makes do with "
+                "losses, but a request's report does not."
+            ) from error
 
 
 def probe_additivity(row_loss: RowLoss, model: nn.Module, source: RowSource, *, rows: int = 6) -> float:
@@ -318,7 +330,8 @@ def probe_additivity(row_loss: RowLoss, model: nn.Module, source: RowSource, *, 
         together = float(row_loss(model, everything)[0])
     tolerance = 3e-2 if is_narrow(model) else 1e-3
     scale = sum(abs(loss) for loss in singles)
-    if np.isfinite(scale) and abs(together - sum(singles)) > tolerance * scale + 1e-6:
+    apart = not np.isfinite(scale) and np.isfinite(together)
+    if apart or (np.isfinite(scale) and abs(together - sum(singles)) > tolerance * scale + 1e-6):
         raise CoupledRowsError(
             f"The loss ({row_loss.fingerprint()['kind']}) of a batch of {len(probe)} rows is {together:.6g} but its "
             f"rows' losses add up to {sum(singles):.6g}: rows are coupled within a batch (a contrastive or mixture-of-"

@@ -96,13 +96,16 @@ class RowSource:
             start = stop
 
     def _refuse_merged_rows(self, batch: Mapping[str, Any], n_rows: int) -> None:
-        shapes = {name: tuple(v.shape) for name, v in batch.items() if isinstance(v, torch.Tensor) and v.dim()}
-        if shapes and not any(shape[0] == n_rows for shape in shapes.values()):
+        """Refuse a batch none of whose tensors has as many lines as there are rows, or a multiple of it."""
+        if n_rows == 1:
+            return
+        shapes = [tuple(tensor.shape) for tensor in _tensors(batch) if tensor.dim()]
+        if shapes and all(shape[0] % n_rows for shape in shapes):
             raise UnsupportedModelError(
-                f"data_collator={getattr(self.collator, '__name__', type(self.collator).__name__)} makes {shapes} of "
-                f"{n_rows} {self.name}, in which rows cannot be told apart (they are packed or flattened). Gather and "
-                "unlearn with a collator that pads, e.g. DataCollatorForSeq2Seq or DataCollatorForLanguageModeling(mlm=False): "
-                "each row's loss is the same."
+                f"data_collator={getattr(self.collator, '__name__', type(self.collator).__name__)} makes tensors of shapes "
+                f"{sorted(set(shapes))} of {n_rows} {self.name}: it packs, flattens or drops rows, which then cannot be told "
+                "apart. Gather and unlearn with one that keeps them apart; for packed texts one that pads, e.g. "
+                "DataCollatorForSeq2Seq, gives each row the same loss."
             )
 
     def length_order(self) -> np.ndarray:
@@ -227,6 +230,15 @@ class RowSource:
         """The first batch, for probing."""
         _, inputs = next(iter(self))
         return inputs
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in a batch, however they are nested."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
 
 
 def _narrow(tensor: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,8 @@ from hf_iau.objective.rows import sample_positions
 IGNORED_LABEL = -100
 SPAN_LABELS = ("start_positions", "end_positions")
 """Label columns of extractive question answering."""
+LABELS = ("labels", *SPAN_LABELS)
+"""Inputs that are labels."""
 _DRAW_UNITS = 2.0**52
 _LOOKED_AT = 256
 # What fits in a processor's cache, and what keeps an accelerator busy.
@@ -173,13 +175,44 @@ def labels_of(inputs: Mapping[str, Any]) -> Tensor | None:
     """A batch's labels: `labels`; or of question answering the tokens where answers start and end, `(rows, 2)`.
 
     As Transformers' models do it, an answer that lies beyond the tokens is ignored, and a negative place is the first.
+
+    Raises:
+        UnsupportedModelError: labels that are no tensor; an answer of which only one end lies beyond the tokens, whose
+            model's loss depends on the rows beside it.
     """
     labels = inputs.get("labels")
-    if labels is not None or not all(isinstance(inputs.get(name), Tensor) for name in SPAN_LABELS):
+    if labels is not None and not isinstance(labels, Tensor):
+        raise UnsupportedModelError(
+            f"`labels` are a {type(labels).__name__} instead of a tensor: object detection and other tasks with labels of "
+            "several parts are not supported."
+        )
+    if labels is not None or not has_spans(inputs):
         return labels
     spans = torch.stack([inputs[name].reshape(-1) for name in SPAN_LABELS], dim=1).clamp(min=0)
     tokens = inputs.get("input_ids")
-    return spans.masked_fill(spans >= tokens.shape[1], IGNORED_LABEL) if isinstance(tokens, Tensor) else spans
+    if not isinstance(tokens, Tensor):
+        return spans
+    beyond = spans >= tokens.shape[1]
+    if bool((beyond[:, 0] != beyond[:, 1]).any()):
+        start, end = spans[beyond[:, 0] != beyond[:, 1]][0].tolist()
+        raise UnsupportedModelError(
+            f"start_positions={start} and end_positions={end} of a row of {tokens.shape[1]} tokens: one of them lies beyond "
+            "the tokens, and the model's loss of such a row depends on the rows beside it. Set both to 0 (no answer), or "
+            "both beyond."
+        )
+    return spans.masked_fill(beyond, IGNORED_LABEL)
+
+
+def has_spans(inputs: Mapping[str, Any]) -> bool:
+    """Whether a batch's labels are starts and ends of answers."""
+    return "labels" not in inputs and all(isinstance(inputs.get(name), Tensor) for name in SPAN_LABELS)
+
+
+def takes_argument(model: nn.Module, name: str) -> bool:
+    """Whether the model's forward has an argument `name`, or takes any."""
+    base = base_model(model)
+    parameters = inspect.signature(base.__dict__.get("_original_forward", base.forward)).parameters
+    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
 def read_logits(outputs: Any) -> Tensor:
@@ -253,6 +286,8 @@ def read_targets(model: nn.Module, outputs: Any, labels: Tensor | None) -> Targe
         UnsupportedModelError: when there are no labels or the shapes are of no supported task.
     """
     logits = read_logits(outputs)
+    if logits.dim() == 0:  # squeezed, of one row
+        logits = logits[None]
     if labels is None:
         raise UnsupportedModelError(
             "The rows have no `labels`, so there is no target to measure. Give the data set a `labels` column, or of "
@@ -289,7 +324,8 @@ def read_targets(model: nn.Module, outputs: Any, labels: Tensor | None) -> Targe
         return Targets(TaskKind.TOKENS, _wide(logits[kept]), labels[kept].long(), rows[kept], n_rows, order[kept])
     raise UnsupportedModelError(
         f"Logits of shape {tuple(logits.shape)} with labels of shape {tuple(labels.shape)} and type {labels.dtype} are "
-        "of no supported task (single-label, multi-label or token classification, language modelling, regression)."
+        "of no supported task (single-label, multi-label or token classification, language modelling, question "
+        "answering, regression)."
     )
 
 
@@ -300,7 +336,8 @@ def _wide(logits: Tensor) -> Tensor:
 
 def predicted_targets(model: nn.Module, inputs: Mapping[str, Any]) -> Targets:
     """Run `model` on a batch and line up its logits with the batch's labels, see `read_targets`."""
-    return read_targets(model, model(**inputs), labels_of(inputs))
+    given = {key: value for key, value in inputs.items() if key not in LABELS or takes_argument(model, key)}
+    return read_targets(model, model(**given), labels_of(inputs))
 
 
 def look_for_real_labels(model: nn.Module, dataset: Any) -> None:

@@ -191,6 +191,9 @@ ARCHITECTURES = {
     ),
     "masked language": Architecture(_of(t.BertForMaskedLM, t.BertConfig, **TEXT), masked, targets=2),
     "question answering": Architecture(_of(t.BertForQuestionAnswering, t.BertConfig, **TEXT), span, targets=2),
+    "question answering by a decoder": Architecture(
+        _of(t.LlamaForQuestionAnswering, t.LlamaConfig, **TEXT, num_key_value_heads=1), span, targets=2, tolerance=1e-5
+    ),
     "multiple choice": Architecture(_of(t.BertForMultipleChoice, t.BertConfig, **TEXT), choices),
     "albert": Architecture(
         _of(t.AlbertForSequenceClassification, t.AlbertConfig, **TEXT, embedding_size=8, num_labels=CLASSES),

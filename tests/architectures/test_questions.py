@@ -13,6 +13,7 @@ from unlearning_trainers import arguments
 
 from hf_iau import UnlearningTrainer, UnsupportedModelError
 from hf_iau.objective import ModelRowLoss, TaskKind, evaluation_mode, labels_of, predicted_targets
+from hf_iau.objective.row_loss import with_some_labels
 
 QUESTIONS = ARCHITECTURES["question answering"]
 
@@ -25,10 +26,10 @@ def batch_of(*spans: tuple[int, int]) -> dict[str, torch.Tensor]:
 
 
 def test_places_beyond_the_tokens_are_ignored_as_the_model_does() -> None:
-    inputs = batch_of((2, 3), (LENGTH - 1, LENGTH), (LENGTH + 5, LENGTH + 9), (-1, 0))
+    inputs = batch_of((2, 3), (LENGTH - 1, LENGTH - 1), (LENGTH + 5, LENGTH + 9), (-1, 0))
     found = labels_of(inputs)
     assert found is not None
-    assert found.tolist() == [[2, 3], [LENGTH - 1, -100], [-100, -100], [0, 0]]
+    assert found.tolist() == [[2, 3], [LENGTH - 1, LENGTH - 1], [-100, -100], [0, 0]]
     del inputs["end_positions"]
     assert labels_of(inputs) is None
     assert labels_of({"labels": found, **inputs}) is found
@@ -61,6 +62,25 @@ def test_rows_without_an_answer_in_reach_have_no_loss() -> None:
     assert (loss.item(), counted) == (0.0, 0)
     loss.backward()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("span", [(LENGTH - 1, LENGTH), (LENGTH, 2)])
+def test_answers_of_which_one_end_is_beyond_the_tokens_are_refused(span: tuple[int, int]) -> None:
+    """The model's loss is half the mean of the starts and half that of the ends, of which there are not as many."""
+    model = QUESTIONS.model()
+    with pytest.raises(
+        UnsupportedModelError, match=rf"start_positions={span[0]} and end_positions={span[1]} .* 8 tokens"
+    ):
+        ModelRowLoss()(model, batch_of((2, 3), span))
+
+
+def test_labels_of_a_batch_where_all_were_ignored_are_replaced() -> None:
+    """Processes that share a sharded model have to take the same passes."""
+    inputs = batch_of((LENGTH, LENGTH + 1))
+    found = with_some_labels(inputs)
+    assert labels_of(found).tolist() == [[0, 0]]  # type: ignore[union-attr]
+    assert torch.equal(found["input_ids"], inputs["input_ids"])
+    assert inputs["start_positions"].tolist() == [LENGTH]
 
 
 def test_smoothing_that_the_trainer_would_not_do_is_refused(tmp_path: Path) -> None:

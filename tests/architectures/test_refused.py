@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import transformers as t
 from architectures import ARCHITECTURES, TEXT, collate
 from tiny_models import RowList
+from torch import nn
 from unlearning_trainers import arguments
 
 from hf_iau import (
@@ -52,8 +54,60 @@ def test_rows_that_a_collator_joins_to_one(tmp_path: Path) -> None:
     rows = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in qwen.rows(12)]
     collator = t.DataCollatorWithFlattening()
     refused(
-        tmp_path, UnsupportedModelError, "DataCollatorWithFlattening.*collator that pads", qwen.model(), rows, collator
+        tmp_path,
+        UnsupportedModelError,
+        "DataCollatorWithFlattening.*packs.*one that pads",
+        qwen.model(),
+        rows,
+        collator,
     )
+
+
+def test_collators_that_keep_rows_apart_in_another_way_are_served() -> None:
+    """Nested inputs beside a constant; and two lines a row."""
+    rows = RowList([{"features": RNG.normal(size=4), "labels": 0} for _ in range(8)])
+    settings = GatherConfig(curvature="none", gradient_sum="exact", batch_size=3, progress=False)
+
+    def nested(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"batch": collate(rows), "constant": torch.eye(5)}
+
+    def twice(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"features": collate(rows)["features"].repeat_interleave(2, dim=0)}
+
+    for collator, read in (
+        (nested, lambda inputs: inputs["batch"]["features"]),
+        (twice, lambda inputs: inputs["features"]),
+    ):
+
+        def row_loss(model: nn.Module, inputs: dict[str, Any], read: Any = read) -> torch.Tensor:
+            return model(read(inputs)).square().sum()
+
+        memory = gather(nn.Linear(4, 2), rows, data_collator=collator, config=settings, row_loss=row_loss)
+        assert memory.n_rows == 8
+
+
+def test_rows_that_a_collator_drops(tmp_path: Path) -> None:
+    qwen = ARCHITECTURES["qwen3"]
+    refused(
+        tmp_path,
+        UnsupportedModelError,
+        "drops rows",
+        qwen.model(),
+        qwen.rows(12),
+        lambda rows: collate(rows[: max(len(rows) - 1, 1)]),
+    )
+
+
+def test_detection(tmp_path: Path) -> None:
+    """Labels that are a list of boxes and classes."""
+    model = ARCHITECTURES["swin"].model()
+    rows = ARCHITECTURES["swin"].rows(12)
+
+    def collator(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        pixels = collate([{"pixel_values": row["pixel_values"]} for row in rows])
+        return pixels | {"labels": [{"class_labels": row["labels"]} for row in rows]}
+
+    refused(tmp_path, UnsupportedModelError, "`labels` are a list.*object detection", model, rows, collator)
 
 
 def test_segmentation(tmp_path: Path) -> None:
@@ -62,7 +116,7 @@ def test_segmentation(tmp_path: Path) -> None:
     )
     rows = [{"pixel_values": RNG.normal(size=(3, 32, 32)), "labels": RNG.integers(0, 3, (32, 32))} for _ in range(12)]
     model = t.SegformerForSemanticSegmentation(config)
-    refused(tmp_path, UnsupportedModelError, "no supported task", model, rows)
+    refused(tmp_path, UnsupportedModelError, r"no supported task.*fisher='empirical'", model, rows)
     # Sums of gradients need no more than the loss.
     plain = GatherConfig(curvature="none", gradient_sum="exact", progress=False)
     model = model.eval()
