@@ -21,7 +21,7 @@ class IAUConfig:
     """Configuration of `iau`. None means: calibrated.
 
     Parameters that control the step:
-        length, damping, finish_weight, max_relative_step.
+        length, damping, finish_weight, finish_damping, max_relative_step.
     Parameters that control calibration:
         calibrate_on, damping_range, finish_weights, proxy_rows, held_out_rows, walk, recalibrate.
     Parameters that control the curvature:
@@ -39,6 +39,13 @@ class IAUConfig:
     )
     finish_weight: float | None = field(
         default=None, metadata={"help": "c, how much of the training's own unfinished step is taken along (0 = none)."}
+    )
+    finish_damping: float = field(
+        default=0.1,
+        metadata={
+            "help": "Least λ with which the training's unfinished step is taken along. In directions that C says are "
+            "flat the retained rows' gradient sum is mostly noise of the sample, which a small λ would magnify."
+        },
     )
     max_relative_step: float = field(
         default=0.5, metadata={"help": "Longest step allowed, relative to the norm of the weights."}
@@ -80,6 +87,8 @@ class IAUConfig:
                 raise ConfigError(
                     f"IAUConfig({name}={value}): give a finite number >= {least:g}, or None to calibrate."
                 )
+        if not (is_finite(self.finish_damping) and self.finish_damping >= 0):
+            raise ConfigError(f"IAUConfig(finish_damping={self.finish_damping}): give a finite number >= 0, e.g. 0.1.")
         if not 0 < self.max_relative_step <= 10:
             raise ConfigError(
                 f"IAUConfig(max_relative_step={self.max_relative_step}): give a number above 0, e.g. 0.5."

@@ -25,6 +25,7 @@ class Directions:
         finish_sum: Σ_D, or None where c = 0.
         remaining: n_r, targets that stay.
         targets: those that Σ is over, tokens of a language model; None where that is one a row.
+        finish_damping: the least λ that the training is finished with.
     """
 
     curvature: Curvature
@@ -32,18 +33,25 @@ class Directions:
     finish_sum: Mapping[str, Tensor] | None
     remaining: int
     targets: int | None = None
+    finish_damping: float = 0.0
 
     def __post_init__(self) -> None:
         self._made: dict[float, Step] = {}
 
     @classmethod
     def of(
-        cls, memory: GradientMemory, gradient_sum: GradientSum, finish_sum: Mapping[str, Tensor] | None = None
+        cls,
+        memory: GradientMemory,
+        gradient_sum: GradientSum,
+        finish_sum: Mapping[str, Tensor] | None = None,
+        finish_damping: float = 0.0,
     ) -> Directions:
         """Of the rows that `gradient_sum` is over, by the curvature of `memory`."""
         assert memory.curvature is not None
         remaining = max(memory.n_targets - gradient_sum.n_targets, 1)  # of tokens, n_targets is an estimate
-        return cls(memory.curvature, gradient_sum.tensors, finish_sum, remaining, gradient_sum.n_targets)
+        return cls(
+            memory.curvature, gradient_sum.tensors, finish_sum, remaining, gradient_sum.n_targets, finish_damping
+        )
 
     def at(self, damping: float) -> Step:
         """(C+λ)⁻¹Σ_f/n_r."""
@@ -53,16 +61,25 @@ class Directions:
         return self._made[damping]
 
     def parts(self, length: float, damping: float, finish_weight: float) -> Iterator[Step]:
-        """Δ = (C+λ)⁻¹(k·Σ_f − c·Σ_D)/n_r, a layer at a time."""
+        """Δ = (C+λ)⁻¹(k·Σ_f − c·Σ_D)/n_r, a layer at a time.
+
+        k·Σ_f − c·Σ_D is (k − c)·Σ_f − c·Σ_r, forgetting and finishing on the retained rows; the latter with λ of at least
+        `finish_damping`.
+        """
         forget = self.at(damping)
+        apart = self.finish_damping > damping
         for block in self.curvature.blocks.values():
             names = [name for name in block.shapes if name in forget]
             if self.finish_sum is None or finish_weight == 0.0:
                 yield finish_forgetting_step({name: forget[name] for name in names}, None, length, 0.0)
                 continue
-            part = self._solve({name: self.finish_sum[name] for name in names}, damping)
+            sums = {name: self.finish_sum[name] for name in names}
+            if apart:
+                sums = {name: total - self.forget_sum[name].to(total) for name, total in sums.items()}
+            part = self._solve(sums, max(damping, self.finish_damping))
             for name, change in part.items():  # in its place
-                change.mul_(-finish_weight).add_(forget[name].to(change.device), alpha=length)
+                own = length - finish_weight if apart else length
+                change.mul_(-finish_weight).add_(forget[name].to(change.device), alpha=own)
             yield part
 
     def step(self, length: float, damping: float, finish_weight: float) -> Step:

@@ -74,7 +74,7 @@ class IAU:
                 found = calibrate_on_proxies(context, config, memory, outset, basis)
         with context.timer.phase("gradient"):
             forget = objective_sum(context, context.forget)
-            directions = Directions.of(memory, forget, finish_sum(context, memory))
+            directions = Directions.of(memory, forget, finish_sum(context, memory), config.finish_damping)
         with context.timer.phase("calibration"):
             decision = decide(context, config, memory, directions, outset, basis, found)
         with context.timer.phase("update"):

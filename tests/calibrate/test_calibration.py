@@ -27,6 +27,7 @@ from hf_iau.calibrate import (
 )
 from hf_iau.calibrate.calibration import _first_guess, _power, find_length, standard_error_of_auc
 from hf_iau.calibrate.trial import auc_distance, class_share_distance
+from hf_iau.forget import step_norm
 from hf_iau.gather.gradient_sum import sum_row_gradients
 from hf_iau.measure import attack_auc
 from hf_iau.objective import ModelRowLoss, RowSource, predict_rows
@@ -39,6 +40,24 @@ def rows_of(dataset, name="rows"):
 def directions_of(scene, rows, finish_sum=None):
     total = sum_row_gradients(scene.model, ModelRowLoss(), rows)
     return Directions(scene.memory.curvature, total.tensors, finish_sum, scene.memory.n_targets - total.n_targets)
+
+
+def test_finishing_has_a_damping_of_its_own(scene, runner):
+    """(k − c)·(C+λ)⁻¹Σ_f − c·(C+λ_c)⁻¹Σ_r, where λ is below λ_c; else one λ for both."""
+    curvature, exact, forget = scene.memory.curvature, scene.memory.gradient_sum, runner.directions.forget_sum
+    directions = Directions(curvature, forget, exact, 900, finish_damping=0.1)
+    retained = {name: exact[name].double() - forget[name].double() for name in exact}
+    first, second = curvature.solve(forget, 0.001), curvature.solve(retained, 0.1)
+    for name, change in directions.step(0.7, 0.001, 0.02).items():
+        expected = (0.68 * first[name] - 0.02 * second[name]) / 900
+        torch.testing.assert_close(change.double(), expected.double(), rtol=1e-3, atol=1e-6)
+    shared = Directions(curvature, forget, exact, 900)
+    for damping in (0.1, 1.0):
+        one, other = (d.step(0.7, damping, 0.02) for d in (directions, shared))
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    one, other = (d.step(0.7, 0.001, 0.0) for d in (directions, shared))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert directions.norm(0.7, 0.001, 0.02) == pytest.approx(step_norm(directions.step(0.7, 0.001, 0.02)), rel=1e-6)
 
 
 @pytest.fixture

@@ -146,7 +146,9 @@ def forget_by_newton(rows: Rows, forget: np.ndarray, regression: bool, folder: s
     assert memory.weight_decay == {"layer.weight": DECAY}
     memory.curvature = ExactCurvature(model, Rows(rows.inputs[keep], rows.labels[keep]))  # type: ignore[assignment]
     trainer.unlearning_state.given = memory
-    trainer.unlearn(row_indices=forget, config=IAUConfig(length=1.0, damping=0.0, finish_weight=1.0))
+    trainer.unlearn(
+        row_indices=forget, config=IAUConfig(length=1.0, damping=0.0, finish_weight=1.0, finish_damping=0.0)
+    )
     return model.layer.weight.detach().clone(), optimum(rows, keep, regression)
 
 
