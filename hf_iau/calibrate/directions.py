@@ -75,7 +75,10 @@ class Directions:
                 continue
             sums = {name: self.finish_sum[name] for name in names}
             if apart:
-                sums = {name: total - self.forget_sum[name].to(total) for name, total in sums.items()}
+                sums = {
+                    name: total - self.forget_sum[name].to(device=total.device, dtype=total.dtype)
+                    for name, total in sums.items()
+                }
             part = self._solve(sums, max(damping, self.finish_damping))
             for name, change in part.items():  # in its place
                 own = length - finish_weight if apart else length

@@ -57,7 +57,7 @@ from hf_iau.parallel import (
     whole_tensor,
 )
 
-GIVEN = IAUConfig(length=0.1, damping=1.0, finish_weight=0.01)
+GIVEN = IAUConfig(length=0.1, damping=0.05, finish_weight=0.01)  # finished with a damping of its own
 
 
 def join() -> None:

@@ -37,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
 _CONFIGS: dict[str, Any] = {
     "iau-paper": IAUPaperConfig(eta=1e-3),
     "iau-released": None,
-    "iau": IAUConfig(length=0.1, damping=1.0, finish_weight=0.01),
+    "iau": IAUConfig(length=0.1, damping=0.05, finish_weight=0.01),
 }
 
 
