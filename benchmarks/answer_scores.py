@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from benchmarks.question_answers import QuestionAnswers, prompt_tokens
+from hf_iau.data import RowSource, evaluation_mode, predict_rows
+from hf_iau.data.rows import sample_positions
 from hf_iau.errors import RequestError
-from hf_iau.measure import ModelUtility, forget_quality, model_utility, truth_ratio
-from hf_iau.objective import RowSource, evaluation_mode, predict_rows
-from hf_iau.objective.rows import sample_positions
-from hf_iau.report.jsonable import jsonable
+from hf_iau.metrics.question_answers import ModelUtility, forget_quality, model_utility, truth_ratio
+from hf_iau.utils.jsonable import jsonable
 
 if TYPE_CHECKING:
     from benchmarks.training import Case, ModelStore
@@ -30,7 +30,7 @@ class AnswerScores:
     """What a model makes of the questions.
 
     Attributes:
-        forget_truth_ratios: `(forget rows,)`, see `hf_iau.measure.truth_ratio`.
+        forget_truth_ratios: `(forget rows,)`, see `hf_iau.metrics.question_answers.truth_ratio`.
         forget_probability: mean over the forget rows of P(answer)^(1/tokens).
         forget_rouge_l_recall: mean ROUGE-L recall of greedy answers; None where `rouge_score` is not installed.
         utility: on (a sample of) the retained rows.

@@ -13,13 +13,15 @@ from benchmarks.answer_scores import AnswerScorer, AnswerScores, quality
 from benchmarks.files import write_arrays
 from benchmarks.question_answers import QuestionAnswers
 from benchmarks.training import Case, ModelStore, TrainedModel
+from hf_iau.data import RowSource
+from hf_iau.data.rows import sample_positions
 from hf_iau.errors import IAUError
-from hf_iau.measure import Figures, Measurement, gap, measure_model
-from hf_iau.measure.agreement import agreement
-from hf_iau.measure.attacks import svc_confidence_attack
-from hf_iau.objective import RowSource
-from hf_iau.objective.rows import sample_positions
-from hf_iau.report.jsonable import jsonable
+from hf_iau.evaluation.attacks import svc_confidence_attack
+from hf_iau.evaluation.figures import Figures
+from hf_iau.evaluation.measurement import Measurement, measure_model
+from hf_iau.evaluation.model_agreement import agreement
+from hf_iau.evaluation.retraining_gap import gap
+from hf_iau.utils.jsonable import jsonable
 
 MEASURED_RETAINED_ROWS = 10_000
 MEASURED_HELD_OUT_ROWS = 4_000
@@ -32,7 +34,7 @@ class MeasuredModel:
 
     Attributes:
         rows: predictions by set of rows.
-        figures: see `hf_iau.measure.Figures`.
+        figures: see `hf_iau.evaluation.Figures`.
         svc_mia: share of forget rows that the SVC confidence attack of SalUn's tables calls unseen, 0 to 1; None for too
             few rows or a diverged model.
         answers: TOFU's figures, of question-answer rows alone.

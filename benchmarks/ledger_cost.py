@@ -28,11 +28,13 @@ import typer
 
 from benchmarks.hardware import hardware
 from hf_iau import Ledger
-from hf_iau.remember import RowIdentity, find_key
-from hf_iau.remember.files import write_text_atomically
-from hf_iau.remember.fingerprints import package_versions
-from hf_iau.requests import LedgerEntry, certificate
-from hf_iau.requests.journal import Journal, JournalFile
+from hf_iau.deletion.journal import Journal, JournalFile
+from hf_iau.deletion.ledger import LedgerEntry
+from hf_iau.deletion.receipt import certificate
+from hf_iau.memory.files import write_text_atomically
+from hf_iau.memory.fingerprints import package_versions
+from hf_iau.memory.keys import find_key
+from hf_iau.memory.row_identity import RowIdentity
 
 GOAL_MILLISECONDS = 100.0
 

@@ -32,7 +32,7 @@ from benchmarks.hardware import hardware
 from hf_iau import Estimate, GatherConfig, IAUConfig, UnlearningTrainer, estimate
 from hf_iau.curvature.eigenvectors import eigenvector_bytes
 from hf_iau.curvature.layers import plan_layers
-from hf_iau.phases import peak_allocated_bytes
+from hf_iau.utils.timing import peak_allocated_bytes
 
 _LENGTH, _VOCABULARY, _CLASSES = 32, 2000, 10
 _ROWS, _HELD_OUT, _FORGET = 400, 200, 40

@@ -8,9 +8,8 @@ from typing import Any, get_args
 import numpy as np
 
 from benchmarks.tuning import RULE
-from hf_iau.measure import klom, u_lira
-from hf_iau.measure.model_sets import MINIMUM_MODELS, KLoMEstimator
-from hf_iau.report.jsonable import jsonable
+from hf_iau.metrics.model_sets import MINIMUM_MODELS, KLoMEstimator, klom, u_lira
+from hf_iau.utils.jsonable import jsonable
 
 SIDES = ("forget", "retained", "test")
 DO_NOTHING, RETRAINED_SET, RETRAINED_AGAIN = "do nothing", "retrained", "retrained again"

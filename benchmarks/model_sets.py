@@ -38,9 +38,8 @@ from benchmarks.suites import CIFAR10_RESNET18, DIGITS, LENET, STANDARD, SYNTHET
 from benchmarks.training import SECOND_SEED, Case, ModelStore, TrainedModel
 from benchmarks.variants import Variant, options
 from hf_iau import GradientMemory, IAUError
-from hf_iau.measure import margins
-from hf_iau.measure.model_sets import MINIMUM_MODELS
-from hf_iau.objective import RowSource, evaluation_mode, read_targets
+from hf_iau.data import RowSource, evaluation_mode, read_targets
+from hf_iau.metrics.model_sets import MINIMUM_MODELS, margins
 
 logger = logging.getLogger("benchmarks.model_sets")
 
@@ -263,7 +262,7 @@ class Members:
 
 
 def row_margins(model: nn.Module, source: RowSource) -> np.ndarray:
-    """Margins of a source's rows, float64, `(rows,)`; see `hf_iau.measure.margins`."""
+    """Margins of a source's rows, float64, `(rows,)`; see `hf_iau.metrics.model_sets.margins`."""
     found = []
     with evaluation_mode(model), torch.no_grad():
         for _, inputs in source:

@@ -35,7 +35,7 @@ from benchmarks import month_worker
 from benchmarks.hardware import hardware
 from benchmarks.month_worker import TRAIN_ROWS, weights
 from hf_iau import GradientMemory, Ledger
-from hf_iau.requests.milestones import MILESTONES
+from hf_iau.deletion.milestones import MILESTONES
 
 _TOLERANCE = 1e-5
 _OTHER_WORLD_SIZE = 2
@@ -220,7 +220,7 @@ def _start(work: Callable[[Any], None], argument: Any, environment: dict[str, st
 
 def _child(work: Callable[[Any], None], argument: Any, environment: dict[str, str]) -> None:
     os.environ.update(environment)
-    logging.getLogger("hf_iau.train").setLevel(logging.ERROR)
+    logging.getLogger("hf_iau.unlearn").setLevel(logging.ERROR)
     try:
         work(argument)
     except BaseException:

@@ -19,8 +19,8 @@ from transformers import TrainingArguments, set_seed
 from benchmarks.data import TensorRows
 from benchmarks.models import MLP
 from hf_iau import GatherConfig, IAUCallback, UnlearningTrainer
-from hf_iau.parallel import is_main_process
-from hf_iau.requests import milestones
+from hf_iau.deletion import milestones
+from hf_iau.distributed import is_main_process
 
 TRAIN_ROWS = 3000
 _HELD_OUT_ROWS = 600

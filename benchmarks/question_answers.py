@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from benchmarks.data import Split, Splits
-from hf_iau.objective.targets import IGNORED_LABEL
-from hf_iau.tasks.rows import load_rows
+from hf_iau.cli.task_rows import load_rows
+from hf_iau.data.targets import IGNORED_LABEL
 
 TOFU = "tofu"
 VOCABULARY = 2048

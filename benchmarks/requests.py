@@ -12,7 +12,7 @@ import torch
 from benchmarks.comparison import Comparison, MeasuredModel
 from benchmarks.variants import Variant
 from hf_iau import GatherConfig, UnlearningTrainer
-from hf_iau.methods import find_method
+from hf_iau.methods.base import find_method
 
 CHECKPOINTS = (5, 10, 20)
 """After this many of several requests the gap is measured on the rows forgotten so far."""

@@ -23,7 +23,7 @@ from benchmarks.question_answers import TOFU, load_tofu, train_tokenizer
 from benchmarks.scenarios import Scenario
 from benchmarks.suites import Work
 from hf_iau import GradientMemory, RestrictionConfig, UnlearningTrainer
-from hf_iau.methods import RetrainConfig
+from hf_iau.methods.baselines.retrain import RetrainConfig
 
 logger = logging.getLogger(__name__)
 

@@ -6,24 +6,22 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from hf_iau.methods import (
-    BadTeacherConfig,
-    FineTuneConfig,
-    FisherForgettingConfig,
-    GradientAscentConfig,
-    IAUConfig,
-    IAUPaperConfig,
-    IAUReleasedConfig,
-    InfluenceCGConfig,
-    L1SparseConfig,
-    NegGradPlusConfig,
-    NPOConfig,
-    RandomLabelsConfig,
-    SalUnConfig,
-    SCRUBConfig,
-    SSDConfig,
-)
-from hf_iau.report.jsonable import jsonable
+from hf_iau.methods.baselines.bad_teacher import BadTeacherConfig
+from hf_iau.methods.baselines.fine_tune import FineTuneConfig
+from hf_iau.methods.baselines.fisher_forgetting import FisherForgettingConfig
+from hf_iau.methods.baselines.gradient_ascent import GradientAscentConfig
+from hf_iau.methods.baselines.influence_cg import InfluenceCGConfig
+from hf_iau.methods.baselines.l1_sparse import L1SparseConfig
+from hf_iau.methods.baselines.neggrad_plus import NegGradPlusConfig
+from hf_iau.methods.baselines.npo import NPOConfig
+from hf_iau.methods.baselines.random_labels import RandomLabelsConfig
+from hf_iau.methods.baselines.salun import SalUnConfig
+from hf_iau.methods.baselines.scrub import SCRUBConfig
+from hf_iau.methods.baselines.ssd import SSDConfig
+from hf_iau.methods.iau.config import IAUConfig
+from hf_iau.methods.iau_paper import IAUPaperConfig
+from hf_iau.methods.iau_released import IAUReleasedConfig
+from hf_iau.utils.jsonable import jsonable
 
 if TYPE_CHECKING:
     from benchmarks.suites import Work

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
 
-from hf_iau.demo import run_demo
+from hf_iau.cli.demo import run_demo
 
 
 @dataclass

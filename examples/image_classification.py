@@ -42,7 +42,7 @@ from transformers import (
 )
 
 from hf_iau import GatherConfig, IAUCallback, IAUConfig, IAUPaperConfig, IAUReleasedConfig, UnlearningTrainer
-from hf_iau.tasks import encode_labels, label_names, read_ids
+from hf_iau.cli.task_rows import encode_labels, label_names, read_ids
 
 logger = logging.getLogger(__name__)
 

@@ -5,6 +5,9 @@ Data flows one way: gather → remember → forget → calibrate → measure →
 
 from importlib.metadata import PackageNotFoundError, version
 
+from hf_iau.cost_estimate import Estimate, estimate
+from hf_iau.deletion.artefacts import AuditReport, audit
+from hf_iau.deletion.ledger import Ledger, LedgerEntry
 from hf_iau.errors import (
     AlreadyForgottenError,
     CalibrationError,
@@ -23,22 +26,18 @@ from hf_iau.errors import (
     UnknownRowsError,
     UnsupportedModelError,
 )
-from hf_iau.forecast import Estimate, estimate
-from hf_iau.gather import GatherConfig, IAUCallback, gather
-from hf_iau.gather.checker import GradientCheck, check_row_gradients
-from hf_iau.methods import (
-    IAUConfig,
-    IAUPaperConfig,
-    IAUReleasedConfig,
-    UnlearningMethod,
-    available_methods,
-    register_method,
-)
-from hf_iau.publish import AuditReport, audit
-from hf_iau.remember import GradientMemory
-from hf_iau.report import UnlearningReport
-from hf_iau.requests import Ledger, LedgerEntry
-from hf_iau.train import RestrictionConfig, UnlearningTrainer, UnlearnOutput
+from hf_iau.memory.checker import GradientCheck, check_row_gradients
+from hf_iau.memory.config import GatherConfig
+from hf_iau.memory.fit import gather
+from hf_iau.memory.memory import GradientMemory
+from hf_iau.methods.base import UnlearningMethod, available_methods, register_method
+from hf_iau.methods.iau.config import IAUConfig
+from hf_iau.methods.iau_paper import IAUPaperConfig
+from hf_iau.methods.iau_released import IAUReleasedConfig
+from hf_iau.report.report import UnlearningReport
+from hf_iau.trainer.callback import IAUCallback
+from hf_iau.trainer.restriction import RestrictionConfig
+from hf_iau.trainer.unlearning_trainer import UnlearningTrainer, UnlearnOutput
 
 try:
     __version__ = version("hf-iau")

@@ -6,22 +6,20 @@ from typing import Any
 
 from tiny_models import build
 
-from hf_iau.methods import (
-    BadTeacherConfig,
-    FineTuneConfig,
-    FisherForgettingConfig,
-    GradientAscentConfig,
-    InfluenceCGConfig,
-    L1SparseConfig,
-    NegGradPlusConfig,
-    NPOConfig,
-    RandomLabelsConfig,
-    RetrainConfig,
-    SalUnConfig,
-    SCRUBConfig,
-    SSDConfig,
-    UnrollingSGDConfig,
-)
+from hf_iau.methods.baselines.bad_teacher import BadTeacherConfig
+from hf_iau.methods.baselines.fine_tune import FineTuneConfig
+from hf_iau.methods.baselines.fisher_forgetting import FisherForgettingConfig
+from hf_iau.methods.baselines.gradient_ascent import GradientAscentConfig
+from hf_iau.methods.baselines.influence_cg import InfluenceCGConfig
+from hf_iau.methods.baselines.l1_sparse import L1SparseConfig
+from hf_iau.methods.baselines.neggrad_plus import NegGradPlusConfig
+from hf_iau.methods.baselines.npo import NPOConfig
+from hf_iau.methods.baselines.random_labels import RandomLabelsConfig
+from hf_iau.methods.baselines.retrain import RetrainConfig
+from hf_iau.methods.baselines.salun import SalUnConfig
+from hf_iau.methods.baselines.scrub import SCRUBConfig
+from hf_iau.methods.baselines.ssd import SSDConfig
+from hf_iau.methods.baselines.unrolling_sgd import UnrollingSGDConfig
 
 
 def quick_settings(family: str) -> dict[str, Any]:

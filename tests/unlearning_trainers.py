@@ -71,7 +71,7 @@ def make_trainer(
         "eval_dataset": wrap(rows_of(family, HELD_OUT, seed=1)),
         "data_collator": collator(dtype),
     }
-    logging.getLogger("hf_iau.train").setLevel(logging.ERROR)
+    logging.getLogger("hf_iau.unlearn").setLevel(logging.ERROR)
     return trainer_class(**(given | kwargs))
 
 

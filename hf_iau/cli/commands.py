@@ -12,7 +12,6 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from hf_iau.calibrate.verdict import RETRAIN
 from hf_iau.cli.inputs import load, memory_of, other_model, request_of, settings_of, training_arguments
 from hf_iau.cli.options import (
     BatchOption,
@@ -36,20 +35,24 @@ from hf_iau.cli.options import (
     WhereOption,
 )
 from hf_iau.cli.output import ExitCode, Output, reported
+from hf_iau.cli.task import local_folder
+from hf_iau.cost_estimate import estimate
+from hf_iau.data import RowSource
+from hf_iau.deletion.artefacts import audit
+from hf_iau.deletion.ledger import Ledger
 from hf_iau.errors import RequestError
-from hf_iau.forecast import estimate
-from hf_iau.gather import GatherConfig, gather
-from hf_iau.gather.gather import default_collator, describe_memory, keep_input_columns
-from hf_iau.measure import gap, measure_model
-from hf_iau.methods import method_config
-from hf_iau.objective import RowSource
-from hf_iau.publish import UnlearningCard, audit
-from hf_iau.remember import MEMORY_FOLDER
-from hf_iau.remember.files import unmasked
-from hf_iau.report import UnlearningReport, tables
-from hf_iau.requests import Ledger
-from hf_iau.tasks.task import local_folder
-from hf_iau.train import UnlearningTrainer
+from hf_iau.evaluation.measurement import measure_model
+from hf_iau.evaluation.retraining_gap import gap
+from hf_iau.memory.config import GatherConfig
+from hf_iau.memory.files import unmasked
+from hf_iau.memory.fit import default_collator, describe_memory, gather, keep_input_columns
+from hf_iau.memory.memory_files import MEMORY_FOLDER
+from hf_iau.methods.base import method_config
+from hf_iau.methods.iau.verdict import RETRAIN
+from hf_iau.report import tables
+from hf_iau.report.card import UnlearningCard
+from hf_iau.report.report import UnlearningReport
+from hf_iau.trainer.unlearning_trainer import UnlearningTrainer
 
 app = typer.Typer(
     name="hf-iau",
@@ -408,7 +411,7 @@ def demo_command(
 ) -> None:
     """A small vision transformer learns wrong labels by heart and forgets 80 of them: about a minute, no downloads."""
     with reported(Output(debug=debug)):
-        from hf_iau.demo import run_demo  # scikit-learn and its data are needed here alone
+        from hf_iau.cli.demo import run_demo  # scikit-learn and its data are needed here alone
 
         run_demo(output, seed=seed, quick=quick)
 

@@ -13,12 +13,13 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
+from hf_iau.cli.task import KINDS, Task, load_task
+from hf_iau.cli.task_rows import load_rows, read_ids
+from hf_iau.cli.where import rows_where
+from hf_iau.deletion.id_column import rows_of_ids
 from hf_iau.errors import ConfigError, RequestError
-from hf_iau.remember import MEMORY_FOLDER, GradientMemory
-from hf_iau.remember.memory_files import MEMORY_HEADER
-from hf_iau.requests.id_column import rows_of_ids
-from hf_iau.tasks import Task, load_rows, load_task, read_ids, rows_where
-from hf_iau.tasks.task import KINDS
+from hf_iau.memory.memory import GradientMemory
+from hf_iau.memory.memory_files import MEMORY_FOLDER, MEMORY_HEADER
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from hf_iau.errors import (
     PublishError,
     StorageError,
 )
-from hf_iau.report.jsonable import json_text
+from hf_iau.utils.jsonable import json_text
 
 
 class ExitCode(IntEnum):

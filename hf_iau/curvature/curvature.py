@@ -12,10 +12,10 @@ from torch import Tensor
 
 from hf_iau.curvature.blocks import PREFIX, Block, read_block
 from hf_iau.curvature.spread import RemoteBlock, fetch, keep_own, scale_by_owner
+from hf_iau.data.full_precision import full_float32
+from hf_iau.distributed import together
 from hf_iau.errors import ConfigError, MemoryFileError, MemoryMismatchError, MissingMemoryError
-from hf_iau.objective.full_precision import full_float32
-from hf_iau.parallel import together
-from hf_iau.vectors import is_same_device
+from hf_iau.utils.vectors import is_same_device
 
 CurvatureKind = Literal["ekfac", "diagonal", "adam", "identity"]
 KINDS: tuple[CurvatureKind, ...] = ("ekfac", "diagonal", "adam", "identity")

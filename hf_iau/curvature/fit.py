@@ -32,14 +32,14 @@ from hf_iau.curvature.layers import (
     sum_of_squared_gradients,
     sum_of_squares,
 )
-from hf_iau.errors import NonFiniteGradientError, RequestError
-from hf_iau.objective import RowLoss, RowSource, predicted_targets
-from hf_iau.objective.working import is_narrow
-from hf_iau.parallel import (
+from hf_iau.data import RowLoss, RowSource, predicted_targets
+from hf_iau.data.working import is_narrow
+from hf_iau.distributed import (
     from_one_process,
     process_number,
 )
-from hf_iau.vectors import is_same_device
+from hf_iau.errors import NonFiniteGradientError, RequestError
+from hf_iau.utils.vectors import is_same_device
 
 Reduce = Callable[[Tensor], Tensor]
 

@@ -14,9 +14,9 @@ from hf_iau.curvature.curvature import KINDS, Curvature, CurvatureKind
 from hf_iau.curvature.fit import LOOP_ROWS, Fit, Reduce, usual_cache_bytes
 from hf_iau.curvature.layers import plan_layers
 from hf_iau.curvature.sharded_fit import ShardedFit
+from hf_iau.data import RowLoss, RowSource, evaluation_mode
+from hf_iau.distributed import is_main_process, is_sharded, process_count, sum_over_processes, together
 from hf_iau.errors import ConfigError, MissingMemoryError, RequestError
-from hf_iau.objective import RowLoss, RowSource, evaluation_mode
-from hf_iau.parallel import is_main_process, is_sharded, process_count, sum_over_processes, together
 
 FisherKind = Literal["true", "empirical"]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_iau.curvature.blocks import MatrixLayout
-from hf_iau.parallel import class_name
+from hf_iau.distributed import class_name
 
 FEWEST_SPARE_BYTES = 4 * 2**20
 

@@ -18,8 +18,7 @@ from hf_iau.curvature.capture import Capture
 from hf_iau.curvature.fit import LOOP_ROWS, Fit
 from hf_iau.curvature.layers import Call, Layer, LayerPlan, MatrixLayer, sum_of_squared_gradients
 from hf_iau.curvature.spread import Owners, fetch_tensor, spread
-from hf_iau.errors import NonFiniteGradientError
-from hf_iau.parallel import (
+from hf_iau.distributed import (
     gather_arrays,
     local_part,
     part_like,
@@ -30,6 +29,7 @@ from hf_iau.parallel import (
     together,
     whole_tensor,
 )
+from hf_iau.errors import NonFiniteGradientError
 
 
 class ShardedFit(Fit):

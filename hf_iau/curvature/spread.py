@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_iau.curvature.blocks import Block, read_block
-from hf_iau.errors import ParallelError
-from hf_iau.parallel import (
+from hf_iau.distributed import (
     from_one_process,
     gather_arrays,
     local_part,
@@ -20,6 +19,7 @@ from hf_iau.parallel import (
     together,
     whole_tensor,
 )
+from hf_iau.errors import ParallelError
 
 Scaling = Callable[[Block, dict[str, Tensor]], dict[str, Tensor]]
 

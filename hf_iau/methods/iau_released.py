@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from hf_iau.errors import ConfigError
-from hf_iau.forget import ForgetContext, MethodOutcome, apply_step, step_norm
 from hf_iau.methods.base import check_gradient_difference, forget_and_retain_sums, register_method
-from hf_iau.settings import is_finite
+from hf_iau.methods.context import ForgetContext, MethodOutcome
+from hf_iau.methods.step import apply_step, step_norm
+from hf_iau.utils.config_checks import is_finite
 
 _ADAM_EPSILON = 1e-8
 

@@ -1,4 +1,4 @@
-"""What `evaluate` hands to a metric, as the objects that `hf_iau.measure` works on."""
+"""What `evaluate` hands to a metric, as the objects that `hf_iau.evaluation` works on."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from hf_iau.data import RowPredictions
 from hf_iau.errors import RequestError
-from hf_iau.measure import Measurement
-from hf_iau.objective import RowPredictions
+from hf_iau.evaluation.measurement import Measurement
 
 SPLITS = ("forget", "retain", "held_out", "test")
 """What a row can be: to be forgotten, retained, or never trained on (and seen by calibration, or by nothing)."""

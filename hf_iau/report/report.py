@@ -14,15 +14,15 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 
 from hf_iau.errors import RequestError
-from hf_iau.measure.agreement import agreement
-from hf_iau.measure.figures import MINIMUM_ROWS_FOR_PER_ROW_FIGURES
-from hf_iau.measure.gap import gap
-from hf_iau.measure.intervals import RESAMPLES
-from hf_iau.measure.measurement import Measurement, rows_with_targets
-from hf_iau.remember.files import write_public_atomically
+from hf_iau.evaluation.figures import MINIMUM_ROWS_FOR_PER_ROW_FIGURES
+from hf_iau.evaluation.intervals import RESAMPLES
+from hf_iau.evaluation.measurement import Measurement, rows_with_targets
+from hf_iau.evaluation.model_agreement import agreement
+from hf_iau.evaluation.retraining_gap import gap
+from hf_iau.memory.files import write_public_atomically
 from hf_iau.report import tables
 from hf_iau.report.histograms import loss_histograms
-from hf_iau.report.jsonable import json_text, jsonable
+from hf_iau.utils.jsonable import json_text, jsonable
 
 SCHEMA = 1
 
@@ -49,10 +49,10 @@ class UnlearningReport:
         seed: the request's seed.
         counts: `forget_rows`, `forget_targets`, `retain_rows_measured`, `held_out_rows`, `test_rows` and whatever
             else was counted.
-        before: the model's figures before the request; the keys are the fields of `hf_iau.measure.Figures`.
+        before: the model's figures before the request; the keys are the fields of `hf_iau.evaluation.Figures`.
         after: the same after the request.
         retrained: the same of a model retrained without the forget rows, if there is one.
-        gap: distance of `after` from `retrained`; the keys are the fields of `hf_iau.measure.Gap`.
+        gap: distance of `after` from `retrained`; the keys are the fields of `hf_iau.evaluation.Gap`.
         gap_before: distance of `before` from `retrained`.
         noise_floor: `{"figures": ..., "gap": ...}` of a second retrained model of another seed against `retrained`:
             the distance below which nothing can be told apart.

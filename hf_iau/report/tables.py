@@ -35,8 +35,8 @@ def comparison(columns: Mapping[str, Mapping[str, Any]], gaps: Mapping[str, Mapp
     """The models' figures side by side: a header, then at most ten rows; figures that no model has are left out.
 
     Args:
-        columns: figures (see `hf_iau.measure.Figures`) by the column's title.
-        gaps: the `hf_iau.measure.Gap` dictionary of each column that has one.
+        columns: figures (see `hf_iau.evaluation.Figures`) by the column's title.
+        gaps: the `hf_iau.evaluation.Gap` dictionary of each column that has one.
     """
     rows = [["", *columns]]
     for name, title, scale in _FIGURES:
@@ -55,7 +55,7 @@ def intervals(columns: Mapping[str, Mapping[str, Any]]) -> Table:
     """The 95 % intervals of the models' accuracies and AUC side by side, in percent; a header alone where none has any.
 
     Args:
-        columns: figures (see `hf_iau.measure.Figures`) by the column's title.
+        columns: figures (see `hf_iau.evaluation.Figures`) by the column's title.
     """
     rows = [["95 % interval", *columns]]
     for name, title, scale in _FIGURES:

@@ -18,8 +18,8 @@ from unlearning_trainers import assert_bits, state_of
 
 from hf_iau import IAUCallback, IAUConfig, UnlearningTrainer
 from hf_iau.curvature import DiagonalBlock, KroneckerBlock, fit_curvature
-from hf_iau.gather import sum_row_gradients
-from hf_iau.objective import ModelRowLoss, RowSource, evaluation_mode, predicted_targets
+from hf_iau.data import ModelRowLoss, RowSource, evaluation_mode, predicted_targets
+from hf_iau.memory.gradient_sum import sum_row_gradients
 
 DOUBLE = functools.partial(collate, dtype=torch.float64)
 N_ROWS = 7
@@ -72,7 +72,7 @@ def test_gradients_and_curvature_are_those_of_a_loop(kind: str) -> None:
 def test_a_calibrated_request(kind: str, tmp_path: Path) -> None:
     architecture = ARCHITECTURES[kind]
     settings: dict[str, Any] = {"num_train_epochs": 8, "learning_rate": 1e-2, "per_device_train_batch_size": 10}
-    logging.getLogger("hf_iau.train").setLevel(logging.ERROR)
+    logging.getLogger("hf_iau.unlearn").setLevel(logging.ERROR)
     trainer = UnlearningTrainer(
         model=architecture.model(),
         args=TrainingArguments(

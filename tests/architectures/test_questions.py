@@ -12,8 +12,8 @@ from tiny_models import RowList
 from unlearning_trainers import arguments
 
 from hf_iau import UnlearningTrainer, UnsupportedModelError
-from hf_iau.objective import ModelRowLoss, TaskKind, evaluation_mode, labels_of, predicted_targets
-from hf_iau.objective.row_loss import with_some_labels
+from hf_iau.data import ModelRowLoss, TaskKind, evaluation_mode, labels_of, predicted_targets
+from hf_iau.data.row_loss import with_some_labels
 
 QUESTIONS = ARCHITECTURES["question answering"]
 

@@ -28,8 +28,8 @@ from benchmarks.suites import SYNTHETIC, Training  # noqa: E402
 from benchmarks.training import ModelStore  # noqa: E402
 from benchmarks.variants import FINE_TUNE, RELEASED_TUNED  # noqa: E402
 from hf_iau import IAUError, RequestError, UnlearningTrainer  # noqa: E402
-from hf_iau.objective import predict_rows  # noqa: E402
-from hf_iau.objective.trainer_rows import trainer_rows  # noqa: E402
+from hf_iau.data import predict_rows  # noqa: E402
+from hf_iau.data.trainer_rows import trainer_rows  # noqa: E402
 
 MODELS = 4
 # Few rows, many epochs and wrong labels: what is learned of the forget rows is known by heart.

@@ -27,7 +27,7 @@ from benchmarks.suites import SUITES, TOFU_LLAMA  # noqa: E402
 from benchmarks.tables import write_summary  # noqa: E402
 from benchmarks.training import ModelStore  # noqa: E402
 from benchmarks.variants import RELEASED  # noqa: E402
-from hf_iau.measure import forget_quality, truth_ratio  # noqa: E402
+from hf_iau.metrics.question_answers import forget_quality, truth_ratio  # noqa: E402
 
 AUTHORS, KNOWN = 20, (0, 1, 18, 19)
 ROWS = {"train_rows": 80, "held_out_rows": 40, "test_rows": 40}

@@ -20,7 +20,7 @@ from benchmarks.suites import SUITES, SYNTHETIC  # noqa: E402
 from benchmarks.training import ModelStore  # noqa: E402
 from benchmarks.variants import RELEASED_TUNED, SETTINGS_A_METHOD, Variant  # noqa: E402
 from hf_iau import IAUReleasedConfig, RequestError, UnlearningTrainer  # noqa: E402
-from hf_iau.methods import available_methods  # noqa: E402
+from hf_iau.methods.base import available_methods  # noqa: E402
 
 
 def trial(auc: float | None, ratio: float | None) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_iau import GradientMemory, UnlearningReport
-from hf_iau.remember import weights_fingerprint
-from hf_iau.requests import Ledger
+from hf_iau.deletion.ledger import Ledger
+from hf_iau.memory.fingerprints import weights_fingerprint
 
 STEP = ("--config", '{"length": 0.1, "damping": 0.1}')
 

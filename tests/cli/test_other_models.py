@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from hf_iau import GradientMemory
-from hf_iau.remember import weights_fingerprint
-from hf_iau.tasks import load_task
+from hf_iau.cli.task import load_task
+from hf_iau.memory.fingerprints import weights_fingerprint
 
 STEP = ("--config", '{"length": 0.1, "damping": 0.1}')
 TEXT_LORA = LoraConfig(

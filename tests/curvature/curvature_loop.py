@@ -25,7 +25,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from hf_iau.curvature.blocks import KroneckerBlock
-from hf_iau.objective import RowSource, evaluation_mode, read_targets
+from hf_iau.data import RowSource, evaluation_mode, read_targets
 
 Rows = list[dict[str, Tensor]]
 

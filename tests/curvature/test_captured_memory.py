@@ -16,8 +16,8 @@ from hf_iau.curvature import fit_curvature
 from hf_iau.curvature.capture import Capture
 from hf_iau.curvature.fit import Fit
 from hf_iau.curvature.layers import plan_layers
-from hf_iau.objective import RowSource
-from hf_iau.phases import peak_allocated_bytes
+from hf_iau.data import RowSource
+from hf_iau.utils.timing import peak_allocated_bytes
 
 _TOKENS, _ROWS = 24, 16
 

@@ -31,9 +31,9 @@ from hf_iau.curvature.eigenvectors import (
 )
 from hf_iau.curvature.fit import Fit
 from hf_iau.curvature.layers import plan_layers
+from hf_iau.data import ModelRowLoss, UserRowLoss
 from hf_iau.errors import NonFiniteGradientError
-from hf_iau.objective import ModelRowLoss, UserRowLoss
-from hf_iau.phases import peak_allocated_bytes
+from hf_iau.utils.timing import peak_allocated_bytes
 
 MODELS = ["mlp", "frozen", "cnn", "twice", "positions", "bypassed", "gpt2", "llama", "bert", "bert-mlm", "lora", "vit"]
 

@@ -248,7 +248,7 @@ def test_hooks_are_removed_after_an_exception() -> None:
             raise KeyboardInterrupt
         return nn.functional.cross_entropy(model(inputs["x"])["logits"], inputs["labels"], reduction="sum")
 
-    from hf_iau.objective import UserRowLoss
+    from hf_iau.data import UserRowLoss
 
     with pytest.raises(KeyboardInterrupt):
         fit_curvature(model, make_source(rows), fisher="empirical", row_loss=UserRowLoss(loss))

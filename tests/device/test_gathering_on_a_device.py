@@ -17,8 +17,8 @@ import hf_iau
 from hf_iau import GatherConfig, GradientMemory, UnsupportedModelError
 from hf_iau.curvature import fit_curvature
 from hf_iau.curvature.layers import plan_layers
-from hf_iau.gather.gradient_sum import sum_row_gradients
-from hf_iau.objective import ModelRowLoss, RowSource
+from hf_iau.data import ModelRowLoss, RowSource
+from hf_iau.memory.gradient_sum import sum_row_gradients
 
 CPU = torch.device("cpu")
 EXACT = GatherConfig(gradient_sum="exact", progress=False, batch_size=5)
@@ -215,7 +215,7 @@ def test_a_model_without_its_weights_is_refused() -> None:
 
 
 def test_a_device_without_float64_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("hf_iau.objective.placement.WITHOUT_FLOAT64", ("simulated",))
+    monkeypatch.setattr("hf_iau.data.placement.WITHOUT_FLOAT64", ("simulated",))
     with simulated_device() as device:
         with pytest.raises(UnsupportedModelError, match=r"'simulated' has no float64.*use_cpu=True"):
             gathered(device, "plain", EXACT)

@@ -26,7 +26,7 @@ from unlearning_trainers import (
 )
 
 from hf_iau import GatherConfig, GradientMemory, IAUCallback, IAUConfig, IAUPaperConfig, UnlearningTrainer
-from hf_iau.methods import available_methods
+from hf_iau.methods.base import available_methods
 
 GIVEN = IAUConfig(length=1.0, damping=0.1, finish_weight=0.01, finish_damping=0.2)  # with a damping of its own
 OFFLOADED = replace(WITH_CURVATURE, memory_device="cpu")

@@ -11,9 +11,9 @@ import torch
 from simulated_device import MODULE, simulated_device
 from torch import Tensor, nn
 
-from hf_iau.devices import memory_counters
-from hf_iau.objective.evaluation_mode import evaluation_mode
-from hf_iau.phases import PhaseTimer, peak_allocated_bytes
+from hf_iau.data.model_mode import evaluation_mode
+from hf_iau.utils.devices import memory_counters
+from hf_iau.utils.timing import PhaseTimer, peak_allocated_bytes
 
 
 @pytest.fixture

@@ -22,9 +22,9 @@ from torch import Tensor
 from unlearning_trainers import WITH_CURVATURE, make_trainer
 
 from hf_iau import IAUCallback, IAUConfig
-from hf_iau.gather import sum_row_gradients
-from hf_iau.objective.trainer_rows import model_of, trainer_rows
-from hf_iau.parallel import is_main_process, process_count
+from hf_iau.data.trainer_rows import model_of, trainer_rows
+from hf_iau.distributed import is_main_process, process_count
+from hf_iau.memory.gradient_sum import sum_row_gradients
 
 ROWS = 11  # no number of processes or batch size divides it
 FORGET = [1, 7]  # one of three processes has none

@@ -17,26 +17,24 @@ from torch.nn.modules.module import register_module_forward_hook
 from unlearning_trainers import FORGET, ROWS, WITH_CURVATURE, assert_bits, make_trainer, state_of
 
 from hf_iau import UnlearningTrainer
+from hf_iau.data import RowSource
+from hf_iau.data.rows import row_bytes
 from hf_iau.errors import ConfigError, NonFiniteGradientError, RequestError
-from hf_iau.forget.request import remaining_positions
-from hf_iau.methods import (
-    BadTeacherConfig,
-    FineTuneConfig,
-    FisherForgettingConfig,
-    GradientAscentConfig,
-    InfluenceCGConfig,
-    L1SparseConfig,
-    NegGradPlusConfig,
-    RetrainConfig,
-    SalUnConfig,
-    SCRUBConfig,
-    SSDConfig,
-    UnrollingSGDConfig,
-    available_methods,
-)
-from hf_iau.methods.epochs import EpochsConfig
-from hf_iau.objective import RowSource
-from hf_iau.objective.rows import row_bytes
+from hf_iau.methods.base import available_methods
+from hf_iau.methods.baselines.bad_teacher import BadTeacherConfig
+from hf_iau.methods.baselines.epochs import EpochsConfig
+from hf_iau.methods.baselines.fine_tune import FineTuneConfig
+from hf_iau.methods.baselines.fisher_forgetting import FisherForgettingConfig
+from hf_iau.methods.baselines.gradient_ascent import GradientAscentConfig
+from hf_iau.methods.baselines.influence_cg import InfluenceCGConfig
+from hf_iau.methods.baselines.l1_sparse import L1SparseConfig
+from hf_iau.methods.baselines.neggrad_plus import NegGradPlusConfig
+from hf_iau.methods.baselines.retrain import RetrainConfig
+from hf_iau.methods.baselines.salun import SalUnConfig
+from hf_iau.methods.baselines.scrub import SCRUBConfig
+from hf_iau.methods.baselines.ssd import SSDConfig
+from hf_iau.methods.baselines.unrolling_sgd import UnrollingSGDConfig
+from hf_iau.methods.context import remaining_positions
 
 FAMILY = "resnet"  # has BatchNorm statistics, which move too
 CONFIGS = quick_settings(FAMILY)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from hf_iau import GatherConfig, IAUConfig, UnlearningTrainer
-from hf_iau.gather.gather import build_memory
-from hf_iau.objective import ModelRowLoss
-from hf_iau.objective.trainer_rows import trainer_rows
+from hf_iau.data import ModelRowLoss
+from hf_iau.data.trainer_rows import trainer_rows
+from hf_iau.memory.fit import build_memory
 
 N, WIDTH, CLASSES, DECAY = 400, 5, 3, 0.02
 

@@ -18,7 +18,10 @@ from unlearning_trainers import FORGET, ROWS, gradient_loop, make_trainer, state
 
 from hf_iau import UnlearningTrainer
 from hf_iau.errors import RequestError
-from hf_iau.methods import BadTeacherConfig, FisherForgettingConfig, L1SparseConfig, UnrollingSGDConfig
+from hf_iau.methods.baselines.bad_teacher import BadTeacherConfig
+from hf_iau.methods.baselines.fisher_forgetting import FisherForgettingConfig
+from hf_iau.methods.baselines.l1_sparse import L1SparseConfig
+from hf_iau.methods.baselines.unrolling_sgd import UnrollingSGDConfig
 
 SEED = 3  # of `arguments`
 
@@ -110,7 +113,7 @@ def test_the_noise_has_the_stated_variance(tmp_path: Path, monkeypatch: pytest.M
         asked.append((len(source), kind))
         return fisher, len(source)
 
-    monkeypatch.setattr("hf_iau.methods.fisher_forgetting.fisher_diagonal", known)
+    monkeypatch.setattr("hf_iau.methods.baselines.fisher_forgetting.fisher_diagonal", known)
     scores = []
     for seed in range(10):
         trainer.args.seed = seed

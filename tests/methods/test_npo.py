@@ -13,7 +13,7 @@ from unlearning_trainers import FORGET, make_trainer
 
 from hf_iau import UnlearningTrainer
 from hf_iau.errors import RequestError
-from hf_iau.methods import NPOConfig
+from hf_iau.methods.baselines.npo import NPOConfig
 
 SEED = 3  # of `arguments`
 

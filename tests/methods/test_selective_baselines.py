@@ -17,13 +17,13 @@ from unlearning_trainers import FORGET, ROWS, assert_bits, gradient_loop, make_t
 
 from hf_iau import UnlearningTrainer
 from hf_iau.errors import ConfigError, UnsupportedModelError
-from hf_iau.methods import InfluenceCGConfig, RandomLabelsConfig, SalUnConfig, SCRUBConfig, SSDConfig
-from hf_iau.methods.influence_cg import CurvatureProduct
-from hf_iau.methods.random_labels import other_labels
-from hf_iau.methods.salun import saliency_mask
-from hf_iau.methods.ssd import dampening_factor
-from hf_iau.phases import PhaseTimer
-from hf_iau.train.context import request_context
+from hf_iau.methods.baselines.influence_cg import CurvatureProduct, InfluenceCGConfig
+from hf_iau.methods.baselines.random_labels import RandomLabelsConfig, other_labels
+from hf_iau.methods.baselines.salun import SalUnConfig, saliency_mask
+from hf_iau.methods.baselines.scrub import SCRUBConfig
+from hf_iau.methods.baselines.ssd import SSDConfig, dampening_factor
+from hf_iau.unlearn.prepare import request_context
+from hf_iau.utils.timing import PhaseTimer
 
 SEED = 3  # of `arguments`
 CLASSES = 3

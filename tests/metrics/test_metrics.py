@@ -18,19 +18,13 @@ from scipy.spatial.distance import jensenshannon
 from sklearn.metrics import accuracy_score, roc_auc_score
 
 import hf_iau.metrics
+from hf_iau.data import RowPredictions
 from hf_iau.errors import RequestError
-from hf_iau.measure import (
-    agreement,
-    forget_quality,
-    klom,
-    model_utility,
-    relearn_time,
-    shadow_model_attack,
-    truth_ratio,
-    u_lira,
-)
-from hf_iau.measure.shadow_models import ShadowPredictions
-from hf_iau.objective import RowPredictions
+from hf_iau.evaluation.model_agreement import agreement
+from hf_iau.metrics.model_sets import klom, u_lira
+from hf_iau.metrics.question_answers import forget_quality, model_utility, truth_ratio
+from hf_iau.metrics.relearning import relearn_time
+from hf_iau.metrics.shadow_models import ShadowPredictions, shadow_model_attack
 
 FOLDER = Path(hf_iau.metrics.__file__).parent
 CLASSES = 4
@@ -310,7 +304,7 @@ def test_relearning_compared(compute):
     assert compute("relearn_time", **curves, target=0.8, higher_is_better=True)["ratio"] == 1
     with pytest.raises(RequestError, match="target=None"):
         compute("relearn_time", target=None)
-    assert relearn_time.__module__ == "hf_iau.measure.relearning"  # the metric does not shadow the function
+    assert relearn_time.__module__ == "hf_iau.metrics.relearning"  # the metric does not shadow the function
 
 
 def test_distance_by_hand(compute):

@@ -167,7 +167,7 @@ def test_other_kinds_of_adapters(kind: str, tmp_path: Path) -> None:
 
 
 def test_every_kind_that_is_let_through_is_tested() -> None:
-    from hf_iau.objective.adapters import SUPPORTED
+    from hf_iau.data.adapters import SUPPORTED
 
     assert {kind.split()[0] for kind in OTHERS} == SUPPORTED
     assert {kind.value for kind in peft.PeftType} >= SUPPORTED

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from hf_iau.objective import RowPredictions, TaskKind
+from hf_iau.data import RowPredictions, TaskKind
 
 
 @pytest.fixture

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 
+from hf_iau.data import TaskKind
 from hf_iau.errors import RequestError
-from hf_iau.measure import Measurement, gap
-from hf_iau.objective import TaskKind
-from hf_iau.report import MINIMUM_ROWS_FOR_PER_ROW_FIGURES, UnlearningReport, installed_versions
+from hf_iau.evaluation.figures import MINIMUM_ROWS_FOR_PER_ROW_FIGURES
+from hf_iau.evaluation.measurement import Measurement
+from hf_iau.evaluation.retraining_gap import gap
 from hf_iau.report.histograms import loss_histograms
-from hf_iau.report.jsonable import jsonable
+from hf_iau.report.report import UnlearningReport, installed_versions
+from hf_iau.utils.jsonable import jsonable
 
 FIGURE_KEYS = {
     *(f"{split}_{kind}" for split in ("forget", "retain", "held_out", "test") for kind in ("accuracy", "loss")),

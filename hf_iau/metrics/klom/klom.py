@@ -7,9 +7,9 @@ from typing import Any
 import datasets
 import evaluate
 
-from hf_iau.measure import klom
-from hf_iau.measure.intervals import RESAMPLES
+from hf_iau.evaluation.intervals import RESAMPLES
 from hf_iau.metrics.inputs import matrix
+from hf_iau.metrics.model_sets import klom
 
 _DESCRIPTION = """
 KL divergence of margins: how far is the distribution of a row's margin under unlearned models from its distribution
@@ -20,7 +20,7 @@ _KWARGS_DESCRIPTION = """
 Args:
     predictions: for each row its margins under the unlearned models, `(rows, models)`.
     references: for each row its margins under the retrained models, `(rows, models)`.
-        A margin is log(p / (1 − p)) of the label's probability p; `hf_iau.measure.margins` computes it from logits.
+        A margin is log(p / (1 − p)) of the label's probability p; `hf_iau.metrics.model_sets.margins` computes it from logits.
     estimator: "histogram" (the paper's, for about 100 models a set) or "gaussian" (for fewer).
     permutations: random exchanges of models for the values at chance; 0 for none.
     bootstrap: resamples, of rows, for the mean's interval; 0 for none.
@@ -43,7 +43,7 @@ _CITATION = """\
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class KLoM(evaluate.Metric):
-    """KL divergence of margins between sets of models; see `hf_iau.measure.model_sets`."""
+    """KL divergence of margins between sets of models; see `hf_iau.metrics.model_sets`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

@@ -7,10 +7,10 @@ from typing import Any
 import datasets
 import evaluate
 
-from hf_iau.measure import all_attacks, attack, proportion_interval, svc_confidence_attack
-from hf_iau.measure.intervals import RESAMPLES
+from hf_iau.data import RowPredictions
+from hf_iau.evaluation.attacks import all_attacks, attack, svc_confidence_attack
+from hf_iau.evaluation.intervals import RESAMPLES, proportion_interval
 from hf_iau.metrics.inputs import matrix, measurement, unseen_of
-from hf_iau.objective import RowPredictions
 
 _DESCRIPTION = """
 Can an attacker tell the forget rows from rows never trained on, by what one model makes of them? Threshold attacks on
@@ -52,7 +52,7 @@ _CITATION = """\
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class MembershipInference(evaluate.Metric):
-    """Attacks on the forget rows by what one model makes of them; see `hf_iau.measure.attacks`."""
+    """Attacks on the forget rows by what one model makes of them; see `hf_iau.evaluation.attacks`."""
 
     def _info(self) -> evaluate.MetricInfo:
         features = {"predictions": datasets.Value("float64"), "splits": datasets.Value("string")}

@@ -8,7 +8,7 @@ import datasets
 import evaluate
 import torch
 
-from hf_iau.measure import parameter_distance
+from hf_iau.evaluation.model_agreement import parameter_distance
 
 _DESCRIPTION = """
 Euclidean distance of two models' weights, alone and relative to the norm of the second.
@@ -32,7 +32,7 @@ _CITATION = """\
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class ParameterDistance(evaluate.Metric):
-    """Distance of two models' weights; see `hf_iau.measure.agreement`."""
+    """Distance of two models' weights; see `hf_iau.evaluation.model_agreement`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

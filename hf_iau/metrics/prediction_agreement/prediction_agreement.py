@@ -7,10 +7,10 @@ from typing import Any
 import datasets
 import evaluate
 
-from hf_iau.measure import agreement
-from hf_iau.measure.intervals import RESAMPLES
+from hf_iau.data import RowPredictions
+from hf_iau.evaluation.intervals import RESAMPLES
+from hf_iau.evaluation.model_agreement import agreement
 from hf_iau.metrics.inputs import matrix
-from hf_iau.objective import RowPredictions
 
 _DESCRIPTION = """
 How alike do an unlearned and a retrained model predict the same rows? Share of rows with the same predicted class, and
@@ -38,7 +38,7 @@ _CITATION = """\
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class PredictionAgreement(evaluate.Metric):
-    """Likeness of two models' predictions; see `hf_iau.measure.agreement`."""
+    """Likeness of two models' predictions; see `hf_iau.evaluation.model_agreement`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

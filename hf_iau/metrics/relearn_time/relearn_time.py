@@ -8,7 +8,7 @@ import datasets
 import evaluate
 
 from hf_iau.errors import RequestError
-from hf_iau.measure import first_reached
+from hf_iau.metrics.relearning import first_reached
 
 _DESCRIPTION = """
 How soon does fine-tuning on the forget rows bring back what was known of them, next to a model that never saw them?
@@ -18,7 +18,7 @@ From the forget rows' losses (or accuracies) while both models are fine-tuned al
 _KWARGS_DESCRIPTION = """
 Args:
     predictions: loss of the forget rows while the unlearned model is fine-tuned on them: before the first step, then
-        after equal numbers of steps; from `hf_iau.measure.relearn_time(...).losses`. Pad the shorter curve with NaN.
+        after equal numbers of steps; from `hf_iau.metrics.relearning.relearn_time(...).losses`. Pad the shorter curve with NaN.
     references: the same of the retrained model, with the same settings.
     target: loss of the forget rows before they were forgotten.
     higher_is_better: whether the curves are accuracies.
@@ -43,7 +43,7 @@ _CITATION = """\
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class RelearnTime(evaluate.Metric):
-    """Relearning of two models compared; see `hf_iau.measure.relearning`."""
+    """Relearning of two models compared; see `hf_iau.metrics.relearning`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

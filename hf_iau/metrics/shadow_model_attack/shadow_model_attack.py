@@ -8,11 +8,11 @@ import datasets
 import evaluate
 import numpy as np
 
+from hf_iau.data import RowPredictions
 from hf_iau.errors import RequestError
-from hf_iau.measure import ShadowPredictions, shadow_model_attack
-from hf_iau.measure.intervals import RESAMPLES
+from hf_iau.evaluation.intervals import RESAMPLES
 from hf_iau.metrics.inputs import matrix, measurement, unseen_of
-from hf_iau.objective import RowPredictions
+from hf_iau.metrics.shadow_models import ShadowPredictions, shadow_model_attack
 
 _DESCRIPTION = """
 An attacker is trained on shadow models, whose members are known, and then says of each forget row whether the model in
@@ -51,7 +51,7 @@ _CITATION = """\
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class ShadowModelAttack(evaluate.Metric):
-    """An attacker trained on shadow models judges the forget rows; see `hf_iau.measure.shadow_models`."""
+    """An attacker trained on shadow models judges the forget rows; see `hf_iau.metrics.shadow_models`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

@@ -9,8 +9,8 @@ import evaluate
 import numpy as np
 
 from hf_iau.errors import RequestError
-from hf_iau.measure import forget_quality, model_utility, truth_ratio
 from hf_iau.metrics.inputs import matrix
+from hf_iau.metrics.question_answers import forget_quality, model_utility, truth_ratio
 
 _DESCRIPTION = """
 For language models that answer questions: are the unlearned model's truth ratios on the forget rows distributed like a
@@ -44,7 +44,7 @@ _LISTS = ("perturbed_losses", "retrained_perturbed_losses")
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class TOFU(evaluate.Metric):
-    """Forget quality and model utility; see `hf_iau.measure.question_answers`."""
+    """Forget quality and model utility; see `hf_iau.metrics.question_answers`."""
 
     def _info(self) -> evaluate.MetricInfo:
         numbers = {name: datasets.Value("float64") for name in _LOSSES}

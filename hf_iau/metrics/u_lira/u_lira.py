@@ -7,8 +7,8 @@ from typing import Any
 import datasets
 import evaluate
 
-from hf_iau.measure import u_lira
 from hf_iau.metrics.inputs import matrix
+from hf_iau.metrics.model_sets import u_lira
 
 _DESCRIPTION = """
 Can models that unlearned the forget rows be told from models that never saw them? For each row two normal
@@ -20,7 +20,7 @@ _KWARGS_DESCRIPTION = """
 Args:
     predictions: for each forget row its margins under the unlearned models, `(rows, models)`.
     references: for each forget row its margins under the retrained models, `(rows, models)`.
-        A margin is log(p / (1 − p)) of the label's probability p; `hf_iau.measure.margins` computes it from logits.
+        A margin is log(p / (1 − p)) of the label's probability p; `hf_iau.metrics.model_sets.margins` computes it from logits.
     folds: parts that the models are dealt into; each is judged by fits to the others.
     seed: of the dealing.
 Returns:
@@ -48,7 +48,7 @@ _CITATION = """\
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class ULiRA(evaluate.Metric):
-    """Likelihood-ratio attack between sets of models; see `hf_iau.measure.model_sets`."""
+    """Likelihood-ratio attack between sets of models; see `hf_iau.metrics.model_sets`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

@@ -7,10 +7,10 @@ from typing import Any
 import datasets
 import evaluate
 
-from hf_iau.measure import gap
-from hf_iau.measure.intervals import RESAMPLES
+from hf_iau.data import RowPredictions
+from hf_iau.evaluation.intervals import RESAMPLES
+from hf_iau.evaluation.retraining_gap import gap
 from hf_iau.metrics.inputs import matrix, measurement
-from hf_iau.objective import RowPredictions
 
 _DESCRIPTION = """
 How far are a model's figures from a retrained model's? Differences of the accuracies on retained (RA), forget (UA) and
@@ -42,7 +42,7 @@ _CITATION = """\
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class UnlearningGap(evaluate.Metric):
-    """Distance of a model's figures from a retrained model's; see `hf_iau.measure.gap`."""
+    """Distance of a model's figures from a retrained model's; see `hf_iau.evaluation.retraining_gap`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

@@ -1,0 +1,106 @@
+"""`GatherConfig`: what is gathered from a fine-tuning run, and how much of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from hf_iau.data.working import Precision
+from hf_iau.errors import ConfigError
+from hf_iau.utils.config_checks import check_choice, check_number
+
+GradientSumKind = Literal["exact", "sampled", "none"]
+CurvatureName = Literal["ekfac", "diagonal", "adam", "identity", "none"]
+
+
+@dataclass(frozen=True)
+class GatherConfig:
+    """Configuration of what is remembered.
+
+    Parameters that control the gradient sum:
+        gradient_sum, sample_rows.
+    Parameters that control the curvature:
+        curvature, curvature_rows, fisher, max_factor_size, factor_device.
+    Parameters that control the passes:
+        precision, memory_device, batch_size, seed, progress.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    gradient_sum: GradientSumKind = field(
+        default="sampled",
+        metadata={
+            "help": "Σ_D, the gradient sum over all training rows: 'exact' (one pass over them), 'sampled' (a bounded "
+            "seeded sample with its standard error; exact where the sample is all rows) or 'none'. `iau-paper` and "
+            "`iau-released` need 'exact'; `iau` uses it to repair what forgetting costs the other rows."
+        },
+    )
+    sample_rows: int = field(default=4096, metadata={"help": "Rows of a sampled gradient sum."})
+    curvature: CurvatureName = field(
+        default="ekfac",
+        metadata={"help": "Curvature to remember: 'ekfac', 'diagonal', 'adam', 'identity' or 'none'."},
+    )
+    curvature_rows: int = field(
+        default=1024, metadata={"help": "Training rows that the curvature is fitted on; its cost does not grow with n."}
+    )
+    fisher: Literal["true", "empirical"] = field(
+        default="true", metadata={"help": "Labels drawn from the model ('true') or the training labels ('empirical')."}
+    )
+    max_factor_size: int = field(
+        default=4096, metadata={"help": "Widest Kronecker factor; a wider layer falls back to a diagonal (reported)."}
+    )
+    factor_device: str | None = field(
+        default=None, metadata={"help": "Device that factors are kept on, e.g. 'cpu'; default: memory_device."}
+    )
+    precision: Precision = field(
+        default="float32",
+        metadata={
+            "help": "Of passes over rows, gathering and at requests: 'float32' (without autocast, in the weights' own "
+            "type), or 'bfloat16' (bf16 autocast; what is added up stays float32 and float64). Faster on GPUs, with "
+            "gradients good to about a percent."
+        },
+    )
+    memory_device: str | None = field(
+        default=None,
+        metadata={
+            "help": "Device of all that is as large as the trained weights: gradient sums, factors, directions and the "
+            "copy of the weights that a request keeps. 'cpu' keeps it off the accelerator; default: the parameters' own."
+        },
+    )
+    batch_size: int | None = field(
+        default=None, metadata={"help": "Rows a batch; default: the Trainer's per-device training batch size."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of samples and drawn labels."})
+    progress: bool = field(default=True, metadata={"help": "Show progress bars."})
+
+    @property
+    def reads_targets(self) -> bool:
+        """Whether gathering needs to know what a model predicts, and not only its loss."""
+        return self.curvature in ("ekfac", "diagonal") and self.fisher == "true"
+
+    def __post_init__(self) -> None:
+        choices = {
+            "gradient_sum": ("exact", "sampled", "none"),
+            "curvature": ("ekfac", "diagonal", "adam", "identity", "none"),
+            "fisher": ("true", "empirical"),
+            "precision": ("float32", "bfloat16"),
+        }
+        for name, allowed in choices.items():
+            check_choice(self, name, allowed)
+        least = {"sample_rows": 2, "curvature_rows": 1, "max_factor_size": 1, "seed": 0, "batch_size": 1}
+        for name, lowest in least.items():
+            if name != "batch_size" or self.batch_size is not None:
+                check_number(self, name, at_least=lowest, whole=True)
+        for name in ("factor_device", "memory_device"):
+            value = getattr(self, name)
+            try:
+                torch.device(value or "cpu")
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise ConfigError(f"GatherConfig({name}={value!r}): give a device, e.g. 'cpu' or 'cuda:0'.") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON."""
+        return asdict(self)

@@ -1,0 +1,101 @@
+"""Fingerprints: which model, which rows and which loss a memory was made of."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import inspect
+import platform
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_iau.data.adapters import active_adapters
+from hf_iau.data.rows import row_bytes, sample_positions
+from hf_iau.data.targets import base_model
+from hf_iau.distributed import class_name, reshard, whole_tensor
+
+FINGERPRINT_ROWS = 256
+_VERSIONED = ("hf-iau", "torch", "transformers", "datasets", "accelerate", "peft")
+
+
+def model_fingerprint(model: nn.Module) -> dict[str, str]:
+    """Name, architecture and weights of a model.
+
+    Returns:
+        `class`; `architecture`, a digest of every parameter's name and shape; `weights`, a digest of the values of all
+        parameters and persistent buffers, in the order of their names; `adapters`, the active PEFT adapters, if any.
+    """
+    reshard(model)
+    shapes = hashlib.blake2b(digest_size=16)
+    for name, parameter in sorted(model.named_parameters()):
+        shapes.update(f"{name}{tuple(parameter.shape)}".encode())
+    fingerprint = {
+        "class": class_name(base_model(model)),
+        "architecture": shapes.hexdigest(),
+        "weights": weights_fingerprint(model),
+    }
+    adapters = active_adapters(model)
+    return fingerprint | {"adapters": ", ".join(adapters)} if adapters else fingerprint
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Digest of every parameter and persistent buffer of a model, bit for bit; one is gathered at a time."""
+    reshard(model)
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
+    kept = model.state_dict(keep_vars=True).keys()
+    tensors.update({name: buffer for name, buffer in model.named_buffers() if name in kept})
+    return tensors_fingerprint((name, whole_tensor(tensors[name].detach())) for name in sorted(tensors))
+
+
+def tensors_fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Digest of named tensors, given in the order of their names."""
+    values = hashlib.blake2b(digest_size=16)
+    for name, tensor in tensors:
+        values.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        if tensor.numel():
+            values.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return values.hexdigest()
+
+
+def input_columns(model: nn.Module) -> set[str]:
+    """The columns of a row that the model's forward (or its labels) can use."""
+    forward = base_model(model).__dict__.get("_original_forward", base_model(model).forward)
+    return set(inspect.signature(forward).parameters) | {"label", "labels", "label_ids"}
+
+
+def content_seen(row: Any, columns: set[str]) -> Any:
+    """A row without what is in none of the `columns`; all of it where nothing would be left."""
+    if not isinstance(row, Mapping):
+        return row
+    return {key: value for key, value in row.items() if key in columns} or dict(row)
+
+
+def data_fingerprint(model: nn.Module, dataset: Any) -> dict[str, Any]:
+    """Row count and a digest of up to 256 evenly seeded rows of `dataset`, as far as the model sees them.
+
+    Columns that the model's forward does not take are left out, so that the fingerprint is the same before and after
+    the Trainer removes them. `columns` names those that are left.
+    """
+    columns = input_columns(model)
+    digest = hashlib.blake2b(digest_size=16)
+    seen: set[str] = set()
+    for position in sample_positions(len(dataset), FINGERPRINT_ROWS, seed=len(dataset)):
+        row = content_seen(dataset[int(position)], columns)
+        if isinstance(row, Mapping):
+            seen |= set(row)
+        digest.update(row_bytes(row))
+    return {"rows": len(dataset), "columns": sorted(seen), "content": digest.hexdigest()}
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages whose behaviour the numbers depend on."""
+    versions = {"python": platform.python_version()}
+    for name in _VERSIONED:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions

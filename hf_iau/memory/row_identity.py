@@ -1,0 +1,221 @@
+"""Which rows were trained on, and which of them were forgotten: keyed fingerprints, never the rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_iau.data.rows import row_bytes
+from hf_iau.errors import AlreadyForgottenError, MemoryFileError, MemoryMismatchError, UnknownRowsError
+from hf_iau.memory.fingerprints import content_seen, input_columns, weights_fingerprint
+from hf_iau.memory.keys import Key
+
+FINGERPRINT_BYTES = 16
+# Candidates are found by the first 22 bits of a fingerprint, through a table of 4 MiB.
+_TABLE_BITS = 22
+
+
+@dataclass(frozen=True, eq=False)
+class RowIdentity:
+    """Keyed fingerprints of the training rows, in their order, and which of them are out.
+
+    Identical rows have identical fingerprints: the rows are a multiset, in which copies are counted. Without the key
+    nobody can tell which row a fingerprint belongs to; with it, anybody who guesses a row can. So fingerprints are
+    pseudonymous personal data.
+
+    Attributes:
+        fingerprints: uint8, shape `(rows, 16)`.
+        forgotten: bool, shape `(rows,)`.
+        key_check: of the key that they were made with.
+        training_run: name of the training run, from the key and the weights that it ended with.
+    """
+
+    fingerprints: np.ndarray
+    forgotten: np.ndarray
+    key_check: str
+    training_run: str
+
+    @classmethod
+    def of(cls, key: Key, model: nn.Module, dataset: Any) -> RowIdentity:
+        """The identity of all rows of `dataset`, none of them forgotten: one pass that reads every row.
+
+        Args:
+            key: the key of the fingerprints.
+            model: the trained model; columns that it does not take do not count.
+            dataset: the training rows.
+        """
+        return cls(
+            keyed_fingerprints(key, model, dataset),
+            np.zeros(len(dataset), dtype=bool),
+            key.check,
+            key.fingerprint(b"training run " + weights_fingerprint(model).encode()).hex(),
+        )
+
+    def __len__(self) -> int:
+        return len(self.fingerprints)
+
+    def check_key(self, key: Key) -> None:
+        """Raise `MemoryMismatchError` unless `key` is the one that the fingerprints were made with."""
+        if key.check != self.key_check:
+            raise MemoryMismatchError(
+                f"The row fingerprints were made with key {self.key_check} but HF_IAU_KEY is key {key.check}: with it, "
+                "no row would be recognised. Set the key that was set when the memory was gathered."
+            )
+
+    def copies(self, asked: np.ndarray) -> dict[bytes, tuple[int, int]]:
+        """How often each fingerprint in `asked` (uint8, `(m, 16)`) was trained on, and how many of those are forgotten."""
+        found = self._positions(asked)
+        return {name: (len(places), int(self.forgotten[places].sum())) for name, places in found.items()}
+
+    def check_request(self, asked: np.ndarray) -> None:
+        """Raise unless every row of a request was trained on and is still in.
+
+        Args:
+            asked: keyed fingerprints of the request's rows, uint8, `(m, 16)`.
+
+        Raises:
+            UnknownRowsError: rows that were never trained on.
+            AlreadyForgottenError: rows of which every copy is forgotten, or fewer are left than the request holds.
+        """
+        wanted = Counter(row.tobytes() for row in asked)
+        copies = self.copies(asked)
+        unknown = [i for i, row in enumerate(asked) if copies[row.tobytes()][0] == 0]
+        if unknown:
+            raise UnknownRowsError(
+                f"{len(unknown)} of the {len(asked)} rows were never trained on, e.g. the one at position {unknown[0]}: "
+                "there is nothing to forget of them. Leave them out, or look whether they were preprocessed like the "
+                "training rows."
+            )
+        gone = 0
+        for name, count in wanted.items():
+            trained, forgotten = copies[name]
+            gone += min(forgotten, max(0, count - (trained - forgotten)))
+        if gone:
+            raise AlreadyForgottenError(
+                f"{gone} of the {len(asked)} rows were already forgotten by an earlier request: leave them out."
+            )
+
+    def still_in(self, asked: np.ndarray) -> np.ndarray:
+        """Which rows of a request are still in (bool, `(m,)`): of several copies, as many as are left."""
+        left = {name: trained - gone for name, (trained, gone) in self.copies(asked).items()}
+        kept = np.zeros(len(asked), dtype=bool)
+        for i, row in enumerate(asked):
+            name = row.tobytes()
+            kept[i] = left[name] > 0
+            left[name] -= 1
+        return kept
+
+    def positions(self, asked: np.ndarray) -> np.ndarray:
+        """A row number in the training set for each row asked for, no number twice; rows still in come first.
+
+        Raises:
+            UnknownRowsError: a row has fewer copies than were asked for.
+        """
+        places = {
+            name: sorted(found, key=lambda i: (bool(self.forgotten[i]), i), reverse=True)
+            for name, found in self._positions(asked).items()
+        }
+        chosen = []
+        for i, row in enumerate(asked):
+            free = places[row.tobytes()]
+            if not free:
+                raise UnknownRowsError(f"The row at position {i} was never trained on, or less often than asked for.")
+            chosen.append(free.pop())
+        return np.asarray(chosen, dtype=np.int64)
+
+    def without(self, asked: np.ndarray, positions: np.ndarray | None = None) -> RowIdentity:
+        """The identity after a request: one copy more is forgotten for each row in `asked`.
+
+        Args:
+            asked: keyed fingerprints of the request's rows.
+            positions: their row numbers, where the request named them so; those are marked if they are still in.
+        """
+        forgotten = self.forgotten.copy()
+        left = Counter(row.tobytes() for row in asked)
+        if positions is not None:
+            for position in positions[~forgotten[positions]].tolist():
+                name = self.fingerprints[position].tobytes()
+                if left[name]:
+                    forgotten[position] = True
+                    left[name] -= 1
+        if left.total():
+            for name, places in self._positions(asked).items():
+                free = [i for i in places if not forgotten[i]]
+                forgotten[free[: left[name]]] = True
+        return replace(self, forgotten=forgotten)
+
+    def _positions(self, asked: np.ndarray) -> dict[bytes, list[int]]:
+        found: dict[bytes, list[int]] = {row.tobytes(): [] for row in asked}
+        if not found or not len(self):
+            return found
+        table = np.zeros(1 << _TABLE_BITS, dtype=bool)
+        table[_heads(asked)] = True
+        for i in np.flatnonzero(table[_heads(self.fingerprints)]).tolist():
+            name = self.fingerprints[i].tobytes()
+            if name in found:
+                found[name].append(i)
+        return found
+
+    # --- files ----------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is written into the memory's tensor file."""
+        return {
+            "row_identity.fingerprints": torch.from_numpy(np.ascontiguousarray(self.fingerprints)),
+            "row_identity.forgotten": torch.from_numpy(self.forgotten.astype(np.uint8)),
+        }
+
+    def metadata(self) -> dict[str, str]:
+        """What is written into the memory's header."""
+        return {"key_check": self.key_check, "training_run": self.training_run}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], metadata: Any) -> RowIdentity:
+        """The identity that was written, after checking every part of it.
+
+        Raises:
+            MemoryFileError: a tensor is missing, of another type or shape, or the metadata are malformed.
+        """
+        fingerprints = tensors.get("row_identity.fingerprints")
+        forgotten = tensors.get("row_identity.forgotten")
+        if fingerprints is None or forgotten is None:
+            raise MemoryFileError("The memory says that it has row fingerprints but holds none: it is corrupt.")
+        rows = fingerprints.shape[0] if fingerprints.ndim else -1
+        for name, tensor, shape in (
+            ("fingerprints", fingerprints, (rows, FINGERPRINT_BYTES)),
+            ("forgotten", forgotten, (rows,)),
+        ):
+            if tensor.dtype != torch.uint8 or tuple(tensor.shape) != shape:
+                raise MemoryFileError(
+                    f"row_identity.{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, expected uint8 of shape "
+                    f"{shape}: the memory is corrupt."
+                )
+        if bool((forgotten > 1).any()):
+            raise MemoryFileError("row_identity.forgotten holds other numbers than 0 and 1: the memory is corrupt.")
+        if not isinstance(metadata, dict) or not all(
+            isinstance(metadata.get(name), str) for name in ("key_check", "training_run")
+        ):
+            raise MemoryFileError(f"'row_identity' in the memory is {metadata!r}, expected two strings: it is corrupt.")
+        return cls(
+            fingerprints.numpy(), forgotten.numpy().astype(bool), metadata["key_check"], metadata["training_run"]
+        )
+
+
+def keyed_fingerprints(key: Key, model: nn.Module, dataset: Any) -> np.ndarray:
+    """Keyed fingerprints of all rows of `dataset`, as far as `model` sees them: uint8, `(rows, 16)`."""
+    columns = input_columns(model)
+    found = bytearray()
+    for i in range(len(dataset)):
+        found += key.fingerprint(row_bytes(content_seen(dataset[i], columns)))
+    return np.frombuffer(found, dtype=np.uint8).reshape(-1, FINGERPRINT_BYTES)
+
+
+def _heads(fingerprints: np.ndarray) -> np.ndarray:
+    words = np.ascontiguousarray(fingerprints).view(np.uint32)[:, 0]
+    return words & np.uint32((1 << _TABLE_BITS) - 1)

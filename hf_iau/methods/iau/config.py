@@ -1,0 +1,121 @@
+"""What may be set of `iau`, and how many rows calibration needs to tell anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from hf_iau.errors import ConfigError
+from hf_iau.utils.config_checks import check_choice, is_finite
+
+ENOUGH_FORGET_ROWS = 200
+"""A forget set of this size sets its own target, if it passes the shift test: its AUC's standard error is 2 points."""
+FEWEST_COMPARED_ROWS = 20
+"""Fewer rows are not compared with others; a request of fewer is never walked."""
+FEWEST_HELD_OUT_ROWS = 100
+
+
+@dataclass(frozen=True)
+class IAUConfig:
+    """Configuration of `iau`. None means: calibrated.
+
+    Parameters that control the step:
+        length, damping, finish_weight, finish_damping, max_relative_step.
+    Parameters that control calibration:
+        calibrate_on, damping_range, finish_weights, proxy_rows, held_out_rows, walk, recalibrate.
+    Parameters that control the curvature:
+        renew_curvature.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    length: float | None = field(
+        default=None, metadata={"help": "k, the length of the step; 1 is the influence function's (Newton's)."}
+    )
+    damping: float | None = field(
+        default=None, metadata={"help": "λ, relative to each layer's mean eigenvalue of the curvature."}
+    )
+    finish_weight: float | None = field(
+        default=None, metadata={"help": "c, how much of the training's own unfinished step is taken along (0 = none)."}
+    )
+    finish_damping: float = field(
+        default=0.1,
+        metadata={
+            "help": "Least λ with which the training's unfinished step is taken along. In directions that C says are "
+            "flat the retained rows' gradient sum is mostly noise of the sample, which a small λ would magnify."
+        },
+    )
+    max_relative_step: float = field(
+        default=0.5, metadata={"help": "Longest step allowed, relative to the norm of the weights."}
+    )
+    calibrate_on: str = field(
+        default="auto",
+        metadata={
+            "help": "'proxies' (random training rows), 'forget-rows', or 'auto': the forget rows where there are at "
+            "least 200 that look like any other training rows, else proxies."
+        },
+    )
+    damping_range: Sequence[float] = field(
+        default=(1e-3, 10.0), metadata={"help": "Smallest and largest λ that calibration may choose."}
+    )
+    finish_weights: Sequence[float] = field(default=(0.003, 0.01, 0.03), metadata={"help": "c to be tried beside 0."})
+    proxy_rows: Sequence[int] = field(default=(512, 256), metadata={"help": "Size of each proxy draw."})
+    held_out_rows: int = field(default=2000, metadata={"help": "Most held-out rows looked at in a trial."})
+    walk: bool = field(
+        default=True,
+        metadata={
+            "help": "Where one step does not arrive, or costs the held-out rows more than a tenth of their loss, and "
+            "the request has at least 20 rows that look like any others, take many short steps instead; retained rows "
+            "must be at hand."
+        },
+    )
+    renew_curvature: float | None = field(
+        default=0.25,
+        metadata={
+            "help": "Where the weights have moved farther than this share of their norm since the curvature was "
+            "estimated, and retained rows are at hand, it is estimated anew first. None: never."
+        },
+    )
+    recalibrate: bool = field(default=False, metadata={"help": "Calibrate anew though the memory knows the answer."})
+
+    def __post_init__(self) -> None:
+        for name, least in {"length": 0.0, "damping": 0.0, "finish_weight": 0.0}.items():
+            value = getattr(self, name)
+            if value is not None and (not is_finite(value) or value < least):
+                raise ConfigError(
+                    f"IAUConfig({name}={value}): give a finite number >= {least:g}, or None to calibrate."
+                )
+        if not (is_finite(self.finish_damping) and self.finish_damping >= 0):
+            raise ConfigError(f"IAUConfig(finish_damping={self.finish_damping}): give a finite number >= 0, e.g. 0.1.")
+        if not 0 < self.max_relative_step <= 10:
+            raise ConfigError(
+                f"IAUConfig(max_relative_step={self.max_relative_step}): give a number above 0, e.g. 0.5."
+            )
+        check_choice(self, "calibrate_on", ("auto", "proxies", "forget-rows"))
+        if len(self.damping_range) != 2 or not 0 < self.damping_range[0] <= self.damping_range[1] < math.inf:
+            raise ConfigError(
+                f"IAUConfig(damping_range={self.damping_range}): give a smallest and a largest positive number."
+            )
+        if not self.proxy_rows or any(rows < 20 for rows in self.proxy_rows):
+            raise ConfigError(f"IAUConfig(proxy_rows={self.proxy_rows}): give one or more sizes of at least 20 rows.")
+        if self.renew_curvature is not None and not (is_finite(self.renew_curvature) and self.renew_curvature >= 0):
+            raise ConfigError(
+                f"IAUConfig(renew_curvature={self.renew_curvature}): give a share of the weights' norm, e.g. 0.25, or None."
+            )
+        if self.held_out_rows < FEWEST_HELD_OUT_ROWS:
+            raise ConfigError(
+                f"IAUConfig(held_out_rows={self.held_out_rows}): give at least {FEWEST_HELD_OUT_ROWS}, for the "
+                "attack's error to stay below 3 points."
+            )
+
+    @property
+    def is_given(self) -> bool:
+        """Whether k and λ were both given, so that nothing is calibrated."""
+        return self.length is not None and self.damping is not None
+
+    @property
+    def is_free(self) -> bool:
+        """Whether k, λ and c are all left to calibration."""
+        return self.length is None and self.damping is None and self.finish_weight is None

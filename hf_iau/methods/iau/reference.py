@@ -1,0 +1,116 @@
+"""What k and λ rest on: the forget rows themselves, proxies, a class's share, or an earlier answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from hf_iau.memory.memory import GradientMemory
+from hf_iau.methods.context import ForgetContext
+from hf_iau.methods.iau.config import ENOUGH_FORGET_ROWS, FEWEST_COMPARED_ROWS, IAUConfig
+from hf_iau.methods.iau.exchangeability import ShiftTest, shift_test
+from hf_iau.methods.iau.initial_state import Outset
+from hf_iau.methods.iau.remembered import remembered_calibration
+from hf_iau.methods.iau.trial import auc_distance
+
+
+@dataclass
+class Basis:
+    """What calibration of a request rests on.
+
+    Attributes:
+        source: a `Calibration.source`.
+        whole_class: the class whose every remaining training row is in the request, if it is one.
+        advantage: AUC of the loss attack on a large sample of retained rows, minus one half: how much better a known
+            row is treated. None where that was not looked at, or is not to be reckoned with.
+        shift: whether the forget rows are like any other training rows; None where they are too few, or there are too
+            few others, to tell.
+        warnings: sentences for people.
+    """
+
+    source: str
+    whole_class: int | None = None
+    advantage: float | None = None
+    shift: ShiftTest | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def like_any_others(self) -> bool:
+        """Whether the forget rows are known to be like any other training rows."""
+        return self.shift is not None and self.shift.passed
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the report tells of it, plain JSON."""
+        if self.source in ("given", "uncalibrated"):
+            return {}
+        if self.whole_class is not None:
+            return {"whole_class": self.whole_class}
+        return {
+            "advantage_of_training_rows": self.advantage,
+            "shift_test": None if self.shift is None else self.shift.to_dict(),
+        }
+
+
+def choose_basis(context: ForgetContext, config: IAUConfig, memory: GradientMemory, outset: Outset) -> Basis:
+    """What k and λ of this request are to rest on."""
+    if config.is_given:
+        return Basis("given")
+    if outset.held_out_rows is None:
+        warning = (
+            "There are no held-out rows, so the step was not calibrated: a short, norm-bounded one was taken. Pass "
+            "held_out_dataset= (or eval_dataset=) to calibrate."
+        )
+        return Basis("uncalibrated", warnings=[warning])
+    label = find_whole_class(context, memory, outset)
+    if label is not None:
+        warning = (
+            f"Every row of class {label} is to be forgotten. One step cannot remove a class as retraining would: retrain "
+            "if you can."
+        )
+        return Basis("class share", whole_class=label, warnings=[warning])
+    basis = Basis("proxies")
+    if outset.retained_rows is not None and len(outset.retained_rows) >= ENOUGH_FORGET_ROWS:
+        basis.advantage = auc_distance(outset.retained, outset.held_out)
+        if len(context.forget) >= FEWEST_COMPARED_ROWS:
+            basis.shift = shift_test(outset.forget, outset.retained)
+    if remembered_calibration(config, memory) is not None:
+        basis.source = "remembered"
+        return basis
+    own = len(context.forget) >= ENOUGH_FORGET_ROWS and basis.like_any_others
+    no_proxies = context.train is None and context.retain is None
+    if config.calibrate_on == "forget-rows" or (config.calibrate_on == "auto" and own) or no_proxies:
+        basis.source = "forget rows"
+        if no_proxies and config.calibrate_on != "forget-rows" and not own:
+            basis.advantage = None
+            basis.warnings.append(
+                "The trainer has no train_dataset to draw proxy rows from, so the forget rows themselves set the "
+                "target; that is unreliable for few or unusual rows."
+            )
+    return basis
+
+
+def find_whole_class(context: ForgetContext, memory: GradientMemory, outset: Outset) -> int | None:
+    """The class whose every remaining training row is in the request, if there is just one class in it.
+
+    Known from the memory's counts of labels, or, where a data set has none, from a large sample of retained rows
+    without a single row of that class.
+    """
+    if memory.label_counts and context.label_counts:
+        if len(context.label_counts) != 1 or len(memory.label_counts) < 2:
+            return None
+        (label, count), *_ = context.label_counts.items()
+        return int(label) if memory.label_counts.get(label) == count else None
+    if (
+        outset.retained_rows is None
+        or len(outset.retained_rows) < ENOUGH_FORGET_ROWS
+        or len(context.forget) < FEWEST_COMPARED_ROWS
+    ):
+        return None
+    asked = outset.every_forget_row().label
+    labels = set(asked[np.isfinite(asked)].tolist())
+    if len(labels) != 1:
+        return None
+    left = outset.retained.label
+    return None if labels & set(left[np.isfinite(left)].tolist()) else int(labels.pop())

@@ -1,0 +1,355 @@
+"""The search for k, λ and c by what held-out rows look like, with forward passes only.
+
+A retrained model treats forgotten rows like rows it never saw. So k is the length at which the loss attack cannot tell
+forgotten from held-out rows (AUC one half), and λ and c are those with the lowest held-out loss. The rows on which this
+is tried must be exchangeable with the held-out ones: random training rows as proxies, or the forget rows themselves
+where they are many and pass a shift test. The step is additive in rows, so its scale carries over.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from hf_iau.methods.iau.trial import Trial, TrialRunner
+
+# Trials of one search for k: a guess from the first-order response, then interpolation.
+_TRIALS_PER_LENGTH = 5
+_TRIALS_AFTER_A_GUESS = 3
+MOST_HALVINGS = 4
+# A length that was too short is raised at least so much, or the search would creep.
+_LEAST_FACTOR = 1.05
+MAX_DRIFT = 0.3
+"""A step that raises the held-out loss by more than this share is too long, whatever it forgets."""
+
+
+@dataclass
+class Calibration:
+    """The values found, and what they rest on.
+
+    Attributes:
+        length, damping, finish_weight: k, λ (relative) and c.
+        source: "forget rows", "proxies", "class share", "remembered", "given", "uncalibrated" or "walk" (many short
+            steps were taken instead of one; `length` and `finish_weight` are those of the one step not taken).
+        reached: whether the criterion was brought within its tolerance.
+        criterion: its value at the trial next to the k chosen; `tolerance` and `standard_error` beside it.
+        held_out_loss_before, held_out_loss: mean loss of the held-out rows without and with the step.
+        lengths: k of every draw (their spread is the uncertainty of `length`).
+        curve: every trial that looked for k and λ, for the report.
+        draws: rows of each proxy draw.
+        relative_step: ‖Δ‖/‖θ‖ of the request's step.
+        halvings: how often that step was halved to spare the held-out or the retained rows.
+        finish_curve: every trial of the request's own step, in which c was chosen; every step of a walk.
+    """
+
+    length: float
+    damping: float
+    finish_weight: float
+    source: str
+    reached: bool = True
+    criterion: float | None = None
+    tolerance: float | None = None
+    standard_error: float | None = None
+    held_out_loss_before: float | None = None
+    held_out_loss: float | None = None
+    lengths: list[float] = field(default_factory=list)
+    curve: list[dict[str, float]] = field(default_factory=list)
+    draws: list[int] = field(default_factory=list)
+    relative_step: float | None = None
+    halvings: int = 0
+    finish_curve: list[dict[str, float]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return dict(self.__dict__)
+
+    @property
+    def relative_spread(self) -> float:
+        """Largest over smallest k of the draws, minus one; 0 for a single draw."""
+        return max(self.lengths) / min(self.lengths) - 1.0 if len(self.lengths) > 1 and min(self.lengths) > 0 else 0.0
+
+
+def standard_error_of_auc(n_forget: int, n_held_out: int) -> float:
+    """Standard error of an AUC near one half: √((m+n+1)/(12mn)) (Mann-Whitney)."""
+    return math.sqrt((n_forget + n_held_out + 1) / (12.0 * n_forget * n_held_out))
+
+
+def find_length(
+    runner: TrialRunner,
+    damping: float,
+    finish_weight: float,
+    *,
+    start: Trial,
+    tolerance: float,
+    max_relative_step: float,
+    guess: float | None = None,
+    trials: int = _TRIALS_PER_LENGTH,
+) -> tuple[Trial, bool, float]:
+    """The k at which the criterion vanishes, by bracketing and interpolation.
+
+    Trials end where the criterion is within the tolerance. They come from below, so the k returned is where it vanishes
+    by one more interpolation, which is not tried. Where the held-out loss rises by more than `MAX_DRIFT` before that, the longest step tried that spares it is taken.
+
+    Args:
+        runner: tries steps.
+        damping, finish_weight: λ and c.
+        start: the trial of k = 0.
+        tolerance: how near to 0 the criterion must come.
+        max_relative_step: longest ‖Δ‖/‖θ‖ allowed.
+        guess: first k; default: from the first-order response of the target rows' loss.
+        trials: how many steps may be tried.
+
+    Returns:
+        The best trial, whether it is within the tolerance, and k: near that trial's, or the trial's own where it is not.
+    """
+    limit = runner.longest(damping, max_relative_step)
+    ruin = (1.0 + MAX_DRIFT) * start.held_out_loss
+    low, low_value = 0.0, start.criterion
+    high: float | None = None
+    high_value = 0.0
+    tried: list[Trial] = []
+    length = min(guess if guess is not None else _first_guess(runner, damping, start), limit)
+    for _ in range(trials):
+        trial = runner.run(length, damping, finish_weight)
+        tried.append(trial)
+        spared = trial.held_out_loss <= ruin
+        if spared and abs(trial.criterion) <= tolerance:
+            return trial, True, min(_root(start.criterion, tried), limit)
+        if spared and trial.criterion > 0:
+            if length >= limit:
+                break
+            low, low_value = length, trial.criterion
+        else:
+            high, high_value = length, min(trial.criterion, -start.criterion if not spared else 0.0)
+        if high is None:
+            length = min(length * min(max(_power(start.criterion, tried), _LEAST_FACTOR), 4.0), limit)
+        else:
+            gap = low_value - high_value  # not positive where the rows look no better known than held-out ones at k = 0
+            share = min(max(low_value / gap, 0.1), 0.9) if gap > 0 else 0.1
+            if low > 0.0:
+                length = math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
+            else:
+                length = share * high
+    sparing = [trial for trial in tried if trial.held_out_loss <= ruin]
+    best = min(sparing, key=lambda trial: abs(trial.criterion)) if sparing else min(tried, key=lambda t: t.length)
+    return best, False, best.length
+
+
+def _power(distance: float, tried: list[Trial]) -> float:
+    """The factor that takes the last k to where the criterion vanishes, were what a step brings a power of k.
+
+    The exponent is 1 by one step alone, else that of the last two.
+
+    Args:
+        distance: the criterion of no step.
+        tried: steps; the last two are looked at.
+    """
+    brought = [distance - trial.criterion for trial in tried[-2:]]
+    if not brought[-1] > 0.0 or not distance > 0.0:
+        return math.inf if distance > 0.0 else 0.0  # nothing was brought; or there is nothing to be brought
+    exponent = 1.0
+    if len(brought) == 2 and brought[0] > 0.0:
+        first, last = sorted(zip((trial.length for trial in tried[-2:]), brought, strict=True))
+        if first[0] < last[0] and first[1] < last[1]:
+            exponent = math.log(last[1] / first[1]) / math.log(last[0] / first[0])
+    return (distance / brought[-1]) ** (1.0 / max(exponent, 0.25))
+
+
+def _root(distance: float, tried: list[Trial]) -> float:
+    """Where the criterion vanishes, next to the last trial, which nearly does that.
+
+    Between that trial and the nearest one on the other side, or by `_power`; at most a quarter away from the trial.
+    """
+    last = tried[-1]
+    others = [t for t in tried[:-1] if t.criterion * last.criterion < 0.0 and math.isfinite(t.held_out_loss)]
+    if others and last.length > 0.0:
+        other = min(others, key=lambda trial: abs(trial.criterion))
+        share = last.criterion / (last.criterion - other.criterion)
+        factor = (other.length / last.length) ** share if other.length > 0.0 else 1.0
+    else:
+        factor = _power(distance, tried)
+        factor = factor if 0.0 < factor < math.inf else 1.0
+    return last.length * min(max(factor, 0.8), 1.25)
+
+
+def _first_guess(runner: TrialRunner, damping: float, start: Trial) -> float:
+    """The k at which the loss of a target would reach the held-out loss if it rose along the tangent, halved.
+
+    Loss rises faster than its tangent, so half of it is nearer; at most the k of an influence function's 1.
+    """
+    missing = start.held_out_loss - start.target_loss
+    slope = runner.directions.slope(damping) / max(runner.directions.targets or runner.n_target, 1)
+    if not math.isfinite(missing) or missing <= 0 or slope <= 0:
+        return 0.25
+    return min(0.5 * missing / slope, 1.0)
+
+
+def calibrate(
+    runner: TrialRunner,
+    *,
+    source: str,
+    damping: float | None,
+    damping_range: tuple[float, float],
+    max_relative_step: float,
+    length: float | None = None,
+    tolerance: float | None = None,
+    start: Trial,
+) -> Calibration:
+    """Find k for every λ tried, and keep the λ with the lowest held-out loss.
+
+    λ is searched by factors of ten from the middle of its range, downhill in the held-out loss. The first k at a new λ
+    is the one with the same first-order effect as the k found before, so it is nearly right at once.
+
+    Args:
+        runner: tries steps that forget the calibration rows.
+        source: what those rows are, for the report.
+        damping: keep λ at this value.
+        damping_range: smallest and largest λ to be tried, relative to each layer's mean eigenvalue.
+        max_relative_step: longest ‖Δ‖/‖θ‖ allowed.
+        length: keep k at this value and choose λ only.
+        tolerance: of the criterion; default: a quarter of its standard error, at least 0.005.
+        start: the trial of no step at all.
+    """
+    error = standard_error_of_auc(runner.n_target, len(runner.held_out))
+    tolerance = tolerance if tolerance is not None else max(0.005, 0.25 * error)
+
+    def at(value: float, neighbour: _Candidate | None) -> _Candidate:
+        if length is not None:
+            return _Candidate(runner.run(length, value), True, length)
+        guess = None
+        if neighbour is not None and neighbour.trial.length > 0 and neighbour.slope > 0:
+            slope = runner.directions.slope(value)
+            guess = neighbour.length * neighbour.slope / slope if slope > 0 else None
+        found = find_length(
+            runner,
+            value,
+            0.0,
+            start=start,
+            tolerance=tolerance,
+            max_relative_step=max_relative_step,
+            guess=guess,
+            trials=_TRIALS_PER_LENGTH if guess is None else _TRIALS_AFTER_A_GUESS,
+        )
+        return _Candidate(*found, slope=runner.directions.slope(value))
+
+    best = at(damping, None) if damping is not None else _downhill(at, damping_range)
+    trial, reached = best.trial, best.reached
+    return Calibration(
+        length=best.length,
+        damping=trial.damping,
+        finish_weight=0.0,
+        source=source,
+        reached=reached,
+        criterion=trial.criterion,
+        tolerance=tolerance,
+        standard_error=error,
+        lengths=[best.length],
+        curve=[t.to_dict() for t in runner.trials],
+        draws=[runner.n_target],
+    )
+
+
+def finish(
+    runner: TrialRunner,
+    calibration: Calibration,
+    *,
+    before: Trial,
+    finish_weights: tuple[float, ...],
+    max_relative_step: float,
+    finish_weight: float | None = None,
+    keep_length: bool = False,
+) -> Calibration:
+    """Look at the request's own step: choose c for it, and halve it (up to four times) while it ruins the held-out rows.
+
+    c ("finish the training") repairs what forgetting costs the held-out rows. It is raised only while that helps, and
+    not further than to the held-out loss of before (by interpolation): a retrained model is not better trained than
+    the original.
+
+    Args:
+        runner: tries the *request's* steps; its criterion is not looked at.
+        calibration: k and λ.
+        before: the trial of no step at all.
+        finish_weights: c to be tried beside 0, ascending; empty without a gradient sum.
+        max_relative_step: longest ‖Δ‖/‖θ‖ allowed.
+        finish_weight: keep c at this value.
+        keep_length: keep k as well; else it grows by c, so that what is finished on is the retained rows alone.
+
+    Returns:
+        The calibration with c, the held-out losses and `halvings` filled in.
+    """
+    first = len(runner.trials)
+    length = min(calibration.length, runner.longest(calibration.damping, max_relative_step))
+    given = finish_weight or 0.0
+
+    def run(length: float, weight: float) -> Trial:
+        # Σ_D is of the forget rows too, and c·Σ_D would learn them again: (k + c)·Σ_f − c·Σ_D finishes on the others.
+        return runner.run(length if keep_length else length + weight, calibration.damping, weight)
+
+    best = run(length, given)
+    halvings = 0
+    while not best.held_out_loss <= (1.0 + MAX_DRIFT) * before.held_out_loss and halvings < MOST_HALVINGS:
+        halvings += 1
+        best = run(length * 0.5**halvings, given)
+    for weight in finish_weights if finish_weight is None else ():
+        if best.held_out_loss <= before.held_out_loss:
+            break
+        tried = run(length * 0.5**halvings, weight)
+        if not tried.held_out_loss < best.held_out_loss or tried.relative_step > max_relative_step:
+            break
+        if tried.held_out_loss < before.held_out_loss:
+            share = (best.held_out_loss - before.held_out_loss) / (best.held_out_loss - tried.held_out_loss)
+            between = best.finish_weight + share * (weight - best.finish_weight)
+            best = run(length * 0.5**halvings, between)
+            break
+        best = tried
+    return replace(
+        calibration,
+        length=best.length,
+        finish_weight=best.finish_weight,
+        held_out_loss_before=before.held_out_loss,
+        held_out_loss=best.held_out_loss,
+        relative_step=best.relative_step,
+        halvings=halvings,
+        reached=calibration.reached and length >= calibration.length * (1 - 1e-6) and halvings == 0,
+        finish_curve=[t.to_dict() for t in (before, *runner.trials[first:])],
+    )
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A λ with the k found for it."""
+
+    trial: Trial
+    reached: bool
+    length: float
+    slope: float = 0.0
+
+    def better_than(self, other: _Candidate) -> bool:
+        if self.reached != other.reached:
+            return self.reached
+        if self.reached:
+            return self.trial.held_out_loss < other.trial.held_out_loss
+        return abs(self.trial.criterion) < abs(other.trial.criterion)
+
+
+def _downhill(at: Callable[[float, _Candidate | None], _Candidate], damping_range: tuple[float, float]) -> _Candidate:
+    """The best λ by factors of ten: from the middle of the range towards smaller ones, else towards larger ones."""
+    low, high = damping_range
+    best = at(min(max(10.0 ** round(math.log10(low * high) / 2.0), low), high), None)
+    for factor in (0.1, 10.0):
+        moved = False
+        while low * 0.99 <= best.trial.damping * factor <= high * 1.01:
+            candidate = at(best.trial.damping * factor, best)
+            if not candidate.better_than(best):
+                break
+            best, moved = candidate, True
+        if moved:
+            break
+    return best
+
+
+def conservative_calibration(runner_limit: float, damping: float) -> Calibration:
+    """Without held-out rows: the influence function's k = 1, or less where the step would be long; uncalibrated."""
+    return Calibration(min(1.0, runner_limit), damping, 0.0, source="uncalibrated", reached=False)

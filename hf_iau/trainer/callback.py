@@ -1,0 +1,207 @@
+"""`IAUCallback`: gather from a fine-tuning run without changing it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+
+from hf_iau.data import RowLoss, RowSource, probe_additivity, probe_targets
+from hf_iau.data.placement import refuse_device
+from hf_iau.data.row_loss import UserLossFunction
+from hf_iau.data.wrappers import unwrapped
+from hf_iau.distributed import together
+from hf_iau.errors import MissingMemoryError, UnsupportedModelError
+from hf_iau.memory.config import GatherConfig
+from hf_iau.memory.fit import (
+    build_memory,
+    check_gatherable,
+    choose_row_loss,
+    describe_memory,
+    identify_rows,
+    keep_input_columns,
+)
+from hf_iau.memory.keys import find_key
+from hf_iau.memory.memory import GradientMemory
+from hf_iau.memory.memory_files import MEMORY_FOLDER
+from hf_iau.memory.private import TRAINER_IGNORES, refuse_private_files
+
+logger = logging.getLogger(__name__)
+
+# A callback is never told which trainer calls it. An UnlearningTrainer leaves its row loss here, under its model.
+_ROW_LOSS_OF_MODEL: weakref.WeakKeyDictionary[nn.Module, RowLoss] = weakref.WeakKeyDictionary()
+
+
+def announce_row_loss(model: nn.Module, row_loss: RowLoss) -> None:
+    """Let callbacks that see `model` know the loss that its trainer uses."""
+    _ROW_LOSS_OF_MODEL[model] = row_loss
+
+
+class IAUCallback(TrainerCallback):
+    """Gathers, at the end of fine-tuning, what a later request to forget rows needs.
+
+    Works on a plain `Trainer(callbacks=[IAUCallback()])` and on `UnlearningTrainer`. The memory is made once, in
+    `on_train_end` and so after `load_best_model_at_end`, kept as `.memory` and saved under `<output_dir>/_iau/`, which
+    `push_to_hub` never uploads. Nothing is read off `param.grad` during training (it is clipped, scaled by a divisor
+    that depends on model and version, and taken at older weights), so training itself is not slowed down and
+    checkpoints hold nothing of it.
+
+    What can be refused is refused in `on_train_begin`, before compute is spent. If gathering itself fails after
+    training, the trained model is not lost with it: the error is logged, and raised when the memory is asked for.
+
+    Args:
+        config: what to gather; default `GatherConfig()`.
+        row_loss: `row_loss(model, inputs)`, each row's loss or their sum, for a plain Trainer whose objective is not
+            the model's own (`compute_loss_func=` is not visible to callbacks; `UnlearningTrainer` needs none of this).
+        dataset: the training rows without augmentation, when the Trainer's own are augmented at random.
+        save: write the memory below `output_dir`.
+        restriction: gradient restriction for training; taken up by `UnlearningTrainer`, refused on a plain Trainer.
+    """
+
+    # Training is the same without it, so retraining need not repeat it.
+    only_watches = True
+
+    def __init__(
+        self,
+        config: GatherConfig | None = None,
+        *,
+        row_loss: UserLossFunction | RowLoss | None = None,
+        dataset: Any = None,
+        save: bool = True,
+        restriction: Any = None,
+    ) -> None:
+        self.config = config or GatherConfig()
+        self.row_loss = row_loss
+        self.dataset = dataset
+        self.save = save
+        self.restriction = restriction
+        self._memory: GradientMemory | None = None
+        self.failure: Exception | None = None
+        self._finished = False
+
+    @property
+    def memory(self) -> GradientMemory:
+        """The memory of the last finished training run.
+
+        Raises:
+            MissingMemoryError: no run has finished, or gathering failed (the failure is its cause).
+        """
+        if self._memory is None:
+            if self.failure is not None:
+                raise MissingMemoryError(
+                    f"Gathering failed after training: {self.failure} The trained model is unharmed; mend the cause "
+                    "and call hf_iau.gather(model, train_dataset)."
+                ) from self.failure
+            raise MissingMemoryError("There is no memory yet: call trainer.train(), or use hf_iau.gather(...).")
+        return self._memory
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether `.memory` can be had."""
+        return self._memory is not None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # auto_find_batch_size enters the loop again and again; every entry starts afresh.
+        self._memory, self.failure, self._finished = None, None, False
+        model = unwrapped(kwargs["model"])
+        if self.restriction is not None and model not in _ROW_LOSS_OF_MODEL:
+            raise UnsupportedModelError(
+                f"restriction={self.restriction!r} changes the training step, which a callback cannot do on a plain "
+                "Trainer. Use hf_iau.UnlearningTrainer, or drop restriction=."
+            )
+        refuse_unsupported_engines(args)
+        with together("the check before training"):
+            find_key(args.output_dir)  # a key that cannot be used is better refused now than after training
+            source = self._source(args, model, kwargs["train_dataloader"])
+            check_gatherable(model, source.dataset)
+            probe_additivity(self._choose_loss(args, model), model, source)
+            if self.config.reads_targets:
+                probe_targets(model, source)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        # The last thing that a run logs. A pruned hyper-parameter trial gets on_train_end without it.
+        self._finished = self._finished or "train_runtime" in (logs or {})
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_hyper_param_search and not self._finished:
+            return
+        model = unwrapped(kwargs["model"])
+        try:
+            with together("gathering"):  # nobody reads the files before they are written
+                source = self._source(args, model, kwargs["train_dataloader"])
+                loss = self._choose_loss(args, model)
+                self._memory = build_memory(model, source, loss, self.config, optimizer=kwargs.get("optimizer"))
+                self._memory.row_identity = identify_rows(model, source.dataset, args.output_dir)
+                if self.save and (args.should_save or self._memory.is_spread):
+                    self._memory.save(Path(args.output_dir or ".") / MEMORY_FOLDER)
+            logger.info("Gathered a gradient memory: %s", dict(describe_memory(self._memory)))
+        except Exception as error:  # whatever it is, the training that has just ended is not to be lost with it
+            self.failure = error
+            logger.error("Gathering failed after training; the model is unharmed. %s: %s", type(error).__name__, error)
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        refuse_private_files(args.output_dir or ".", TRAINER_IGNORES)
+        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):  # uploaded as a whole
+            refuse_private_files(Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+    def _choose_loss(self, args: TrainingArguments, model: nn.Module) -> RowLoss:
+        if self.row_loss is None and model in _ROW_LOSS_OF_MODEL:
+            return _ROW_LOSS_OF_MODEL[model]
+        return choose_row_loss(
+            row_loss=self.row_loss, compute_loss_func=None, label_smoothing_factor=args.label_smoothing_factor
+        )
+
+    def _source(self, args: TrainingArguments, model: nn.Module, loader: Any) -> RowSource:
+        dataset = self.dataset if self.dataset is not None else loader.dataset
+        if args.remove_unused_columns:  # else a loss or collator may use columns that the model does not take
+            dataset = keep_input_columns(model, dataset, "training rows")
+        return RowSource(
+            dataset,
+            loader.collate_fn,
+            batch_size=self.config.batch_size or args.per_device_train_batch_size,
+            device=args.device,
+            name="training rows",
+        )
+
+
+def refuse_unsupported_engines(args: TrainingArguments) -> None:
+    """Refuse training engines whose gradients or parameters this package does not read, before training starts."""
+    refuse_device(args.device.type)
+    if args.n_gpu > 1:
+        raise UnsupportedModelError(
+            f"The Trainer would use nn.DataParallel over n_gpu={args.n_gpu} devices in one process. Set "
+            "CUDA_VISIBLE_DEVICES to one device, or launch one process a GPU with `accelerate launch`."
+        )
+    if getattr(args, "deepspeed", None):
+        raise UnsupportedModelError("deepspeed=… is not supported: parameters and gradients are not visible. Use DDP.")
+    variables = {name: os.environ.get(name, "") for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")}
+    chosen = {name: value for name, value in variables.items() if value.lower() in ("1", "true", "yes", "on")}
+    if getattr(args, "fsdp", None):
+        chosen.pop("ACCELERATE_USE_FSDP", None)  # Accelerate sets it then
+        settings = getattr(args, "fsdp_plugin_args", None) or {}
+        if int(settings.get("fsdp_version", 1)) != 2 or (getattr(args, "fsdp_config", None) or {}).get("xla"):
+            raise UnsupportedModelError(
+                f"fsdp={args.fsdp!r} is not supported as it is set up: FSDP1 (and that of XLA) flattens parameters. Use "
+                "FSDP2 (fsdp_config={'version': 2}), or DDP."
+            )
+    elif "ACCELERATE_USE_FSDP" in chosen and os.environ.get("FSDP_VERSION", "1") == "2":
+        del chosen["ACCELERATE_USE_FSDP"]
+    for variable, value in chosen.items():
+        raise UnsupportedModelError(
+            f"{variable}={value} is set, by `accelerate launch` or by hand, but neither DeepSpeed nor FSDP1 is supported. "
+            "Launch with DDP (`accelerate launch --multi_gpu`) or with FSDP2 (`--use_fsdp --fsdp_version 2`)."
+        )

@@ -1,0 +1,464 @@
+"""`UnlearningTrainer`: a Trainer that can also forget."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from transformers import Trainer
+
+from hf_iau.data import RowLoss
+from hf_iau.data.row_loss import TrainerRowLoss, UserLossFunction
+from hf_iau.data.trainer_rows import model_of
+from hf_iau.data.wrappers import unwrapped
+from hf_iau.deletion.id_column import rows_of_ids
+from hf_iau.deletion.service import RequestService, finish_interrupted_request, report_of
+from hf_iau.distributed import is_main_process, is_sharded, whole_parameters
+from hf_iau.errors import AlreadyForgottenError, ConfigError, MissingMemoryError, RequestError, UnsupportedModelError
+from hf_iau.memory.config import GatherConfig
+from hf_iau.memory.fit import choose_row_loss
+from hf_iau.memory.memory import GradientMemory
+from hf_iau.memory.memory_files import MEMORY_FOLDER, MEMORY_HEADER
+from hf_iau.memory.private import TRAINER_IGNORES, refuse_private_files
+from hf_iau.methods.base import UnlearningMethod, config_values, find_method
+from hf_iau.report.card import UnlearningCard, card_metadata, task_of_model
+from hf_iau.trainer.callback import IAUCallback, announce_row_loss, refuse_unsupported_engines
+from hf_iau.trainer.output import UnlearnOutput
+from hf_iau.trainer.regather import gather_remaining, rows_still_in
+from hf_iau.trainer.restriction import GradientRestriction, RestrictionConfig
+from hf_iau.trainer.saving import save_private_files
+from hf_iau.trainer.state import UnlearningState
+from hf_iau.trainer.upload import hub_errors_explained
+from hf_iau.unlearn.budget import FEWEST_ROWS
+from hf_iau.unlearn.run import Keep, Request, checked_models, serve_request, serving_conditions
+
+logger = logging.getLogger(__name__)
+
+
+class UnlearningTrainer(Trainer):
+    """A drop-in `Trainer` that can forget training rows.
+
+    Args:
+        *args, **kwargs: as for `transformers.Trainer`; add `callbacks=[IAUCallback()]` to gather a memory.
+        row_loss: `row_loss(model, inputs)`, each row's loss or their sum, where the objective is neither the model's
+            own loss nor `compute_loss_func=` nor an overridden `compute_loss` that honours `num_items_in_batch`.
+        memory: a `GradientMemory` of the model as it is now, gathered earlier; default: the callback's, else the one
+            below `args.output_dir`, if there is one.
+        restriction: gradient restriction in training: a `RestrictionConfig`, or its mode "exact" or
+            "finite-difference"; default: none.
+        id_column: the column of `train_dataset` that says whose a row is, for `unlearn_by_id`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        row_loss: UserLossFunction | RowLoss | None = None,
+        memory: GradientMemory | None = None,
+        restriction: RestrictionConfig | str | None = None,
+        id_column: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.id_column = id_column
+        self.unlearning_state = UnlearningState(given=memory)
+        self._given_row_loss = row_loss
+        self._given_restriction = restriction
+        self._restriction_config: RestrictionConfig | None = None
+        self._restriction: GradientRestriction | None = None
+        super().__init__(*args, **kwargs)
+        refuse_unsupported_engines(self.args)
+        self.given_optimizer = self.optimizer is not None
+        self.row_loss: RowLoss = self._choose_row_loss()
+        self._restriction_config = self._choose_restriction()
+        if self.model is not None:
+            self._prepare_model(self.model)
+
+    # --- training -------------------------------------------------------------------------------------------------
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """As in `Trainer`; the new model's callbacks learn which loss is trained."""
+        model = super().call_model_init(trial)
+        if hasattr(self, "row_loss"):
+            self._prepare_model(model)
+        return model
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`. The memory of an earlier run no longer fits afterwards and is dropped here."""
+        if self.model is not None and not self.is_fsdp_enabled and is_sharded(self.model):
+            raise UnsupportedModelError(
+                "The model's parameters are sharded by fully_shard (FSDP2) already, which the Trainer cannot train. Let "
+                "Accelerate shard it (`accelerate launch --use_fsdp --fsdp_version 2`), or train with a loop of your own, "
+                "gather with hf_iau.gather(model, rows), and use this trainer to unlearn()."
+            )
+        self.unlearning_state = UnlearningState(card=UnlearningCard())
+        restriction = self._choose_restriction()
+        if restriction != self._restriction_config:  # a callback with restriction= was added or removed since
+            self._restriction_config, self._restriction = restriction, None
+            if self.model is not None:
+                self._prepare_model(self.model)
+        return super().train(*args, **kwargs)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """As in `Trainer`, with gradient restriction where it was asked for."""
+        if self._restriction is None:
+            return super().training_step(model, inputs, num_items_in_batch=num_items_in_batch)
+        return self._restricted_step(model, inputs, num_items_in_batch)
+
+    def _restricted_step(
+        self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        assert self._restriction is not None
+        model.train()
+        optimizer: Any = self.optimizer
+        if hasattr(optimizer, "train") and callable(optimizer.train):
+            optimizer.train()
+        inputs = self._prepare_inputs(inputs)
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = by_model or self.compute_loss_func is not None
+
+        def compute_loss() -> Tensor:
+            with self.compute_loss_context_manager():
+                # A copy, for compute_loss takes the labels out of what it is given.
+                loss: Any = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+            return loss if scaled else loss / self.current_gradient_accumulation_steps
+
+        return self._restriction.backward(model, compute_loss, self.accelerator.backward)
+
+    @property
+    def restriction_config(self) -> RestrictionConfig | None:
+        """How gradients are restricted in training, or None."""
+        return self._restriction_config
+
+    def _choose_restriction(self) -> RestrictionConfig | None:
+        callbacks = [cb.restriction for cb in self.callback_handler.callbacks if isinstance(cb, IAUCallback)]
+        for asked in [self._given_restriction, *callbacks]:
+            if asked is None:
+                continue
+            config = RestrictionConfig(mode=asked) if isinstance(asked, str) else asked  # type: ignore[arg-type]
+            if not isinstance(config, RestrictionConfig):
+                raise ConfigError(
+                    f"restriction={asked!r}: give a RestrictionConfig, or one of 'none', 'exact', 'finite-difference'."
+                )
+            return None if config.mode == "none" else config
+        return None
+
+    def _prepare_model(self, model: nn.Module) -> None:
+        announce_row_loss(unwrapped(model), self.row_loss)
+        if self._restriction_config is not None:
+            if self.args.optim in ("lomo", "adalomo"):
+                raise ConfigError(
+                    f"optim={self.args.optim!r} steps inside the backward pass: use another with restriction=."
+                )
+            self._restriction = GradientRestriction(
+                self._restriction_config, model, mixed_precision=self.accelerator.mixed_precision
+            )
+
+    def _choose_row_loss(self) -> RowLoss:
+        inherited = (Trainer.compute_loss, UnlearningTrainer.compute_loss)
+        if self._given_row_loss is None and type(self).compute_loss not in inherited:
+            return TrainerRowLoss(self)
+        smoother = getattr(self, "label_smoother", None)
+        return choose_row_loss(
+            row_loss=self._given_row_loss,
+            compute_loss_func=self.compute_loss_func,
+            label_smoothing_factor=0.0 if smoother is None else self.args.label_smoothing_factor,
+        )
+
+    # --- memory ---------------------------------------------------------------------------------------------------
+
+    @property
+    def memory(self) -> GradientMemory | None:
+        """The memory in force: after the last request, else the one given, gathered, or saved under `output_dir`.
+
+        None after a request that made the weights anew (`method="retrain"`), until `gather()`.
+        """
+        state = self.unlearning_state
+        if state.ended:
+            return None
+        if state.latest is not None:
+            return state.latest
+        if state.given is not None:
+            return state.given
+        callback = self._gathering_callback()
+        if callback is not None and (callback.has_memory or callback.failure is not None):
+            return callback.memory
+        finish_interrupted_request(self)  # which may change the state
+        if state.given is None and (self._private_folder / MEMORY_HEADER).is_file():
+            state.given = GradientMemory.load(self._private_folder)
+        return state.given
+
+    @property
+    def memory_in_ram(self) -> GradientMemory | None:
+        """The same, but for one that lies below `output_dir` and was not read yet."""
+        state, callback = self.unlearning_state, self._gathering_callback()
+        if state.ended:
+            return None
+        gathered = callback.memory if callback is not None and callback.has_memory else None
+        return state.latest or state.given or gathered
+
+    @property
+    def _private_folder(self) -> Path:
+        return Path(self.args.output_dir or ".") / MEMORY_FOLDER
+
+    def gather(self, config: GatherConfig | None = None, *, dataset: Any = None) -> GradientMemory:
+        """Gather a memory now, at the model's present weights, from the training rows that were not forgotten.
+
+        Args:
+            config: what to gather; default: the callback's configuration, else `GatherConfig()`.
+            dataset: the training rows without augmentation, when `train_dataset` is augmented at random.
+        """
+        callback = self._gathering_callback()
+        config = config or (callback.config if callback is not None else GatherConfig())
+        rows = dataset if dataset is not None else self.train_dataset
+        if rows is None:
+            raise RequestError("gather(): the trainer has no train_dataset. Give it one, or pass dataset=.")
+        memory = gather_remaining(self, config, rows)
+        self.unlearning_state.latest, self.unlearning_state.ended = memory, False
+        return memory
+
+    def rebase(self, config: GatherConfig | None = None) -> GradientMemory:
+        """Gather anew at the present weights, from the rows that were not forgotten, as the present memory was gathered.
+
+        One bounded pass, after which the steps taken so far count no more; do it when a report advises it.
+
+        Args:
+            config: what to gather; default: the present memory's settings.
+
+        Raises:
+            MissingMemoryError: there is no memory, and no `config`.
+        """
+        memory = self.memory
+        if config is None:
+            if memory is None:
+                raise MissingMemoryError("rebase(): there is no memory to gather anew: use gather().")
+            try:
+                config = GatherConfig(**memory.settings)
+            except TypeError as error:
+                raise ConfigError(
+                    f"rebase(): the memory was gathered with settings that this version does not know ({error}): pass "
+                    "config=GatherConfig(…)."
+                ) from error
+        return self.gather(config)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `Trainer`; the memory that belongs to these weights is saved with them, under `_iau/`.
+
+        Where a request has ended the memory, an old one that lies there is removed, for it is of other weights.
+        Checkpoints (saved by the training loop itself) carry no memory. A model or memory that is spread over processes is
+        saved by all of them together.
+        """
+        # Accelerate writes what it has sharded itself.
+        alone = self.model is None or self.is_fsdp_enabled
+        with contextlib.nullcontext() if alone else whole_parameters(model_of(self)):
+            super().save_model(output_dir, _internal_call)
+        if not _internal_call and not self.is_in_train:
+            folder = Path(output_dir or self.args.output_dir or ".") / MEMORY_FOLDER
+            save_private_files(self, folder, self.args.should_save)
+
+    def _gathering_callback(self) -> IAUCallback | None:
+        # Looked up each time: restoring callback states puts other objects into the handler.
+        return next((cb for cb in self.callback_handler.callbacks if isinstance(cb, IAUCallback)), None)
+
+    # --- forgetting -----------------------------------------------------------------------------------------------
+
+    def unlearn(
+        self,
+        forget_dataset: Any = None,
+        *,
+        row_indices: Sequence[int] | np.ndarray | Tensor | None = None,
+        method: str = "iau",
+        config: Any = None,
+        held_out_dataset: Any = None,
+        retain_dataset: Any = None,
+        test_dataset: Any = None,
+        retrained_model: nn.Module | Sequence[nn.Module] | None = None,
+        dry_run: bool = False,
+        save: bool = False,
+        request_id: str | None = None,
+    ) -> UnlearnOutput:
+        """Make the model forget training rows, and report how well it did.
+
+        The update is applied whole or not at all: after any exception the weights are bit-identical to before.
+
+        Args:
+            forget_dataset: the rows to forget, e.g. `train_dataset.select(ids)`, with the training rows' columns.
+            row_indices: instead, their numbers in `train_dataset`, which must be the set the memory was made of.
+            method: "iau" (curvature-aware, calibrated), "iau-paper", "iau-released", or any registered name.
+            config: the method's configuration; default: its class with default values.
+            held_out_dataset: rows never trained on, for calibration and report; default: `eval_dataset`.
+            retain_dataset: all rows to be kept, for methods that would otherwise need an exact gradient sum.
+            test_dataset: rows never trained on that nothing but the report looks at.
+            retrained_model: a model trained without the forget rows, for comparison only; of several, the first is
+                the reference and the next gives the noise floor between two retrained models.
+            dry_run: do everything, report, and put the weights back.
+            save: write weights, memory and ledger into `output_dir` as one transaction: a crash leaves either the old
+                ones or the new ones, and the same request run again is finished, or answered, but never served twice.
+                Needs a key (`HF_IAU_KEY`). A saved request cannot be reverted.
+            request_id: with `save=True`, your name for the request (kept only as a keyed hash); default: its rows.
+
+        Returns:
+            The report, `revert()`, and the memory that belongs to the new weights.
+
+        Raises:
+            RequestError: the request itself is at fault (rows out of range, repeated, without labels, ...).
+            ConfigError: unknown method or wrong configuration.
+            MemoryMismatchError: the memory belongs to another model, data or loss.
+            MissingMemoryError: the method needs something that was not gathered.
+            NonFiniteGradientError: a forget row's gradient is NaN or infinite.
+            StorageError: with `save=True`, it could not be written; everything is as before.
+        """
+        chosen, config = find_method(method, config)
+        request = Request(
+            forget_dataset=forget_dataset,
+            row_indices=row_indices,
+            held_out_dataset=held_out_dataset,
+            retain_dataset=retain_dataset,
+            test_dataset=test_dataset,
+            retrained_models=checked_models(retrained_model),
+            dry_run=dry_run,
+        )
+
+        def run(served: UnlearningMethod, keep: Keep | None = None) -> UnlearnOutput:
+            with serving_conditions(self, chosen):
+                return serve_request(self, request, served, config, keep)
+
+        if not save:
+            if request_id is not None:
+                raise RequestError("request_id= names a request in the ledger: give save=True with it.")
+            return run(chosen)
+        if dry_run:
+            raise RequestError("save=True and dry_run=True contradict each other: leave one out.")
+        service = RequestService(self)
+        entry, output = service.serve(run, forget_dataset, row_indices, chosen, config_values(config), request_id)
+        if output is None:
+            assert entry is not None
+            return UnlearnOutput(report_of(entry), applied=False, memory=self.memory, entry=entry)
+        output.entry, output.undo = entry, None
+        return output
+
+    def unlearn_by_id(self, ids: Sequence[Any], **settings: Any) -> UnlearnOutput:
+        """`unlearn` all rows of `train_dataset` whose `id_column` holds one of `ids`, as far as they are still in.
+
+        With a key the memory knows which rows are out, without one only the trainer that served the requests does. Rows
+        that are left out, and rows that may be out without this trainer knowing, are told in the report's warnings.
+
+        Args:
+            ids: values of that column, e.g. `["u17", "u23"]`.
+            **settings: as for `unlearn`.
+
+        Raises:
+            RequestError: no `id_column`, or ids that no training row has.
+            AlreadyForgottenError: all their rows are forgotten; with `save=True`, by other requests than this one.
+        """
+        positions = rows_of_ids(self.train_dataset, self.id_column, ids)
+        still, notes = rows_still_in(self, positions) if len(positions) else (positions, [])
+        if len(positions) and not len(still):
+            if settings.get("save"):
+                entry = RequestService(self).answer(positions, settings.get("request_id"))
+                if entry is not None:
+                    return UnlearnOutput(report_of(entry), applied=False, memory=self.memory, entry=entry)
+            raise AlreadyForgottenError(
+                f"All {len(positions)} rows of these ids were already forgotten by an earlier request: there is nothing "
+                "left to do."
+            )
+        output = self.unlearn(row_indices=still, **settings)
+        output.report.warnings += notes
+        if is_main_process():
+            for sentence in notes:
+                logger.warning(sentence)
+        return output
+
+    def queue(
+        self, forget_dataset: Any = None, *, row_indices: Sequence[int] | None = None, ids: Any = None, **settings: Any
+    ) -> UnlearnOutput | None:
+        """Have rows forgotten together with others: they wait on disk until there are 16, and are then served at once.
+
+        Small requests are better batched, for two versions of the weights differ by an image of the rows. Needs a key
+        and a memory that was gathered with it. What waits is kept as keyed fingerprints alone; rows
+        that wait already are not queued again.
+
+        Args:
+            forget_dataset, row_indices: as for `unlearn`.
+            ids: instead, values of `id_column`.
+            **settings: as for `unlearn`, for the case that the rows are served now.
+
+        Returns:
+            What `unlearn(save=True)` returned, or None where the rows wait.
+        """
+        if ids is not None:
+            if forget_dataset is not None or row_indices is not None:
+                raise RequestError("queue() was given ids= and other rows: pass one of them.")
+            row_indices = rows_of_ids(self.train_dataset, self.id_column, ids)  # type: ignore[assignment]
+        waiting = RequestService(self).enqueue(forget_dataset, row_indices)
+        return self.serve_queue(**settings) if waiting >= FEWEST_ROWS else None
+
+    def serve_queue(self, **settings: Any) -> UnlearnOutput | None:
+        """Serve the rows that wait, however few, with `unlearn(save=True)`; None where none wait."""
+        positions = RequestService(self).queued_positions()
+        return self.unlearn(row_indices=positions, save=True, **settings) if len(positions) else None
+
+    # --- publishing -----------------------------------------------------------------------------------------------
+
+    @property
+    def unlearning_card(self) -> UnlearningCard:
+        """What the model card tells of the requests served so far, also by earlier processes: counts and means only."""
+        state = self.unlearning_state
+        if state.card is None:
+            state.card = UnlearningCard.of_weights(self._private_folder, model_of(self))
+        return state.card
+
+    @unlearning_card.setter
+    def unlearning_card(self, card: UnlearningCard) -> None:
+        self.unlearning_state.card = card
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As in `Trainer`; once a request was served the card has a section on unlearning, its figures and tags."""
+        path = Path(self.args.output_dir or ".") / "README.md"
+        earlier = card_metadata(path)
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            self.unlearning_card.complete(path, task=task_of_model(model_of(self)), earlier=earlier)
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """As in `Trainer`.
+
+        Raises:
+            PublishError: no token, no access, or no connection.
+        """
+        with hub_errors_explained(self._repository()):
+            super().init_hf_repo(*args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`: weights, configuration and the model card are uploaded, `_iau/` is not.
+
+        The memory that belongs to the weights is saved beside them first. Earlier revisions of the repository keep the
+        forgotten rows; see docs/publishing.md for how to take them away before.
+
+        Raises:
+            PublishError: no token, no access, no connection, or a memory lies where it would be uploaded.
+        """
+        if self.is_world_process_zero():
+            refuse_private_files(self.args.output_dir or ".", TRAINER_IGNORES)
+        save_private_files(self, self._private_folder, self.is_world_process_zero())
+        with hub_errors_explained(self._repository()):
+            return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As in `Trainer`, which uploads whole checkpoint folders with `hub_strategy="checkpoint"`."""
+        refuse_private_files(self.args.output_dir or ".", TRAINER_IGNORES)
+        refuse_private_files(checkpoint_folder)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _repository(self) -> str:
+        return self.args.hub_model_id or Path(self.args.output_dir or ".").absolute().name
+
+
+__all__ = ["UnlearnOutput", "UnlearningTrainer"]

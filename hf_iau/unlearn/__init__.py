@@ -1,0 +1,1 @@
+"""One request, file by file in the order in which it runs."""
