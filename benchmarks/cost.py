@@ -92,7 +92,7 @@ def gradient_cost(work: Work, repeats: int, n_rows: int = 20_000, n_forget: int 
     """Gradient and update phases of `iau-paper` against a bare loop over the same batches, and a pass over all rows."""
     train = _noise(work, n_rows)
     trainer = _trainer(work, train, request=True)
-    trainer.gather(GatherConfig(gradient_sum="exact", curvature="none", progress=False))
+    trainer.gather(GatherConfig(gradient_sum="full", curvature="none", progress=False))
     rows = np.sort(np.random.default_rng(0).choice(n_rows, n_forget, replace=False))
     model: nn.Module = trainer.model  # type: ignore[assignment]
 
@@ -109,7 +109,7 @@ def gradient_cost(work: Work, repeats: int, n_rows: int = 20_000, n_forget: int 
 
     def request() -> float:
         report = trainer.unlearn(
-            row_indices=rows, method="iau-paper", config=IAUPaperConfig(eta=1e-9), dry_run=True
+            forget_indices=rows, method="iau-paper", config=IAUPaperConfig(eta=1e-9), dry_run=True
         ).report
         return report.seconds["gradient"] + report.seconds["update"]
 
@@ -162,7 +162,7 @@ def curvature_cost(work: Work, repeats: int, epochs: int = 3) -> list[Part]:
         parts.append(_part("EK-FAC / training", described, share, f"<= {goal}", share <= goal, times))
     train = _noise(work, 5_000)
     model = _trainer(work, train).model
-    config = GatherConfig(gradient_sum="exact", curvature="none", progress=False, batch_size=work.training.batch_size)
+    config = GatherConfig(gradient_sum="full", curvature="none", progress=False, batch_size=work.training.batch_size)
     started = _clock()
     gather(model, train, data_collator=stack_rows, config=config)
     seconds = _clock() - started
@@ -185,7 +185,7 @@ def end_to_end_cost(out: Path, data: Path, repeats: int) -> list[Part]:
     one_epoch = replace(LENET, training=replace(LENET.training, epochs=1))
 
     def request() -> None:
-        trainer.unlearn(row_indices=case.forget_rows, dry_run=True)
+        trainer.unlearn(forget_indices=case.forget_rows, dry_run=True)
 
     def epoch() -> None:
         set_seed(0)

@@ -98,7 +98,7 @@ def measure(folder: Path, rows: int, request_rows: int, entries: int, repeats: i
         positions = random.choice(np.flatnonzero(~identity.forgotten), size=request_rows, replace=False)
         asked = fingerprints[positions]
         name = secrets.token_hex(16)
-        note = Journal(name, "now", request_rows, "iau", {}, "before", step={"length": 0.1})
+        note = Journal(name, "now", request_rows, "iau", {}, "before", step={"scale": 0.1})
         timed("is it known, and still in?", partial(identity.check_request, asked))
         timed("ledger read and verified", ledger.entries)
         timed("journal, with the step", partial(journal.write, note))
@@ -141,11 +141,11 @@ def _values(name: str, asked: np.ndarray) -> dict[str, Any]:
         "rows": len(asked),
         "row_ids": [row.tobytes().hex() for row in asked],
         "method": "iau",
-        "config": {"length": None, "damping": None, "finish_weights": [0.003, 0.01, 0.03], "walk": True},
-        "calibration": {"length": 0.1, "damping": 0.1, "finish_weight": 0.0},
+        "config": {"scale": None, "damping": None, "retain_weights": [0.003, 0.01, 0.03], "multi_step": True},
+        "calibration": {"scale": 0.1, "damping": 0.1, "retain_weight": 0.0},
         "weights_before": "b" * 32,
         "weights_after": "a" * 32,
-        "outcome": {"before": figures, "after": figures, "verdict": "safe", "calibrated": True},
+        "outcome": {"before": figures, "after": figures, "verdict": "ok", "calibrated": True},
         "versions": package_versions(),
     }
 

@@ -102,7 +102,7 @@ def _measure(model: nn.Module, config: GatherConfig, batch_size: int, eval_batch
             memory=memory,
         )
 
-    wishes = IAUConfig(walk=False)
+    wishes = IAUConfig(multi_step=False)
     weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     own = 0 if device.type == "cuda" else weights  # what the profiler of the CPU does not see, being there before
@@ -125,7 +125,7 @@ def _measure(model: nn.Module, config: GatherConfig, batch_size: int, eval_batch
     forget = np.arange(_FORGET)
 
     def request() -> None:
-        trainer(memory).unlearn(row_indices=forget, config=wishes).revert()
+        trainer(memory).unlearn(forget_indices=forget, config=wishes).revert()
 
     requesting = held + peak_allocated_bytes(request, device)
     seconds = {"gather": _seconds(lambda: trainer().gather(config)), "unlearn": _seconds(request)}

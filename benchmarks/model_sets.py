@@ -157,7 +157,7 @@ def _unlearn_one(members: Members, seed: int, variants: Sequence[Variant]) -> li
             else:
                 config, tuning = members.tuned(variant), None
             started, cpu_started = time.perf_counter(), time.process_time()
-            output = trainer.unlearn(row_indices=case.forget_rows, method=variant.method, config=config)
+            output = trainer.unlearn(forget_indices=case.forget_rows, method=variant.method, config=config)
             seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
             report = output.report.to_dict()
             cell = {

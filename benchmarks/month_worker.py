@@ -58,7 +58,7 @@ def make_trainer(folder: Path, weights: Path | None = None) -> UnlearningTrainer
         use_cpu=True,
         seed=0,
     )
-    config = GatherConfig(gradient_sum="exact", progress=False)
+    config = GatherConfig(gradient_sum="full", progress=False)
     return UnlearningTrainer(
         model=model,
         args=arguments,
@@ -85,7 +85,7 @@ def serve(plan: dict[str, Any]) -> None:
         if crash is not None and crash["request"] == number and main:
             _arrange(crash)
         started = time.perf_counter()
-        result = trainer.unlearn(row_indices=chosen, save=True)
+        result = trainer.unlearn(forget_indices=chosen, save=True)
         if not main:
             continue
         assert result.entry is not None

@@ -114,7 +114,7 @@ def main(
     table = []
     for name, config, theirs, settings, steps in cases():
         trainer = make_trainer(copy.deepcopy(start))
-        trainer.unlearn(row_indices=forget, method=name, config=config)
+        trainer.unlearn(forget_indices=forget, method=name, config=config)
         module = importlib.import_module(f"torchunlearn.unlearn.trainers.{theirs[0]}")
         network = copy.deepcopy(start)
         wrapped = peer.RobModel(network.net, n_classes=CLASSES)

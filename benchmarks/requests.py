@@ -17,7 +17,7 @@ from hf_iau.methods.base import find_method
 CHECKPOINTS = (5, 10, 20)
 """After this many of several requests the gap is measured on the rows forgotten so far."""
 
-_CALIBRATED = ("source", "length", "damping", "finish_weight", "reached")
+_CALIBRATED = ("source", "scale", "damping", "retain_weight", "reached")
 
 
 def serve(
@@ -55,7 +55,7 @@ def serve(
             started, cpu_started = time.perf_counter(), time.process_time()
             if number > 1 and variant.gather_again:
                 trainer.gather(gather_config(variant))
-            output = trainer.unlearn(row_indices=rows, method=method.name, config=config)
+            output = trainer.unlearn(forget_indices=rows, method=method.name, config=config)
             seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
             report = output.report.to_dict()
             del output  # holds a copy of the weights
@@ -82,7 +82,7 @@ def serve(
         "verdict": report["verdict"],
         "reasons": report["diagnostics"].get("reasons"),
         "calibrated": report["calibrated"],
-        **{name: calibration.get(name) for name in ("length", "damping", "finish_weight")},
+        **{name: calibration.get(name) for name in ("scale", "damping", "retain_weight")},
         "relative_path": path,
         "diagnostics": report["diagnostics"],
         "config": report["config"],

@@ -30,7 +30,7 @@ from benchmarks.variants import OURS, PUBLISHED
 
 _DIFFERENCES = {
     "RA": "retain_accuracy",
-    "UA": "forget_accuracy",
+    "FA": "forget_accuracy",
     "TA": "test_accuracy",
     "MIA": "mia_auc",
 }
@@ -58,7 +58,7 @@ def markdown(found: Sequence[Panel], suite: Suite) -> str:
         return "\n".join([*parts, "No cell is finished."])
     parts += [
         "Signed differences to the model retrained from the same seed, in percentage points, mean ± standard deviation "
-        "over seeds. RA, UA, TA: accuracy on retained, forgotten and test rows. MIA: AUC of the loss attack, forgotten "
+        "over seeds. RA, FA, TA: accuracy on retained, forgotten and test rows. MIA: AUC of the loss attack, forgotten "
         "against test rows. Gap: mean of the four absolute differences, per seed. Entropy: AUC of an attack that nothing "
         "was optimised for. SVC: share of forgotten rows that the confidence attack of SalUn's tables calls unseen; "
         "SVC gap: the gap with it in place of MIA, which is the average gap of those tables. "
@@ -89,7 +89,7 @@ def _section(panel: Panel) -> list[str]:
         f"Seeds {', '.join(map(str, seeds))}; {hardware['accelerator'] or hardware['processor']}, {hardware['threads']} "
         f"thread(s) of {hardware['cpu_count']} CPUs, torch {hardware['torch']}. Command: `{first['command']}`.",
         "",
-        "| method | RA | UA | TA | MIA | entropy | SVC | gap | SVC gap | seconds (CPU) | tuning, s | gathering, s | rank | "
+        "| method | RA | FA | TA | MIA | entropy | SVC | gap | SVC gap | seconds (CPU) | tuning, s | gathering, s | rank | "
         "setting |",
         "|---" * 14 + "|",
         _row(_BEFORE, once, lambda c: c["gap_before"], lambda c: c["figures"]["before"], ["0", "", "", "", ""]),
@@ -176,13 +176,13 @@ def _front_sentences(panel: Panel) -> list[str]:
 
 def _calibrations(panel: Panel) -> list[str]:
     """What calibration found, of the methods that calibrate themselves."""
-    calibrated = [result for result in panel.results if any(cell["length"] is not None for cell in result.cells)]
+    calibrated = [result for result in panel.results if any(cell["scale"] is not None for cell in result.cells)]
     if not calibrated:
         return []
     lines = ["| calibrated | k | λ | c | ‖Δ‖/‖θ‖ | verdict |", "|---|---|---|---|---|---|"]
     for result in calibrated:
         columns = []
-        for key in ("length", "damping", "finish_weight", "relative_path"):
+        for key in ("scale", "damping", "retain_weight", "relative_path"):
             columns.append(", ".join(f"{cell[key]:.3g}" for cell in result.cells if cell[key] is not None))
         columns.append(_counted([cell["verdict"] for cell in result.cells]))
         lines.append(f"| {result.name} | " + " | ".join(columns) + " |")

@@ -158,13 +158,14 @@ def _measure(
 
     timing("train", trainer.train)
     memory = timing("gather", lambda: trainer.gather(config))
-    given = IAUConfig(length=1e-3, damping=1.0)
+    given = IAUConfig(scale=1e-3, damping=1.0)
     # The first requests choose kernels; the second is the one that counts.
-    timing("first unlearn", lambda: trainer.unlearn(row_indices=forget, config=given)).revert()
-    output = timing("unlearn, given step", lambda: trainer.unlearn(row_indices=forget, config=given))
+    timing("first unlearn", lambda: trainer.unlearn(forget_indices=forget, config=given)).revert()
+    output = timing("unlearn, given step", lambda: trainer.unlearn(forget_indices=forget, config=given))
     output.revert()
     calibrated = timing(
-        "unlearn, calibrated, one step", lambda: trainer.unlearn(row_indices=forget, config=IAUConfig(walk=False))
+        "unlearn, calibrated, one step",
+        lambda: trainer.unlearn(forget_indices=forget, config=IAUConfig(multi_step=False)),
     )
     step = float(np.median(timed.seconds[_WARM_UP:]))
     tokens = settings["per_device_train_batch_size"] * length

@@ -44,7 +44,7 @@ def tune(
     for config in settings:
         trial: dict[str, Any] = {"setting": options(config)}
         try:
-            report = trainer.unlearn(row_indices=rows, method=method, config=config, dry_run=True).report
+            report = trainer.unlearn(forget_indices=rows, method=method, config=config, dry_run=True).report
         except IAUError as error:  # a setting at which the model diverges
             failure = error
             tried.append(trial | {"auc": None, "held_out_loss": None, "loss_ratio": None, "error": str(error)})

@@ -165,7 +165,7 @@ BASELINE_VARIANTS = (
     FISHER_FORGETTING,
 )
 
-_SUM = {"gradient_sum": "exact", "curvature": "none"}
+_SUM = {"gradient_sum": "full", "curvature": "none"}
 RELEASED = Variant("iau-released", "iau-released", PUBLISHED, gather=_SUM, gather_again=True)
 RELEASED_TUNED = Variant(
     "iau-released, tuned",
@@ -186,7 +186,7 @@ PAPER = Variant(
 IAU = Variant("iau", "iau", OURS, gather={})
 IAU_ON_PROXIES = Variant("iau, proxies", "iau", OURS, gather={}, config=IAUConfig(calibrate_on="proxies"))
 IAU_GATHERED_ANEW = Variant("iau, gathered anew", "iau", OURS, gather={}, gather_again=True)
-IAU_WITH_SUM = Variant("iau, exact sum", "iau", OURS, gather={"gradient_sum": "exact"})
+IAU_WITH_SUM = Variant("iau, exact sum", "iau", OURS, gather={"gradient_sum": "full"})
 CURVATURES = tuple(
     Variant(f"iau, {curvature}", "iau", ABLATION, gather={"curvature": curvature})
     for curvature in ("diagonal", "identity", "adam")

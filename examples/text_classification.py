@@ -261,7 +261,7 @@ def main() -> None:
             retrained.append(train_model(train.select(retained), seed, folder, remember=False).model)
 
     result = trainer.unlearn(
-        row_indices=forget,
+        forget_indices=forget,
         method=unlearn_args.method,
         config=method_config,
         test_dataset=test,

@@ -20,14 +20,14 @@ from hf_iau.data.row_loss import UserLossFunction
 from hf_iau.data.rows import Collator, sample_positions
 from hf_iau.data.working import working
 from hf_iau.data.wrappers import unwrapped
-from hf_iau.distributed import whole_parameters
+from hf_iau.distributed import full_parameters
 from hf_iau.errors import ConfigError
 from hf_iau.memory.config import GatherConfig
 from hf_iau.memory.fit import check_gatherable, choose_row_loss, default_collator, keep_input_columns
 from hf_iau.memory.gradient_sum import sum_row_gradients, trainable_parameters
 from hf_iau.methods.iau.config import ENOUGH_FORGET_ROWS, FEWEST_COMPARED_ROWS, IAUConfig
 from hf_iau.methods.iau.curvature_renewal import FEWEST_ROWS
-from hf_iau.methods.iau.multi_step import MOST_STEPS, USUAL_STEPS, WalkWork, anchor_rows
+from hf_iau.methods.iau.multi_step import MOST_STEPS, USUAL_STEPS, MultiStepWork, anchor_rows
 from hf_iau.unlearn.transaction import model_state
 from hf_iau.utils.devices import memory_counters, synchronise
 from hf_iau.utils.timing import peak_allocated_bytes
@@ -54,7 +54,7 @@ class Estimate:
             first estimates the curvature anew), and the peak of either with all of these but the two on top
             (`gathering_peak`, `request_peak`). An optimizer that is still alive comes on top.
         seconds: `gradient_sum`, `curvature`, `gather` (the two before) and `unlearn`; where a request has to be walked,
-            `walk` comes on top with the usual number of steps and `walk_at_most` with the most; where it first estimates
+            `walk` comes on top with the usual number of steps and `multi_step_at_most` with the most; where it first estimates
             the curvature anew, because requests have moved the weights far (`IAUConfig(renew_curvature=…)`), `renewal`
             does; empty without a probe.
         rows: rows of the training set, of a gradient sum, of the curvature, of its renewal, of a request and of calibration.
@@ -74,7 +74,10 @@ class Estimate:
     def table(self) -> list[tuple[str, str]]:
         """Lines of a label and a figure with its unit."""
         lines = [(f"{name.replace('_', ' ')}", f"{size / 2**20:,.1f} MiB") for name, size in self.bytes.items()]
-        walks = {"walk": f"walk, {USUAL_STEPS} steps (usual)", "walk_at_most": f"walk, {MOST_STEPS} steps (the most)"}
+        walks = {
+            "multi_step": f"walk, {USUAL_STEPS} steps (usual)",
+            "multi_step_at_most": f"walk, {MOST_STEPS} steps (the most)",
+        }
         lines += [(walks.get(name, name.replace("_", " ")), f"{value:,.1f} s") for name, value in self.seconds.items()]
         lines += [(f"rows: {name.replace('_', ' ')}", f"{count:,}") for name, count in self.rows.items()]
         return lines + [(f"parameters: {name}", f"{count:,}") for name, count in self.coverage.items()]
@@ -138,7 +141,7 @@ def estimate(
             f"request_rows={request_rows}, held_out_rows={held_out_rows}: give a number of rows below the {known} training "
             "rows, and one of at least 0."
         )
-    summed = {"none": 0, "exact": known, "sampled": min(config.sample_rows, known)}[config.gradient_sum]
+    summed = {"none": 0, "full": known, "sampled": min(config.sample_rows, known)}[config.gradient_sum]
     curved = min(config.curvature_rows, known) if config.curvature in ("ekfac", "diagonal") else 0
     left = min(curved, known - asked)
     renewed = wishes.renew_curvature is not None and not wishes.is_given and left >= FEWEST_ROWS * curved
@@ -153,7 +156,7 @@ def estimate(
     loss = choose_row_loss(
         row_loss=row_loss, compute_loss_func=compute_loss_func, label_smoothing_factor=label_smoothing_factor
     )
-    with working(config.precision, config.memory_device), whole_parameters(model):
+    with working(config.precision, config.memory_device), full_parameters(model):
         plan = plan_layers(model, kronecker=config.curvature == "ekfac", max_factor_size=config.max_factor_size)
         coverage, factors = _factors(model, plan, config)
         seconds, activations, cached = _probe(model, source, loss, config, wishes, plan, rows) if probe else ({}, 0, 0)
@@ -207,7 +210,7 @@ def _sizes(
         "gathering": gathering,
         "gathering_peak": weights + total + factors + gathering,
         "request": request,
-        "walk": _VECTORS_OF_WALK * vector,
+        "multi_step": _VECTORS_OF_WALK * vector,
         "renewal": renewal * renewed,
         "request_peak": weights + total + factors + request,
     }
@@ -302,12 +305,14 @@ def _probe(
     unlearn = gradient * (asked + proxies) + forward * (looked_at + measured + known)
     unlearn += solve * (_SOLVES if calibrated else 1)
     seconds = {"gradient_sum": total, "curvature": curvature, "gather": total + curvature, "unlearn": unlearn}
-    free = wishes.length is None and wishes.finish_weight is None
-    if calibrated and wishes.walk and free and asked >= FEWEST_COMPARED_ROWS:
+    free = wishes.scale is None and wishes.retain_weight is None
+    if calibrated and wishes.multi_step and free and asked >= FEWEST_COMPARED_ROWS:
         retained = source.select(sample_positions(len(source), min(_RETAINED, rows["training"] - asked), config.seed))
         anchors = anchor_rows(model, retained)
-        for name, steps in {"walk": USUAL_STEPS, "walk_at_most": MOST_STEPS}.items():
-            work = WalkWork.of(steps, forget=asked, held_out=rows["held_out"], known=len(retained), anchors=anchors)
+        for name, steps in {"multi_step": USUAL_STEPS, "multi_step_at_most": MOST_STEPS}.items():
+            work = MultiStepWork.of(
+                steps, forget=asked, held_out=rows["held_out"], known=len(retained), anchors=anchors
+            )
             seconds[name] = gradient * work.gradients + forward * work.forwards + solve * work.solves
     if rows["renewal"]:
         seconds["renewal"] = renewal

@@ -22,7 +22,7 @@ from hf_iau.curvature import Curvature
 from hf_iau.data import ModelRowLoss, RowSource
 from hf_iau.memory.gradient_sum import sum_row_gradients
 from hf_iau.methods.iau import decision, method
-from hf_iau.methods.iau.multi_step import WalkWork
+from hf_iau.methods.iau.multi_step import MultiStepWork
 from hf_iau.unlearn.transaction import WeightTransaction
 from hf_iau.utils.timing import peak_allocated_bytes
 
@@ -32,7 +32,7 @@ QUIET: dict[str, Any] = {"progress": False, "batch_size": 6}
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_memory_has_the_bytes_that_were_forecast(family: str) -> None:
     model, rows = build(family), as_dataset(rows_of(family, 12))
-    config = GatherConfig(gradient_sum="exact", **QUIET)
+    config = GatherConfig(gradient_sum="full", **QUIET)
     forecast = hf_iau.estimate(model, rows, config, data_collator=pad_right(), probe=False)
     memory = hf_iau.gather(model, rows, data_collator=pad_right(), config=config)
     assert memory.gradient_sum is not None and memory.curvature is not None
@@ -68,13 +68,13 @@ class Wide(Classifier):
         self.head = nn.Linear(width, CLASSES)
 
 
-@pytest.mark.parametrize(("kind", "width"), [("none", 700), ("exact", 500)])
+@pytest.mark.parametrize(("kind", "width"), [("none", 700), ("full", 500)])
 def test_peaks_of_gathering_and_of_a_request(kind: Any, width: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     train, held_out = draw(600, 1), draw(300, 2)
     model = fit(Wide(width), train, 3, seed=0)
     config = GatherConfig(gradient_sum=kind, progress=False, batch_size=32, curvature_rows=200)
-    wishes = IAUConfig(walk=False)
+    wishes = IAUConfig(multi_step=False)
     forecast = hf_iau.estimate(
         model, train, config, method_config=wishes, request_rows=60, held_out_rows=300, prediction_batch_size=300
     )
@@ -95,10 +95,10 @@ def test_peaks_of_gathering_and_of_a_request(kind: Any, width: int, tmp_path: Pa
         eval_dataset=held_out,
         memory=found[0],
     )
-    peak = peak_allocated_bytes(lambda: found.append(trainer.unlearn(row_indices=np.arange(60), config=wishes)))
+    peak = peak_allocated_bytes(lambda: found.append(trainer.unlearn(forget_indices=np.arange(60), config=wishes)))
     assert forecast.bytes["request"] == pytest.approx(peak, rel=0.2)
     trainer.memory.relative_path += 1.0  # as if requests had taken the weights far from where they were
-    peak = peak_allocated_bytes(lambda: found.append(trainer.unlearn(row_indices=np.arange(60, 120), config=wishes)))
+    peak = peak_allocated_bytes(lambda: found.append(trainer.unlearn(forget_indices=np.arange(60, 120), config=wishes)))
     assert found[-1].report.diagnostics["curvature"]["renewed"]
     assert forecast.bytes["request"] + forecast.bytes["renewal"] == pytest.approx(peak, rel=0.2)
 
@@ -132,7 +132,7 @@ def test_the_work_of_a_walk_is_that_of_the_walk(tmp_path: Path, monkeypatch: pyt
         kind = "gradients" if torch.is_grad_enabled() else "forwards"
         rows[kind] = rows.get(kind, 0) + len(inputs["labels"])
 
-    chosen, solved = decision.choose_walk, Curvature.solve
+    chosen, solved = decision.choose_multi_step, Curvature.solve
 
     def choose(*args: Any) -> Any:
         with monkeypatch.context() as patch:
@@ -147,12 +147,12 @@ def test_the_work_of_a_walk_is_that_of_the_walk(tmp_path: Path, monkeypatch: pyt
         rows["solves"] = rows.get("solves", 0) + 1
         return solved(*args)
 
-    monkeypatch.setattr(decision, "choose_walk", choose)
+    monkeypatch.setattr(decision, "choose_multi_step", choose)
     trainer = Scene(model, train, held_out, held_out, memory, dict(model.state_dict())).trainer(tmp_path)
-    report = trainer.unlearn(row_indices=np.arange(200)).report
-    steps = len(report.diagnostics["calibration"]["finish_curve"])
-    assert "walk" in report.diagnostics and steps > 2
-    work = WalkWork.of(steps, forget=200, held_out=800, known=1000, anchors=1000)
+    report = trainer.unlearn(forget_indices=np.arange(200)).report
+    steps = len(report.diagnostics["calibration"]["step_curve"])
+    assert "multi_step" in report.diagnostics and steps > 2
+    work = MultiStepWork.of(steps, forget=200, held_out=800, known=1000, anchors=1000)
     assert rows["gradients"] == pytest.approx(work.gradients, rel=0.15)
     assert rows["forwards"] == pytest.approx(work.forwards, rel=0.15)
     assert rows["solves"] == pytest.approx(work.solves, abs=2)
@@ -164,17 +164,17 @@ def test_seconds_of_a_walk_come_on_top_where_there_can_be_one(monkeypatch: pytes
     settings: dict[str, Any] = {"held_out_rows": 300, "config": GatherConfig(batch_size=32, progress=False)}
     seconds = hf_iau.estimate(model, train, request_rows=50, **settings).seconds
     # A pass over three batches took a second, whatever was done; so did a solve.
-    for name, steps in (("walk", 8), ("walk_at_most", 40)):
+    for name, steps in (("multi_step", 8), ("multi_step_at_most", 40)):
         looked_at = steps * 256 + 3 * 50 + 550 + 550 + 300
         gradients = steps * 50 + (steps - 1) * 256
         assert seconds[name] == pytest.approx((gradients + looked_at) / 96 + 2 * steps - 1)
     for changes in (
         {"request_rows": 19},
-        {"method_config": IAUConfig(walk=False)},
-        {"method_config": IAUConfig(length=0.1)},
+        {"method_config": IAUConfig(multi_step=False)},
+        {"method_config": IAUConfig(scale=0.1)},
         {"held_out_rows": 0},
     ):
-        assert "walk" not in hf_iau.estimate(model, train, **({"request_rows": 50} | settings | changes)).seconds
+        assert "multi_step" not in hf_iau.estimate(model, train, **({"request_rows": 50} | settings | changes)).seconds
 
 
 def test_the_work_of_a_renewal_is_that_of_the_renewal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +205,7 @@ def test_the_work_of_a_renewal_is_that_of_the_renewal(tmp_path: Path, monkeypatc
         return found[-1]
 
     monkeypatch.setattr(method, "with_near_curvature", watched)
-    report = trainer.unlearn(row_indices=np.arange(160), config=IAUConfig(walk=False)).report
+    report = trainer.unlearn(forget_indices=np.arange(160), config=IAUConfig(multi_step=False)).report
     assert report.diagnostics["curvature"]["renewed"] and report.diagnostics["curvature"]["rows"] == 480
     assert spent == [pytest.approx(forecast.seconds["renewal"], rel=0.05)]
     assert forecast.seconds["curvature"] == pytest.approx(spent[0] * 600 / 480, rel=0.05)
@@ -215,7 +215,7 @@ def test_the_work_of_a_renewal_is_that_of_the_renewal(tmp_path: Path, monkeypatc
     "changes",
     [
         {"method_config": IAUConfig(renew_curvature=None)},
-        {"method_config": IAUConfig(length=0.1, damping=0.1)},
+        {"method_config": IAUConfig(scale=0.1, damping=0.1)},
         {"config": GatherConfig(curvature="identity", progress=False)},
         {"config": GatherConfig(curvature="none", progress=False)},
         {"request_rows": 350},  # leaves fewer than half of the rows
@@ -233,8 +233,8 @@ def test_the_text_tells_a_usual_walk_from_the_longest() -> None:
     settings: dict[str, Any] = {"held_out_rows": 300, "config": GatherConfig(batch_size=32, progress=False)}
     forecast = hf_iau.estimate(Classifier(), draw(600, 1), request_rows=50, **settings)
     lines = dict(forecast.table())
-    assert lines["walk, 8 steps (usual)"] == f"{forecast.seconds['walk']:,.1f} s"
-    assert lines["walk, 40 steps (the most)"] == f"{forecast.seconds['walk_at_most']:,.1f} s"
+    assert lines["walk, 8 steps (usual)"] == f"{forecast.seconds['multi_step']:,.1f} s"
+    assert lines["walk, 40 steps (the most)"] == f"{forecast.seconds['multi_step_at_most']:,.1f} s"
     assert lines["renewal"] == f"{forecast.seconds['renewal']:,.1f} s"
 
 

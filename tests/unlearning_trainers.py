@@ -14,8 +14,8 @@ from transformers import TrainingArguments
 
 from hf_iau import GatherConfig, IAUConfig, UnlearningTrainer
 
-EXACT = GatherConfig(gradient_sum="exact", curvature="none", progress=False)
-WITH_CURVATURE = GatherConfig(gradient_sum="exact", curvature="ekfac", progress=False)
+EXACT = GatherConfig(gradient_sum="full", curvature="none", progress=False)
+WITH_CURVATURE = GatherConfig(gradient_sum="full", curvature="ekfac", progress=False)
 ROWS = 12
 HELD_OUT = 6
 FORGET = [1, 4, 7]
@@ -132,12 +132,12 @@ def gradient_loop(model: nn.Module, rows: list[Row]) -> tuple[dict[str, Tensor],
 
 def renewed(trainer: UnlearningTrainer) -> dict[str, Any]:
     """A further request, which estimates the curvature anew."""
-    output = trainer.unlearn(row_indices=list(range(50, 80)), config=IAUConfig(renew_curvature=0.0))
+    output = trainer.unlearn(forget_indices=list(range(50, 80)), config=IAUConfig(renew_curvature=0.0))
     calibration = output.report.diagnostics["calibration"]
     assert output.report.diagnostics["curvature"]["renewed"] and output.memory is not None
     found = {
         "spread": output.memory.is_spread,
-        "numbers": [calibration["length"], calibration["damping"], output.report.diagnostics["step_norm"]],
+        "numbers": [calibration["scale"], calibration["damping"], output.report.diagnostics["step_norm"]],
         "path": output.memory.curvature_path,
     }
     output.revert()

@@ -233,7 +233,7 @@ def unlearn_command(
             if request.id_column is not None:
                 result = trainer.unlearn_by_id(request.ids, **asked)
             else:
-                result = trainer.unlearn(row_indices=request.rows, **asked)
+                result = trainer.unlearn(forget_indices=request.rows, **asked)
             withheld = strict and result.report.verdict == RETRAIN
             if output is not None and trainer.is_world_process_zero():
                 _write(trainer, result.report, output, home, with_model=not dry_run and not withheld)

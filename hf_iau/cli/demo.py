@@ -197,7 +197,7 @@ def run_demo(output_dir: str | Path, *, seed: int = 0, quick: bool = False) -> U
     ]
 
     print("\n3. Forgetting them without retraining")
-    result = trainer.unlearn(row_indices=forget, test_dataset=test, retrained_model=again)
+    result = trainer.unlearn(forget_indices=forget, test_dataset=test, retrained_model=again)
 
     report = result.report
     report.save(output_dir)

@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_iau.curvature.blocks import PREFIX, Block, read_block
 from hf_iau.curvature.spread import RemoteBlock, fetch, keep_own, scale_by_owner
 from hf_iau.data.full_precision import full_float32
-from hf_iau.distributed import together
+from hf_iau.distributed import sync_errors
 from hf_iau.errors import ConfigError, MemoryFileError, MemoryMismatchError, MissingMemoryError
 from hf_iau.utils.vectors import is_same_device
 
@@ -244,7 +244,7 @@ class Curvature:
             MissingMemoryError: when there is nothing to precondition with: no layers, no curvature in any layer, or
                 NaN, infinite or negative curvature, naming the layer.
         """
-        with together("a check of the curvature") if self.is_spread else contextlib.nullcontext():
+        with sync_errors("a check of the curvature") if self.is_spread else contextlib.nullcontext():
             self._check_blocks()
         if self.mean_eigenvalue == 0:
             raise MissingMemoryError(

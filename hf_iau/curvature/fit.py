@@ -35,8 +35,8 @@ from hf_iau.curvature.layers import (
 from hf_iau.data import RowLoss, RowSource, predicted_targets
 from hf_iau.data.working import is_narrow
 from hf_iau.distributed import (
-    from_one_process,
-    process_number,
+    broadcast_,
+    get_rank,
 )
 from hf_iau.errors import NonFiniteGradientError, RequestError
 from hf_iau.utils.vectors import is_same_device
@@ -421,7 +421,7 @@ class Fit:
     def _rotate(self) -> None:
         """Eigenbases of the covariances; of several processes, each works out those of some layers for all."""
         for number, layer in enumerate(self.plan.kronecker):
-            own = number % self.owners == process_number() % self.owners
+            own = number % self.owners == get_rank() % self.owners
             *sums, bound = self._covariance(layer)
             self.covariances.pop(layer.name, None)
             self.bounds[layer.name] = float(self._reduced(bound))
@@ -437,7 +437,7 @@ class Fit:
         if self.owners > 1:
             for number, layer in enumerate(self.plan.kronecker):
                 for basis in self.bases[layer.name]:
-                    from_one_process(basis, number % self.owners, f"the eigenvectors of {layer.name}")
+                    broadcast_(basis, number % self.owners, f"the eigenvectors of {layer.name}")
 
     def _second_pass(self) -> None:
         """Λ of the Kronecker layers."""

@@ -15,7 +15,7 @@ from hf_iau.curvature.fit import LOOP_ROWS, Fit, Reduce, usual_cache_bytes
 from hf_iau.curvature.layers import plan_layers
 from hf_iau.curvature.sharded_fit import ShardedFit
 from hf_iau.data import RowLoss, RowSource, evaluation_mode
-from hf_iau.distributed import is_main_process, is_sharded, process_count, sum_over_processes, together
+from hf_iau.distributed import all_reduce_, get_world_size, is_main_process, is_sharded, sync_errors
 from hf_iau.errors import ConfigError, MissingMemoryError, RequestError
 
 FisherKind = Literal["true", "empirical"]
@@ -131,7 +131,7 @@ def fit_curvature(
         start=start,
         total_rows=total_rows,
         looped=looped,
-        owners=process_count() if reduce is None else 1,
+        owners=get_world_size() if reduce is None else 1,
         plan=plan,
         row_ids=ids,
         seed=seed,
@@ -141,7 +141,7 @@ def fit_curvature(
         progress=progress and is_main_process(),
         reduce=reduce or _over_processes,
     )
-    with together("the curvature"), evaluation_mode(model), torch.enable_grad():
+    with sync_errors("the curvature"), evaluation_mode(model), torch.enable_grad():
         blocks = fit.run(weight_decay)
     order = {name: number for number, (name, _) in enumerate(model.named_parameters())}
     blocks.sort(key=lambda block: min(order[name] for name in block.shapes))
@@ -203,5 +203,5 @@ def _from_adam(model: nn.Module, optimizer: Any) -> Curvature:
 
 def _over_processes(tensor: Tensor) -> Tensor:
     tensor = tensor.contiguous()
-    sum_over_processes([tensor], "the curvature")
+    all_reduce_([tensor], "the curvature")
     return tensor

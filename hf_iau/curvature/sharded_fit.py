@@ -19,15 +19,15 @@ from hf_iau.curvature.fit import LOOP_ROWS, Fit
 from hf_iau.curvature.layers import Call, Layer, LayerPlan, MatrixLayer, sum_of_squared_gradients
 from hf_iau.curvature.spread import Owners, fetch_tensor, spread
 from hf_iau.distributed import (
-    gather_arrays,
-    local_part,
-    part_like,
-    process_count,
+    all_gather_arrays,
+    all_reduce_,
+    full_tensor,
+    get_world_size,
+    reduce_,
     replicas,
-    sum_on_process,
-    sum_over_processes,
-    together,
-    whole_tensor,
+    shard_like,
+    sync_errors,
+    to_local,
 )
 from hf_iau.errors import NonFiniteGradientError
 
@@ -96,13 +96,13 @@ class ShardedFit(Fit):
         if isinstance(layer, MatrixLayer) and layer in self.plan.kronecker:
             sums = self._covariance(layer)
             del self.covariances[layer.name]
-            sum_on_process(sums, owner, f"the covariances of {layer.name}")
+            reduce_(sums, owner, f"the covariances of {layer.name}")
             if own:
                 _add_to(self._totals.setdefault(layer.name, sums), sums)
             return
         squares = self._diagonal(layer)
         del self.diagonal_sums[layer.name]
-        sum_on_process(list(squares.values()), owner, f"the squared gradients of {layer.name}")
+        reduce_(list(squares.values()), owner, f"the squared gradients of {layer.name}")
         if own:
             _add_to(self._diagonal_totals.setdefault(layer.name, squares).values(), squares.values())
 
@@ -117,7 +117,7 @@ class ShardedFit(Fit):
 
     def _agree_on_layers(self) -> None:
         failed: dict[str, str] = {}
-        for _, found in gather_arrays({}, self._failed, "layers whose rows cannot be told apart"):
+        for _, found in all_gather_arrays({}, self._failed, "layers whose rows cannot be told apart"):
             failed = found | failed
         for layer in self.plan.layers:
             if layer.name in failed:
@@ -127,7 +127,7 @@ class ShardedFit(Fit):
 
     def _rotate(self) -> None:
         self.covariances, self._totals = self._totals, {}
-        with together("the bases of the curvature"), self._alone():
+        with sync_errors("the bases of the curvature"), self._alone():
             super()._rotate()
 
     def _second_pass(self) -> None:
@@ -142,7 +142,7 @@ class ShardedFit(Fit):
                 calls = self._capture(capture, positions, inputs_of_batch)
                 for layer in self.plan.kronecker:
                     found = self._eigenvalues(layer, calls.pop(layer.name, []), len(positions))
-                    sum_on_process([found], self.owner[layer.name], f"the eigenvalues of {layer.name}")
+                    reduce_([found], self.owner[layer.name], f"the eigenvalues of {layer.name}")
                     if self.owner.is_here(layer.name):
                         self.kronecker_sums[layer.name] += found
 
@@ -171,7 +171,7 @@ class ShardedFit(Fit):
             loss.backward()
         # FSDP2 has added up as many copies as there are processes.
         found = [
-            None if p.grad is None else local_part(p.grad) / (process_count() if isinstance(p, DTensor) else 1)
+            None if p.grad is None else to_local(p.grad) / (get_world_size() if isinstance(p, DTensor) else 1)
             for p in parameters
         ]
         for parameter in everything:
@@ -180,13 +180,13 @@ class ShardedFit(Fit):
 
     def _own_part(self, layer: Layer, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         parameters = {name: layer.parameter(attribute) for attribute, name in layer.parameters.items()}
-        return {name: local_part(part_like(total, parameters[name])) for name, total in sums.items()}
+        return {name: to_local(shard_like(total, parameters[name])) for name, total in sums.items()}
 
     def _norm_of_parts(self, layer: Layer, parts: dict[str, Tensor]) -> float:
         squared = torch.zeros(1, dtype=torch.float64)
         for attribute, name in layer.parameters.items():
             squared += parts[name].double().square().sum().cpu() / replicas(layer.parameter(attribute))
-        sum_over_processes([squared], f"the probe of {layer.name}")
+        all_reduce_([squared], f"the probe of {layer.name}")
         return float(squared) ** 0.5
 
     def _loop_blocks(self, weight_decay: float) -> dict[str, Tensor]:
@@ -208,10 +208,10 @@ class ShardedFit(Fit):
             ):
                 if gradient is None:
                     continue
-                local_part(total).add_(gradient.to(total.dtype).square())
+                to_local(total).add_(gradient.to(total.dtype).square())
                 if not bool(gradient.isfinite().all()):
                     bad.append(name)
-            found = gather_arrays({}, {"bad": bad}, "a row of the loop")
+            found = all_gather_arrays({}, {"bad": bad}, "a row of the loop")
             names = [name for _, about in found for name in about["bad"]]
             if names:
                 raise NonFiniteGradientError(
@@ -225,18 +225,18 @@ class ShardedFit(Fit):
     def _blocks(self, weight_decay: float) -> list[Block]:
         names = [layer.name for layer in self.plan.layers]
         self.diagonal_sums, self._diagonal_totals = self._diagonal_totals, {}
-        with together("the curvature's layers"), self._alone():
+        with sync_errors("the curvature's layers"), self._alone():
             own = super()._blocks(weight_decay)
         loose = sorted(self.plan.loose, key=lambda entry: entry.name)
         values = self._loop_blocks(weight_decay) if loose else {}
         for entry in loose:
             self.owner.assign(entry.name, entry.parameter.numel())
-            whole = whole_tensor(values.pop(entry.name))
+            whole = full_tensor(values.pop(entry.name))
             if self.owner.is_here(entry.name):
                 reason = f"{entry.reason}; measured on at most {LOOP_ROWS} rows"
                 where = self.factor_device or whole.device
                 own.append(DiagonalBlock(entry.name, {entry.name: whole.to(where)}, reason))
-        with together("the curvature's numbers"):
+        with sync_errors("the curvature's numbers"):
             self._refuse_overflow(own)
         return spread(own, self.owner, [*names, *(entry.name for entry in loose)])
 

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from hf_iau.curvature.blocks import Block, read_block
 from hf_iau.distributed import (
-    from_one_process,
-    gather_arrays,
-    local_part,
-    part_like,
-    process_count,
-    process_number,
-    together,
-    whole_tensor,
+    all_gather_arrays,
+    broadcast_,
+    full_tensor,
+    get_rank,
+    get_world_size,
+    shard_like,
+    sync_errors,
+    to_local,
 )
 from hf_iau.errors import ParallelError
 
@@ -81,7 +81,7 @@ class Owners:
     """Which process holds which layer: each the next one that holds least."""
 
     def __init__(self) -> None:
-        self._held = [0] * process_count()
+        self._held = [0] * get_world_size()
         self._of: dict[str, int] = {}
 
     def assign(self, name: str, size: int) -> None:
@@ -94,7 +94,7 @@ class Owners:
 
     def is_here(self, name: str) -> bool:
         """Whether this process holds the layer."""
-        return self._of[name] == process_number()
+        return self._of[name] == get_rank()
 
 
 def spread(blocks: Iterable[Block], owners: Owners, names: Iterable[str]) -> list[Block]:
@@ -108,7 +108,7 @@ def spread(blocks: Iterable[Block], owners: Owners, names: Iterable[str]) -> lis
     own = {block.name: block for block in blocks}
     about = {name: _describe(block) for name, block in own.items()}
     known: dict[str, Any] = {}
-    for _, described in gather_arrays({}, about, "the curvature's layers"):
+    for _, described in all_gather_arrays({}, about, "the curvature's layers"):
         known |= described
     found: list[Block] = []
     for name in names:
@@ -147,8 +147,8 @@ def fetch(block: Block) -> Block:
 def fetch_tensor(tensor: Tensor, owner: int, what: str) -> Tensor:
     """The tensor of process `owner`, in every process."""
     device = "cpu" if tensor.is_meta else tensor.device
-    found = tensor if owner == process_number() else torch.empty_like(tensor, device=device)
-    from_one_process(found, owner, what)
+    found = tensor if owner == get_rank() else torch.empty_like(tensor, device=device)
+    broadcast_(found, owner, what)
     return found
 
 
@@ -158,16 +158,16 @@ def scale_by_owner(block: Block, part: dict[str, Tensor], scale: Scaling) -> dic
     One layer is whole at a time, and in all processes.
     """
     assert block.owner is not None
-    whole = {name: whole_tensor(tensor.detach()) for name, tensor in part.items()}
+    whole = {name: full_tensor(tensor.detach()) for name, tensor in part.items()}
     scaled: dict[str, Tensor] = {}
-    with together(f"the curvature of {block.name}"):
-        if block.owner == process_number():
+    with sync_errors(f"the curvature of {block.name}"):
+        if block.owner == get_rank():
             scaled = scale(block, whole)
     result = {}
     for name, tensor in part.items():
-        found = scaled[name].contiguous() if scaled else torch.empty_like(local_part(whole[name]))
-        from_one_process(found, block.owner, f"the curvature times {name}")
-        result[name] = part_like(found, tensor)
+        found = scaled[name].contiguous() if scaled else torch.empty_like(to_local(whole[name]))
+        broadcast_(found, block.owner, f"the curvature times {name}")
+        result[name] = shard_like(found, tensor)
     return result
 
 

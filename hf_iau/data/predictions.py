@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_iau.data.model_mode import evaluation_mode
 from hf_iau.data.rows import RowSource
 from hf_iau.data.targets import Targets, TaskKind, predicted_targets
-from hf_iau.distributed import gather_arrays, together
+from hf_iau.distributed import all_gather_arrays, sync_errors
 from hf_iau.errors import RequestError
 
 
@@ -138,9 +138,9 @@ def predict_rows(model: nn.Module, source: RowSource, *, keep_probabilities: boo
         keep_probabilities: keep each single-label row's distribution, `(rows, classes)`.
     """
     what = f"the predictions for the {source.name}"
-    with together(what):
+    with sync_errors(what):
         own, own_kind = _predict_own_rows(model, source, keep_probabilities)
-        parts = gather_arrays(own, {"kind": None if own_kind is None else own_kind.value}, what)
+        parts = all_gather_arrays(own, {"kind": None if own_kind is None else own_kind.value}, what)
     filled = [(arrays, about["kind"]) for arrays, about in parts if about["kind"] is not None]
     if not filled:
         return RowPredictions(kind=TaskKind.SINGLE_LABEL, **{name: np.zeros(0) for name in _figures_of_a_row()})

@@ -36,7 +36,7 @@ from hf_iau.data.targets import (
     takes_argument,
 )
 from hf_iau.data.working import is_narrow
-from hf_iau.distributed import gather_arrays, is_sharded
+from hf_iau.distributed import all_gather_arrays, is_sharded
 from hf_iau.errors import CoupledRowsError, UnsupportedModelError
 
 LABEL_COLUMNS = ("labels", "label", "label_ids")
@@ -96,7 +96,7 @@ class _ScaledRowLoss(RowLoss):
             is_sum = abs(one - 2.0 * two) <= 1e-3 * abs(one)
             found = [(2.0 if abs(2.0 * one - whole) < abs(one - whole) else 1.0) if is_sum else 0.0]
         if is_sharded(model):  # so that all take the same passes from here on
-            every = gather_arrays({}, {"found": found}, "the scale of the loss")
+            every = all_gather_arrays({}, {"found": found}, "the scale of the loss")
             found = [value for _, about in every for value in about["found"]]
         if found:
             self._factor[model] = found[0]
@@ -327,13 +327,13 @@ def probe_additivity(row_loss: RowLoss, model: nn.Module, source: RowSource, *, 
     with evaluation_mode(model), torch.no_grad():
         singles = [float(row_loss(model, inputs)[0]) for _, inputs in probe.resized(1).passes_of_all(model)]
         _, everything = next(probe.resized(len(probe)).passes_of_all(model))
-        together = float(row_loss(model, everything)[0])
+        sync_errors = float(row_loss(model, everything)[0])
     tolerance = 3e-2 if is_narrow(model) else 1e-3
     scale = sum(abs(loss) for loss in singles)
-    apart = not np.isfinite(scale) and np.isfinite(together)
-    if apart or (np.isfinite(scale) and abs(together - sum(singles)) > tolerance * scale + 1e-6):
+    apart = not np.isfinite(scale) and np.isfinite(sync_errors)
+    if apart or (np.isfinite(scale) and abs(sync_errors - sum(singles)) > tolerance * scale + 1e-6):
         raise CoupledRowsError(
-            f"The loss ({row_loss.fingerprint()['kind']}) of a batch of {len(probe)} rows is {together:.6g} but its "
+            f"The loss ({row_loss.fingerprint()['kind']}) of a batch of {len(probe)} rows is {sync_errors:.6g} but its "
             f"rows' losses add up to {sum(singles):.6g}: rows are coupled within a batch (a contrastive or mixture-of-"
             "experts auxiliary loss, or a class-weighted mean). Give a loss that is a sum over rows: "
             "`compute_loss_func(outputs, labels, num_items_in_batch)` dividing its *sum* by `num_items_in_batch`, or "

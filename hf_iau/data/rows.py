@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from hf_iau.data.working import memory_device
-from hf_iau.distributed import is_parallel, is_sharded, process_count, share_of, together
+from hf_iau.distributed import get_world_size, is_distributed, is_sharded, shard_range, sync_errors
 from hf_iau.errors import RequestError, UnsupportedModelError
 
 Batch = dict[str, Any]
@@ -167,10 +167,10 @@ class RowSource:
 
     def share(self) -> tuple[RowSource, int]:
         """The rows that fall to this process, and the position of the first of them here; all rows for one process."""
-        if not is_parallel():
+        if not is_distributed():
             return self, 0
         if self._share is None:
-            positions = share_of(len(self))
+            positions = shard_range(len(self))
             self._share = self.select(positions), positions.start
         return self._share
 
@@ -185,11 +185,11 @@ class RowSource:
             for positions, inputs in own if in_order else own.by_length():
                 yield positions, inputs, True
             return
-        most = max(len(share_of(len(self), number)) for number in range(process_count()))
+        most = max(len(shard_range(len(self), number)) for number in range(get_world_size()))
         batches = iter(own) if in_order else own.by_length()
         again: tuple[np.ndarray, Batch] | None = None
         for _ in range(-(-most // self.batch_size)):
-            with together(f"a batch of the {self.name}"):
+            with sync_errors(f"a batch of the {self.name}"):
                 batch = next(batches, None)
                 again = batch or again or (np.zeros(1, dtype=np.int64), self.select([0]).first_batch())
             yield again[0], dict(again[1]), batch is not None
@@ -198,7 +198,7 @@ class RowSource:
         """All batches, for every process to go through; where `model` is sharded and one cannot read them, all raise."""
         in_step, batches = is_sharded(model), iter(self)
         while True:
-            with together(f"a batch of the {self.name}") if in_step else contextlib.nullcontext():
+            with sync_errors(f"a batch of the {self.name}") if in_step else contextlib.nullcontext():
                 batch = next(batches, None)
             if batch is None:
                 return

@@ -36,7 +36,7 @@ class Journal:
         method, config: of the request.
         weights_before: fingerprint of the weights that it began with.
         rows_name: keyed name of its rows, which `request` is not where the caller gave a name.
-        step: length k, damping λ and finish weight c that were found, with what was judged of them; None where the
+        step: scale k, damping λ and finish weight c that were found, with what was judged of them; None where the
             step is not made by these alone.
         weights_after: fingerprint of the moved weights, once they are staged.
         files: staged files that are to be moved into the output directory, in this order; paths relative to both.

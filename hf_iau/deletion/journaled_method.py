@@ -14,7 +14,7 @@ from hf_iau.utils.jsonable import jsonable
 
 logger = logging.getLogger(__name__)
 
-STEP = ("length", "damping", "finish_weight")
+STEP = ("scale", "damping", "retain_weight")
 """What a step is made with."""
 
 
@@ -52,7 +52,7 @@ class JournaledMethod:
     def _step(self, outcome: MethodOutcome, config: Any) -> dict[str, Any] | None:
         found = outcome.diagnostics.get("calibration")
         # A walk is many steps, which k, λ and c do not describe: it is walked again.
-        if not isinstance(found, Mapping) or "walk" in outcome.diagnostics:
+        if not isinstance(found, Mapping) or "multi_step" in outcome.diagnostics:
             return None
         if not all(name in found and hasattr(config, name) for name in STEP):
             return None

@@ -18,7 +18,7 @@ from hf_iau.memory.keys import Key, require_key
 from hf_iau.memory.memory_files import MEMORY_FOLDER
 
 LEDGER_NAME = "ledger.jsonl"
-SCHEMA = 1
+SCHEMA = 2
 BEGINNING = "0" * 64
 _MAX_LEDGER_BYTES = 2**30
 _MAC = re.compile(r"[0-9a-f]{64}")
@@ -37,7 +37,7 @@ class LedgerEntry:
         row_ids: their keyed fingerprints, 32 hexadecimal digits each; pseudonymous personal data.
         method: name of the method.
         config: its settings, as the caller gave them.
-        calibration: length k, damping λ and finish weight c of the step, where the method has them; None for a
+        calibration: scale k, damping λ and finish weight c of the step, where the method has them; None for a
             walk of many steps, which they do not describe.
         weights_before, weights_after: fingerprints of the weights.
         outcome: measured figures before and after, verdict, and size of the step.

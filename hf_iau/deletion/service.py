@@ -25,9 +25,9 @@ from hf_iau.deletion.journaled_method import JournaledMethod
 from hf_iau.deletion.ledger import LEDGER_NAME, Ledger, LedgerEntry
 from hf_iau.deletion.milestones import passed
 from hf_iau.deletion.queue import RequestQueue
-from hf_iau.deletion.storage import RequestStorage, storage_errors, whole_weights
+from hf_iau.deletion.storage import RequestStorage, full_weights, storage_errors
 from hf_iau.deletion.termination import Termination
-from hf_iau.distributed import is_main_process, on_main_process
+from hf_iau.distributed import is_main_process, run_on_main_process
 from hf_iau.errors import MissingMemoryError, RequestError, StorageError
 from hf_iau.memory.files import PRIVATE_FOLDER
 from hf_iau.memory.fingerprints import data_fingerprint, weights_fingerprint
@@ -76,7 +76,7 @@ class RequestService:
         self,
         run: Callable[..., Any],
         forget_dataset: Any,
-        row_indices: Any,
+        forget_indices: Any,
         method: Any,
         config: Mapping[str, Any],
         request_id: str | None,
@@ -85,7 +85,7 @@ class RequestService:
 
         Args:
             run: `run(method, keep)`: the trainer's own serving, with the method to use and what keeps the result.
-            forget_dataset, row_indices: the rows, as given.
+            forget_dataset, forget_indices: the rows, as given.
             method: as found.
             config: its settings as a mapping, for the records.
             request_id: the caller's name for the request, or None.
@@ -98,7 +98,7 @@ class RequestService:
             StorageError: it could not be written; everything is as before.
         """
         trainer = self.trainer
-        rows, _ = requested_rows(trainer.train_dataset, forget_dataset, row_indices)
+        rows, _ = requested_rows(trainer.train_dataset, forget_dataset, forget_indices)
         if len(rows) == 0:
             return None, run(method, None)
         with Termination() as termination, self.alone():
@@ -113,7 +113,7 @@ class RequestService:
             name = request_name(self.key, fingerprints, request_id)
             run_name = "" if identity is None else identity.training_run
             before = weights_fingerprint(model)
-            found = on_main_process(lambda: _served_before(entries, name, run_name, before), "the ledger")
+            found = run_on_main_process(lambda: _served_before(entries, name, run_name, before), "the ledger")
             if found is not None:
                 entry = LedgerEntry(**found)
                 if sorted(entry.row_ids) != sorted(row.tobytes().hex() for row in fingerprints):
@@ -138,7 +138,7 @@ class RequestService:
 
             def keep(context: ForgetContext, newer: GradientMemory | None, report: UnlearningReport, card: Any) -> None:
                 started = time.perf_counter()
-                stored = on_main_process(
+                stored = run_on_main_process(
                     lambda: asdict(
                         self.storage.write(
                             journaled.journal, run_name, fingerprints, context, newer, report, card, termination
@@ -152,14 +152,14 @@ class RequestService:
             output = run(journaled, keep)
         return kept[0], output
 
-    def answer(self, row_indices: Any, request_id: str | None) -> LedgerEntry | None:
+    def answer(self, forget_indices: Any, request_id: str | None) -> LedgerEntry | None:
         """The entry of a request of these rows that was served before, or of that name and some of these rows; else None.
 
         Args:
-            row_indices: numbers of rows that are all out by now.
+            forget_indices: numbers of rows that are all out by now.
             request_id: the caller's name for the request, or None.
         """
-        rows, _ = requested_rows(self.trainer.train_dataset, None, row_indices)
+        rows, _ = requested_rows(self.trainer.train_dataset, None, forget_indices)
         with self.alone():
             self.recover()
             entries = self._catch_up()
@@ -168,7 +168,7 @@ class RequestService:
             run_name = "" if identity is None else identity.training_run
             fingerprints = keyed_fingerprints(self.key, model, rows)
             name, weights = request_name(self.key, fingerprints, request_id), weights_fingerprint(model)
-            found = on_main_process(lambda: _served_before(entries, name, run_name, weights), "the ledger")
+            found = run_on_main_process(lambda: _served_before(entries, name, run_name, weights), "the ledger")
         if found is None:
             return None
         entry = LedgerEntry(**found)
@@ -206,7 +206,7 @@ class RequestService:
                 ) from error
 
         try:
-            on_main_process(acquire, "the lock of the output directory")
+            run_on_main_process(acquire, "the lock of the output directory")
             yield
         finally:
             lock.release()
@@ -229,7 +229,7 @@ class RequestService:
                     self.journal.finish(journal)
             return None if journal is None else asdict(journal)
 
-        found = on_main_process(tidy, "finishing an interrupted request")
+        found = run_on_main_process(tidy, "finishing an interrupted request")
         journal = None if found is None else Journal(**found)
         if journal is None or not journal.ready:
             return journal
@@ -258,7 +258,7 @@ class RequestService:
             entries[:] = self.ledger.entries()
             return asdict(entries[-1]) if entries else None
 
-        last = on_main_process(read, "the ledger")
+        last = run_on_main_process(read, "the ledger")
         if last is not None and last["weights_before"] != last["weights_after"]:
             if weights_fingerprint(model_of(self.trainer)) == last["weights_before"]:
                 self._load_weights(last["weights_after"])
@@ -267,7 +267,7 @@ class RequestService:
     def _load_weights(self, expected: str) -> None:
         trainer = self.trainer
         logger.warning("The model has the weights from before the last request: loading those in %s.", self.folder)
-        with whole_weights(trainer), WeightTransaction(model_of(trainer)):
+        with full_weights(trainer), WeightTransaction(model_of(trainer)):
             try:
                 trainer._load_from_checkpoint(str(self.folder))
             except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
@@ -285,7 +285,7 @@ class RequestService:
 
     # --- queue ------------------------------------------------------------------------------------------------------
 
-    def enqueue(self, forget_dataset: Any, row_indices: Any) -> int:
+    def enqueue(self, forget_dataset: Any, forget_indices: Any) -> int:
         """Add rows to the queue: none that waits there already, and no more copies of a row than are still in.
 
         A row number that waits is not added again. Rows that are given by their content add a further copy as long as
@@ -298,7 +298,7 @@ class RequestService:
             UnknownRowsError: rows that were never trained on.
             AlreadyForgottenError: rows that are out already.
         """
-        rows, positions = requested_rows(self.trainer.train_dataset, forget_dataset, row_indices)
+        rows, positions = requested_rows(self.trainer.train_dataset, forget_dataset, forget_indices)
         with self.alone():
             self.recover()
             identity = self._known_rows()
@@ -312,7 +312,7 @@ class RequestService:
                     self.queue.write(after)
                 return [len(after), len(after) - int(identity.still_in(before.fingerprints).sum())]
 
-            waiting, added = on_main_process(add, "the queue")
+            waiting, added = run_on_main_process(add, "the queue")
         if added < len(rows) and is_main_process():
             logger.warning(
                 "%d of the %d rows wait in the queue already and were not queued again.", len(rows) - added, len(rows)
@@ -329,7 +329,7 @@ class RequestService:
                 waiting = self.queue.read().fingerprints
                 return waiting[identity.still_in(waiting)].tolist()
 
-            waiting = on_main_process(read, "the queue")
+            waiting = run_on_main_process(read, "the queue")
             return identity.positions(np.asarray(waiting, dtype=np.uint8).reshape(-1, FINGERPRINT_BYTES))
 
     def _known_rows(self) -> RowIdentity:
@@ -385,14 +385,14 @@ class RequestService:
                     f"{needed / 2**20:.0f} MiB for weights and memory beside the old ones: nothing was changed. Free some."
                 )
 
-        on_main_process(look, "room on the disk")
+        run_on_main_process(look, "room on the disk")
 
     def _note(self, journal: Journal) -> None:
         def write() -> None:
             with storage_errors("The request could not be noted in the journal"):
                 self.journal.write(journal)
 
-        on_main_process(write, "the journal")
+        run_on_main_process(write, "the journal")
 
 
 def request_name(key: Key, fingerprints: np.ndarray, request_id: str | None = None) -> str:

@@ -23,7 +23,7 @@ from hf_iau.deletion.milestones import passed
 from hf_iau.deletion.queue import QUEUE_NAME, RequestQueue
 from hf_iau.deletion.receipt import certificate
 from hf_iau.deletion.termination import Termination
-from hf_iau.distributed import whole_parameters
+from hf_iau.distributed import full_parameters
 from hf_iau.errors import IAUError, StorageError
 from hf_iau.memory.files import PRIVATE_FOLDER, write_text_atomically
 from hf_iau.memory.fingerprints import package_versions, weights_fingerprint
@@ -118,7 +118,7 @@ class RequestStorage:
 
     def _stage_weights(self, staged: Path) -> None:
         try:
-            with whole_weights(self._trainer):
+            with full_weights(self._trainer):
                 Trainer.save_model(self._trainer, str(staged), _internal_call=True)
         except RuntimeError as error:  # torch's own writer, on a full disk
             raise OSError(str(error)) from error
@@ -141,7 +141,7 @@ class RequestStorage:
             for moment in ("before", "after")
         }
         # A walk is many steps, which k, λ and c do not describe.
-        walked = "walk" in report.diagnostics
+        walked = "multi_step" in report.diagnostics
         found = {} if walked else report.diagnostics.get("calibration") or {}
         entry, text = self._ledger.extended(
             request=journal.request,
@@ -159,7 +159,7 @@ class RequestStorage:
                     "seed": report.seed,
                     "verdict": report.verdict,
                     "calibrated": report.calibrated,
-                    "walked": walked,
+                    "multi_step": walked,
                 }
                 | {name: report.diagnostics.get(name) for name in ("step_norm", "relative_step_norm", "budget")}
             ),
@@ -219,9 +219,9 @@ class RequestStorage:
 
 
 @contextlib.contextmanager
-def whole_weights(trainer: Any) -> Iterator[None]:
+def full_weights(trainer: Any) -> Iterator[None]:
     """Inside, the weights are whole in every process, and the Trainer writes and reads them as it does in one."""
-    with whole_parameters(model_of(trainer)):
+    with full_parameters(model_of(trainer)):
         sharded, trainer.is_fsdp_enabled = trainer.is_fsdp_enabled, False
         try:
             yield

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_iau import errors
+import hf_iau.errors as errors
 from hf_iau.errors import IAUError, ParallelError
 
 _SHARED = "_raised_in_every_process"
@@ -31,38 +31,38 @@ _BUCKET_BYTES = 32 * 2**20
 SAME_START = "Seed every process alike, and load the same weights and rows in each."
 
 
-def is_parallel() -> bool:
+def is_distributed() -> bool:
     """Whether there is a process group of more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def process_count() -> int:
+def get_world_size() -> int:
     """How many processes there are."""
-    return dist.get_world_size() if is_parallel() else 1
+    return dist.get_world_size() if is_distributed() else 1
 
 
-def process_number() -> int:
+def get_rank() -> int:
     """This process's number, from 0."""
-    return dist.get_rank() if is_parallel() else 0
+    return dist.get_rank() if is_distributed() else 0
 
 
 def is_main_process() -> bool:
     """Whether this is process 0, which writes files and shows progress."""
-    return process_number() == 0
+    return get_rank() == 0
 
 
-def share_of(length: int, number: int | None = None) -> range:
+def shard_range(length: int, number: int | None = None) -> range:
     """This process's part of the positions below `length`, or that of process `number`.
 
     The parts are contiguous, in the order of the processes, hold every position once and differ by at most one in size.
     """
-    count = process_count()
-    number = process_number() if number is None else number
+    count = get_world_size()
+    number = get_rank() if number is None else number
     return range(length * number // count, length * (number + 1) // count)
 
 
 @contextlib.contextmanager
-def together(what: str) -> Iterator[None]:
+def sync_errors(what: str) -> Iterator[None]:
     """Run the block in every process, or fail in every process: an error of one is raised by all.
 
     Args:
@@ -71,7 +71,7 @@ def together(what: str) -> Iterator[None]:
     Raises:
         ParallelError: another process failed with an error that is not this package's own, or is gone.
     """
-    if not is_parallel():
+    if not is_distributed():
         yield
         return
     try:
@@ -86,14 +86,14 @@ def together(what: str) -> Iterator[None]:
     _exchange(what, 0)
 
 
-def sum_over_processes(tensors: Sequence[Tensor], what: str) -> None:
+def all_reduce_(tensors: Sequence[Tensor], what: str) -> None:
     """Add up each of `tensors` over the processes, in place; every process gets the same bits.
 
     Args:
         tensors: contiguous, of the same shapes and types in each process.
         what: what they are, for messages.
     """
-    if not is_parallel():
+    if not is_distributed():
         return
     _exchange_same(what, sum(tensor.numel() for tensor in tensors))
     with _in_contact(what):
@@ -107,22 +107,22 @@ def sum_over_processes(tensors: Sequence[Tensor], what: str) -> None:
                 tensor.copy_(part.view_as(tensor))
 
 
-def sum_on_process(tensors: Sequence[Tensor], number: int, what: str) -> None:
+def reduce_(tensors: Sequence[Tensor], number: int, what: str) -> None:
     """Add up each of `tensors` over the processes, in place, in process `number` alone; elsewhere they are spent."""
-    if not is_parallel():
+    if not is_distributed():
         return
     _exchange_same(what, sum(tensor.numel() for tensor in tensors))
     with _in_contact(what):
         for tensor in tensors:
             moved = tensor.to(_device()).contiguous()
             dist.reduce(moved, dst=number)
-            if process_number() == number and moved.data_ptr() != tensor.data_ptr():
+            if get_rank() == number and moved.data_ptr() != tensor.data_ptr():
                 tensor.copy_(moved)
 
 
-def from_one_process(tensor: Tensor, number: int, what: str) -> None:
+def broadcast_(tensor: Tensor, number: int, what: str) -> None:
     """Overwrite `tensor` with that of process `number`."""
-    if not is_parallel():
+    if not is_distributed():
         return
     _exchange_same(what, tensor.numel())
     with _in_contact(what):
@@ -132,11 +132,11 @@ def from_one_process(tensor: Tensor, number: int, what: str) -> None:
             tensor.copy_(moved)
 
 
-def gather_arrays(
+def all_gather_arrays(
     arrays: Mapping[str, np.ndarray], about: Mapping[str, Any], what: str
 ) -> list[tuple[dict[str, np.ndarray], dict[str, Any]]]:
     """Each process's arrays and JSON, in the order of the processes."""
-    if not is_parallel():
+    if not is_distributed():
         return [(dict(arrays), dict(about))]
     contents = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     layout = {name: [array.dtype.str, list(array.shape)] for name, array in contents.items()}
@@ -155,34 +155,34 @@ def gather_arrays(
     return gathered
 
 
-def of_main_process(value: Any, what: str) -> Any:
+def broadcast_object(value: Any, what: str) -> Any:
     """Process 0's `value` (JSON; numbers keep every bit)."""
-    if not is_parallel():
+    if not is_distributed():
         return value
     return json.loads(_gather_bytes(json.dumps(value).encode() if is_main_process() else b"", what)[0])
 
 
-def on_main_process(work: Callable[[], Any], what: str) -> Any:
+def run_on_main_process(work: Callable[[], Any], what: str) -> Any:
     """Do `work` on the main process alone; every process gets its result (JSON), or raises its error."""
     result = None
-    with together(what):
+    with sync_errors(what):
         if is_main_process():
             result = work()
-    return of_main_process(result, what)
+    return broadcast_object(result, what)
 
 
-def agree(value: str, what: str, remedy: str) -> None:
+def assert_same_on_ranks(value: str, what: str, remedy: str) -> None:
     """Make sure that `value` is the same in every process.
 
     Raises:
         ParallelError: in every process, if it is not.
     """
-    if not is_parallel():
+    if not is_distributed():
         return
     values = _gather_bytes(value.encode(), what)
     other = next((number for number, found in enumerate(values) if found != values[0]), None)
     if other is not None:
-        raise _mark(ParallelError(f"Processes 0 and {other} of {process_count()} differ in {what}. {remedy}"))
+        raise _mark(ParallelError(f"Processes 0 and {other} of {get_world_size()} differ in {what}. {remedy}"))
 
 
 # --- the exchange that goes before every operation --------------------------------------------------------------------
@@ -203,12 +203,12 @@ def _exchange(what: str, length: int, error: Exception | None = None) -> list[in
     mine = [int(error is not None), zlib.crc32(what.encode()), len(text) if error is not None else length]
     with _in_contact(what):
         header = torch.tensor(mine, dtype=torch.int64, device=_device())
-        received = [torch.empty_like(header) for _ in range(process_count())]
+        received = [torch.empty_like(header) for _ in range(get_world_size())]
         dist.all_gather(received, header)
         headers = [found.tolist() for found in received]
         failed = [number for number, found in enumerate(headers) if found[0]]
         if failed:
-            body = _bytes_tensor(text if process_number() == failed[0] else b"", headers[failed[0]][2])
+            body = _bytes_tensor(text if get_rank() == failed[0] else b"", headers[failed[0]][2])
             dist.broadcast(body, src=failed[0])
             text_of_first = bytes(body.cpu().numpy())
     if failed:
@@ -219,7 +219,7 @@ def _exchange(what: str, length: int, error: Exception | None = None) -> list[in
     if elsewhere is not None:
         raise _mark(
             ParallelError(
-                f"Process {process_number()} of {process_count()} is at {what!r} and another one elsewhere: processes "
+                f"Process {get_rank()} of {get_world_size()} is at {what!r} and another one elsewhere: processes "
                 f"0 and {elsewhere} have come apart. Call gather(), unlearn() and the like in every process, with the "
                 "same arguments and in the same order."
             )
@@ -272,7 +272,7 @@ def _in_contact(what: str) -> Iterator[None]:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise _mark(
             ParallelError(
-                f"Process {process_number()} of {process_count()} lost the others at {what!r} ({reason[0][:200]}). One of "
+                f"Process {get_rank()} of {get_world_size()} lost the others at {what!r} ({reason[0][:200]}). One of "
                 "them ended, or took longer than the process group's timeout (`ddp_timeout` in TrainingArguments). "
                 "Nothing is left half done: the weights are put back and files are whole. Start all processes again."
             )

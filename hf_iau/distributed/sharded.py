@@ -1,6 +1,6 @@
 """Models whose parameters `torch.distributed.fsdp.fully_shard` (FSDP2) has spread over the processes.
 
-There are two ways to use one. Inside `whole_parameters` each process holds all of it and works for itself. Elsewhere the
+There are two ways to use one. Inside `full_parameters` each process holds all of it and works for itself. Elsewhere the
 model is run as it is: FSDP2 gathers the parameters of one module at a time, and every process has to take the same
 passes; see `sharded_passes`. Vectors of such a model (its gradient sums) are DTensors of the parameters' placement.
 """
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from hf_iau.distributed.processes import sum_over_processes, together
+from hf_iau.distributed.processes import all_reduce_, sync_errors
 from hf_iau.errors import UnsupportedModelError
 from hf_iau.utils.vectors import dot
 
 _FSDP2 = ("torch.distributed.fsdp.", "torch.distributed._composable.")
 
 
-# Models inside `whole_parameters`.
+# Models inside `full_parameters`.
 _WHOLE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 # What `sharded_passes` changes of a group of parameters that FSDP2 gathers together, and puts back.
@@ -65,7 +65,7 @@ def class_name(model: nn.Module) -> str:
 
 
 @contextlib.contextmanager
-def whole_parameters(model: nn.Module) -> Iterator[None]:
+def full_parameters(model: nn.Module) -> Iterator[None]:
     """Give every process the whole parameters of a model under `fully_shard`, and spread them again afterwards.
 
     Inside, the model is a plain one in each process, in its parameters' own precision, and its forward and backward
@@ -108,7 +108,7 @@ def sharded_passes(model: nn.Module) -> Iterator[None]:
     Inside, a backward pass leaves in `.grad` of each sharded parameter this process's part of the gradient's *sum* over
     the processes (FSDP2's default is the mean), in whatever precision `MixedPrecisionPolicy` asks for otherwise, and no
     module stays whole after its own pass. Every process takes the same number of passes. Afterwards, also after an
-    exception, all settings are what they were. Other models, and those inside `whole_parameters`, are left as they are.
+    exception, all settings are what they were. Other models, and those inside `full_parameters`, are left as they are.
 
     Raises:
         UnsupportedModelError: parameters sharded by something else or over some of the processes only, gradients that
@@ -169,17 +169,17 @@ def sharded_passes(model: nn.Module) -> Iterator[None]:
             state._mp_policy = policies[key]
 
 
-def local_part(tensor: Tensor) -> Tensor:
+def to_local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor, sharing its memory; any other tensor as it is. Without gradient."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor in whole, on the device of its parts; any other tensor as it is. Called by all processes."""
     if not isinstance(tensor, DTensor):
         return tensor
-    with together("a whole tensor"):
+    with sync_errors("a whole tensor"):
         pass  # what has failed in one process is told before anything is sent
     with torch.no_grad():
         where = tensor.to_local().device
@@ -190,7 +190,7 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return full.to(where)
 
 
-def part_like(whole: Tensor, like: Tensor) -> Tensor:
+def shard_like(whole: Tensor, like: Tensor) -> Tensor:
     """`whole`, which every process has, sharded like `like`; as it is where that is not sharded. Nothing is sent."""
     if not isinstance(like, DTensor):
         return whole
@@ -214,7 +214,7 @@ def inner_product(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Σ a·b in float64 over pairs of tensors, the parts of sharded ones from all processes; the same bits in each."""
     total, of_shards, mesh_device = 0.0, 0.0, None
     for one, other in pairs:
-        product = dot(local_part(other), local_part(one))
+        product = dot(to_local(other), to_local(one))
         if isinstance(one, DTensor):
             of_shards, mesh_device = of_shards + product / replicas(one), one.device
         else:
@@ -222,7 +222,7 @@ def inner_product(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
         del one, other  # which may be made as they are asked for
     if mesh_device is not None:
         shared = torch.tensor([of_shards], dtype=torch.float64, device=mesh_device)
-        sum_over_processes([shared], "an inner product")
+        all_reduce_([shared], "an inner product")
         total += float(shared)
     return total
 
@@ -251,7 +251,7 @@ def _set_policy(group: Any, policy: MixedPrecisionPolicy) -> None:
 
 
 def _gathered(shards: DTensor) -> nn.Parameter:
-    return nn.Parameter(whole_tensor(shards), requires_grad=shards.requires_grad)
+    return nn.Parameter(full_tensor(shards), requires_grad=shards.requires_grad)
 
 
 def _spread(whole: Tensor, shards: DTensor) -> None:

@@ -20,12 +20,12 @@ class Gap:
     """Signed differences, unlearned minus retrained; 0 is the aim. None where one of the two models lacks the figure.
 
     Attributes:
-        mean_absolute: mean of the absolute differences named in `compared`: of RA, UA, TA and MIA in percentage points
+        mean_absolute: mean of the absolute differences named in `compared`: of RA, FA, TA and MIA in percentage points
             for models with an accuracy; for a regression, of the three losses in percent of the retrained model's loss
             and of MIA in percentage points. Lower is better, and below the distance between two retrained models of
             different seeds (the noise floor) nothing can be told apart.
         retain_accuracy: RA, in percentage points; above 0 keeps more than retraining does.
-        forget_accuracy: UA (accuracy on the forget rows), in percentage points; above 0 forgot too little, below 0 too
+        forget_accuracy: FA (accuracy on the forget rows), in percentage points; above 0 forgot too little, below 0 too
             much.
         test_accuracy: TA, in percentage points.
         mia_auc: MIA (AUC × 100), in points; above 0 still remembered, below 0 over-forgotten.
@@ -60,7 +60,7 @@ class Gap:
 def gap(figures: Figures | Mapping[str, Any], retrained: Figures | Mapping[str, Any]) -> Gap:
     """How far a model's figures are from a retrained model's.
 
-    The mean of the absolute differences of RA, UA, TA and MIA in percentage points is the "average gap" of SalUn's
+    The mean of the absolute differences of RA, FA, TA and MIA in percentage points is the "average gap" of SalUn's
     tables (arXiv 2310.12508), with the loss attack's AUC as MIA. Both models must be measured on the same rows.
 
     Args:

@@ -17,7 +17,7 @@ from hf_iau.data.row_loss import UserLossFunction
 from hf_iau.data.rows import Collator
 from hf_iau.data.working import is_narrow
 from hf_iau.data.wrappers import unwrapped
-from hf_iau.distributed import inner_product, is_sharded, process_count, reshard
+from hf_iau.distributed import get_world_size, inner_product, is_sharded, reshard
 from hf_iau.errors import IAUError
 from hf_iau.memory.fit import choose_row_loss, default_collator, keep_input_columns
 from hf_iau.memory.gradient_sum import sum_row_gradients, trainable_parameters
@@ -121,7 +121,7 @@ def _loop(
             of_row = {name: p.grad.double() for name, p in parameters.items() if p.grad is not None}
             for name, gradient in of_row.items():
                 if sharded and isinstance(gradient, DTensor):  # as many copies were added up as there are processes
-                    of_row[name] = gradient / process_count()
+                    of_row[name] = gradient / get_world_size()
                 reference[name] += of_row[name]
             scale += inner_product((g, g) for g in of_row.values()) ** 0.5
             for parameter in parameters.values():

@@ -11,7 +11,7 @@ from hf_iau.data.working import Precision
 from hf_iau.errors import ConfigError
 from hf_iau.utils.config_checks import check_choice, check_number
 
-GradientSumKind = Literal["exact", "sampled", "none"]
+GradientSumKind = Literal["full", "sampled", "none"]
 CurvatureName = Literal["ekfac", "diagonal", "adam", "identity", "none"]
 
 
@@ -33,9 +33,9 @@ class GatherConfig:
     gradient_sum: GradientSumKind = field(
         default="sampled",
         metadata={
-            "help": "Σ_D, the gradient sum over all training rows: 'exact' (one pass over them), 'sampled' (a bounded "
+            "help": "Σ_D, the gradient sum over all training rows: 'full' (one pass over them), 'sampled' (a bounded "
             "seeded sample with its standard error; exact where the sample is all rows) or 'none'. `iau-paper` and "
-            "`iau-released` need 'exact'; `iau` uses it to repair what forgetting costs the other rows."
+            "`iau-released` need 'full'; `iau` uses it to repair what forgetting costs the other rows."
         },
     )
     sample_rows: int = field(default=4096, metadata={"help": "Rows of a sampled gradient sum."})
@@ -83,7 +83,7 @@ class GatherConfig:
 
     def __post_init__(self) -> None:
         choices = {
-            "gradient_sum": ("exact", "sampled", "none"),
+            "gradient_sum": ("full", "sampled", "none"),
             "curvature": ("ekfac", "diagonal", "adam", "identity", "none"),
             "fisher": ("true", "empirical"),
             "precision": ("float32", "bfloat16"),

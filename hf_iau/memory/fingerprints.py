@@ -15,7 +15,7 @@ from torch import nn
 from hf_iau.data.adapters import active_adapters
 from hf_iau.data.rows import row_bytes, sample_positions
 from hf_iau.data.targets import base_model
-from hf_iau.distributed import class_name, reshard, whole_tensor
+from hf_iau.distributed import class_name, full_tensor, reshard
 
 FINGERPRINT_ROWS = 256
 _VERSIONED = ("hf-iau", "torch", "transformers", "datasets", "accelerate", "peft")
@@ -47,7 +47,7 @@ def weights_fingerprint(model: nn.Module) -> str:
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
     kept = model.state_dict(keep_vars=True).keys()
     tensors.update({name: buffer for name, buffer in model.named_buffers() if name in kept})
-    return tensors_fingerprint((name, whole_tensor(tensors[name].detach())) for name in sorted(tensors))
+    return tensors_fingerprint((name, full_tensor(tensors[name].detach())) for name in sorted(tensors))
 
 
 def tensors_fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

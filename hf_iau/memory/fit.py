@@ -33,7 +33,7 @@ from hf_iau.data.rows import Collator, refuse_iterable, rows_are_deterministic, 
 from hf_iau.data.targets import look_for_real_labels
 from hf_iau.data.working import working
 from hf_iau.data.wrappers import unwrapped
-from hf_iau.distributed import SAME_START, agree, is_sharded, refuse_wrapped, sharded_passes, together
+from hf_iau.distributed import SAME_START, assert_same_on_ranks, is_sharded, refuse_wrapped, sharded_passes, sync_errors
 from hf_iau.errors import ConfigError, UnsupportedModelError
 from hf_iau.memory.config import GatherConfig
 from hf_iau.memory.fingerprints import data_fingerprint, input_columns, model_fingerprint
@@ -128,7 +128,7 @@ def build_memory(
             "GatherConfig(curvature='adam') reads the optimizer's second moments, which fully_shard has spread over the "
             "processes. Use curvature='ekfac' or 'diagonal'."
         )
-    with together("gathering"), working(config.precision, config.memory_device), sharded_passes(model):
+    with sync_errors("gathering"), working(config.precision, config.memory_device), sharded_passes(model):
         return _build_memory(model, source, row_loss, config, optimizer, decay)
 
 
@@ -148,7 +148,7 @@ def _build_memory(
     if config.reads_targets:
         probe_targets(model, source)
     of_model, of_data = model_fingerprint(model), data_fingerprint(model, source.dataset)
-    agree(str(of_model | of_data), "the model or training rows that they gather from", SAME_START)
+    assert_same_on_ranks(str(of_model | of_data), "the model or training rows that they gather from", SAME_START)
     seconds: dict[str, float] = {}
 
     started = time.perf_counter()
@@ -173,7 +173,7 @@ def _build_memory(
         loss=dict(row_loss.fingerprint()),
         label_counts=count_labels(source.dataset),
         gradient_sum=None if total is None else total.tensors,
-        gradient_sum_kind="exact" if counted is not None else config.gradient_sum,
+        gradient_sum_kind="full" if counted is not None else config.gradient_sum,
         gradient_sum_rows=0 if total is None else len(source) if counted is not None else config.sample_rows,
         gradient_sum_error=error,
         weight_decay=decay,
@@ -318,7 +318,7 @@ def _gather_sum(
     """The sum, its standard error, and the exact number of targets where the pass counted them."""
     if config.gradient_sum == "none":
         return None, 0.0, None
-    if config.gradient_sum == "exact" or config.sample_rows >= len(source):
+    if config.gradient_sum == "full" or config.sample_rows >= len(source):
         total = sum_row_gradients(model, row_loss, source, progress=config.progress)
         return total, 0.0, total.n_targets
     rows = source.sample(config.sample_rows, config.seed + 1, name="sampled rows")

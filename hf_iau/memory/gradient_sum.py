@@ -15,15 +15,15 @@ from tqdm.auto import tqdm
 from hf_iau.data import RowLoss, RowSource, evaluation_mode
 from hf_iau.data.working import memory_device
 from hf_iau.distributed import (
-    gather_arrays,
+    all_gather_arrays,
+    all_reduce_,
     inner_product,
     is_main_process,
     is_sharded,
-    local_part,
     replicas,
     sharded_passes,
-    sum_over_processes,
-    together,
+    sync_errors,
+    to_local,
 )
 from hf_iau.errors import NonFiniteGradientError, UnsupportedModelError
 from hf_iau.utils.vectors import GradientAccumulator, dot_on_device
@@ -119,7 +119,7 @@ def sum_row_gradients(
         NonFiniteGradientError: a row's loss or gradient is NaN or infinite; the message says which row.
     """
     what = f"the gradient sum over the {source.name}"
-    with together(what), sharded_passes(model):
+    with sync_errors(what), sharded_passes(model):
         parameters = trainable_parameters(model, names)
         sharded = is_sharded(model)
         result = _sum_rows(model, row_loss, source, parameters, progress and is_main_process(), track_batches)
@@ -191,7 +191,7 @@ def _squared_gradients(parameters: Mapping[str, nn.Parameter], sharded: bool) ->
     squared: list[Tensor] = []
     for parameter in parameters.values():
         if parameter.grad is not None:
-            part = local_part(parameter.grad)
+            part = to_local(parameter.grad)
             own = dot_on_device(part, part) / (replicas(parameter.grad) if sharded else 1)
             squared.append(own.to(squared[0].device) if squared else own)
     return float(torch.stack(squared).sum()) if squared else 0.0  # an accelerator is waited for once a batch
@@ -205,7 +205,7 @@ def _add_up_whole_gradients(parameters: dict[str, nn.Parameter], name: str) -> N
             parameter.grad = torch.zeros_like(parameter)
     if left:
         gradients = [p.grad.contiguous() for p in left if p.grad is not None]
-        sum_over_processes(gradients, f"whole gradients of the {name}")
+        all_reduce_(gradients, f"whole gradients of the {name}")
         for parameter, gradient in zip(left, gradients, strict=True):
             parameter.grad = gradient
 
@@ -215,13 +215,13 @@ def _any_process(found: bool, what: str, sharded: bool) -> bool:
     if not sharded:
         return found
     flag = torch.tensor([float(found)])
-    sum_over_processes([flag], what)
+    all_reduce_([flag], what)
     return bool(flag > 0)
 
 
 def _is_finite(result: GradientSum) -> bool:
     return math.isfinite(result.loss) and all(
-        bool(local_part(tensor).isfinite().all()) for tensor in result.tensors.values()
+        bool(to_local(tensor).isfinite().all()) for tensor in result.tensors.values()
     )
 
 
@@ -230,11 +230,11 @@ def _add_up(result: GradientSum, name: str, sharded: bool) -> None:
     counts = [result.n_rows, result.n_targets, result.rows_without_targets, result.loss]
     totals = torch.tensor(counts, dtype=torch.float64)
     tensors = [] if sharded else list(result.tensors.values())
-    sum_over_processes([*tensors, totals], f"the gradient sum over the {name}")
+    all_reduce_([*tensors, totals], f"the gradient sum over the {name}")
     result.n_rows, result.n_targets, result.rows_without_targets = (round(total) for total in totals.tolist()[:3])
     result.loss = float(totals[3])
     own = {"batches": np.asarray(result.batches, dtype=np.float64).reshape(-1, 2)}
-    every = [arrays["batches"] for arrays, _ in gather_arrays(own, {}, f"batches of the {name}")]
+    every = [arrays["batches"] for arrays, _ in all_gather_arrays(own, {}, f"batches of the {name}")]
     # A pass through a sharded model is one batch of all processes, of whose sum each has squared its part.
     batches = np.sum(every, axis=0) if sharded else np.concatenate(every)
     result.batches = [(round(rows), squared) for rows, squared in batches.tolist()]
@@ -250,10 +250,10 @@ def _raise_for_sharded_row(
             loss.backward()
             bad = ""
             for name, parameter in parameters.items():
-                if not bad and parameter.grad is not None and not bool(local_part(parameter.grad).isfinite().all()):
+                if not bad and parameter.grad is not None and not bool(to_local(parameter.grad).isfinite().all()):
                     bad = name
                 parameter.grad = None
-            found = gather_arrays({}, {"bad": bad, "loss": float(loss.detach())}, f"a row of the {source.name}")
+            found = all_gather_arrays({}, {"bad": bad, "loss": float(loss.detach())}, f"a row of the {source.name}")
             names = [about["bad"] for _, about in found if about["bad"]]
             if names or (n_targets and not math.isfinite(found[0][1]["loss"])):
                 raise _bad_row(int(positions[0]), source.name, names[0] if names else None, found[0][1]["loss"])

@@ -20,7 +20,7 @@ from hf_iau.curvature import Curvature
 from hf_iau.curvature.spread import fetch_tensor
 from hf_iau.data import RowLoss, RowSource, evaluation_mode
 from hf_iau.data.working import memory_device
-from hf_iau.distributed import is_main_process, part_like, together, whole_tensor
+from hf_iau.distributed import full_tensor, is_main_process, shard_like, sync_errors
 from hf_iau.errors import IAUError, MemoryFileError, MemoryMismatchError, MissingMemoryError, StaleMemoryError
 from hf_iau.memory.files import (
     PRIVATE_FOLDER,
@@ -66,7 +66,7 @@ class GradientMemory:
         label_counts: class → rows, for single-label rows; None where rows have no one class.
         gradient_sum: Σ_D of row-loss gradients at these weights, or None; float32 (float64 for float64 parameters, and in
             older files).
-        gradient_sum_kind: "exact", "sampled", "first-order" (moved along with the weights) or "none".
+        gradient_sum_kind: "full", "sampled", "first-order" (moved along with the weights) or "none".
         gradient_sum_rows: rows that the sum was made of.
         gradient_sum_error: standard error of a sampled sum, as a Euclidean norm; 0 for an exact one.
         weight_decay: parameter name → coefficient of coupled L2 in the mean loss; empty for decoupled decay.
@@ -179,12 +179,12 @@ class GradientMemory:
 
     # --- what it holds --------------------------------------------------------------------------------------------
 
-    def require_exact_sum(self, method: str) -> dict[str, Tensor]:
+    def require_full_sum(self, method: str) -> dict[str, Tensor]:
         """The gradient sum, for a method that accepts an exact one only."""
-        if self.gradient_sum is None or self.gradient_sum_kind != "exact":
+        if self.gradient_sum is None or self.gradient_sum_kind != "full":
             raise MissingMemoryError(
                 f"method={method!r} needs the exact gradient sum of the training rows but the memory's is "
-                f"{self.gradient_sum_kind!r}. Gather with GatherConfig(gradient_sum='exact') (one pass over the "
+                f"{self.gradient_sum_kind!r}. Gather with GatherConfig(gradient_sum='full') (one pass over the "
                 "training rows) or pass retain_dataset=."
             )
         return self.gradient_sum
@@ -209,7 +209,7 @@ class GradientMemory:
         """The memory with all of its tensors in every process; itself, where it is so. Called by all processes."""
         if not self.is_spread:
             return self
-        sums = None if self.gradient_sum is None else {n: whole_tensor(t) for n, t in self.gradient_sum.items()}
+        sums = None if self.gradient_sum is None else {n: full_tensor(t) for n, t in self.gradient_sum.items()}
         curvature = None if self.curvature is None else self.curvature.whole()
         return dataclasses.replace(self, gradient_sum=sums, curvature=curvature)
 
@@ -235,7 +235,7 @@ class GradientMemory:
         sums = self.gradient_sum
         if sums is not None:
             devices = {name: memory_device(parameters[name].device) for name in sums}
-            sums = {name: part_like(total, parameters[name]).to(devices[name]) for name, total in sums.items()}
+            sums = {name: shard_like(total, parameters[name]).to(devices[name]) for name, total in sums.items()}
         curvature = None if self.curvature is None else self.curvature.spread()
         return dataclasses.replace(self, gradient_sum=sums, curvature=curvature)
 
@@ -314,7 +314,7 @@ class GradientMemory:
         """
         folder = Path(directory)
         if self.is_spread:
-            with together("saving the memory"):
+            with sync_errors("saving the memory"):
                 if is_main_process():
                     self._save(folder)
                 else:
@@ -339,11 +339,11 @@ class GradientMemory:
         blocks = {} if self.curvature is None else self.curvature.blocks
         owners = {key: block.owner for block in blocks.values() for key in block.tensors()}
         for name in file_order(tensors):
-            with together(f"saving {name}"):
+            with sync_errors(f"saving {name}"):
                 pass  # what failed so far is told before anything is sent
             owner = owners.get(name)
             if owner is None:
-                yield name, whole_tensor(tensors[name])
+                yield name, full_tensor(tensors[name])
             else:
                 yield name, fetch_tensor(tensors[name], owner, f"saving {name}")
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_iau.errors import MemoryFileError, MemoryMismatchError
 from hf_iau.memory.files import file_digest, sync_folder
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MEMORY_FOLDER = "_iau"
 MEMORY_HEADER = "memory.json"
 TENSOR_FILE = re.compile(r"memory-[0-9a-f]{32}\.safetensors")
@@ -38,7 +38,7 @@ def check_fields(plain: Mapping[str, Any]) -> None:
     for name in ("gradient_sum_error", "relative_path", "curvature_path"):
         infinite = name == "gradient_sum_error" and plain[name] == math.inf  # of a sample of one batch
         demand(name, infinite or (_is_number(plain[name]) and plain[name] >= 0), "a number of at least 0")
-    kinds = ("exact", "sampled", "first-order", "none")
+    kinds = ("full", "sampled", "first-order", "none")
     demand("gradient_sum_kind", plain["gradient_sum_kind"] in kinds, f"one of {', '.join(kinds)}")
     keys = {"model": {"class", "architecture", "weights"}, "data": {"rows", "columns", "content"}, "loss": {"kind"}}
     for name in ("model", "data", "loss", "settings", "weight_decay", "seconds", "versions"):

@@ -105,9 +105,9 @@ def check_gradient_difference(context: ForgetContext, name: str) -> None:
         if context.memory is None:
             raise MissingMemoryError(
                 f"method={name!r} needs the gradient sum of the retained rows: there is neither a memory nor "
-                "retain_dataset=. Gather with IAUCallback(GatherConfig(gradient_sum='exact')) or pass retain_dataset=."
+                "retain_dataset=. Gather with IAUCallback(GatherConfig(gradient_sum='full')) or pass retain_dataset=."
             )
-        context.memory.require_exact_sum(name)
+        context.memory.require_full_sum(name)
 
 
 def forget_and_retain_sums(context: ForgetContext, name: str) -> tuple[GradientSum, GradientSum]:
@@ -123,7 +123,7 @@ def forget_and_retain_sums(context: ForgetContext, name: str) -> tuple[GradientS
             )
         else:
             memory = context.require_memory(name)
-            total = GradientSum(dict(memory.require_exact_sum(name)), memory.n_rows, memory.n_targets)
+            total = GradientSum(dict(memory.require_full_sum(name)), memory.n_rows, memory.n_targets)
             retain = total.minus(_on_device_of(total.tensors, forget))
         for targets, rows in ((forget.n_targets, "forget rows"), (retain.n_targets, "retained rows")):
             if targets <= 0:

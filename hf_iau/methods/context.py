@@ -217,7 +217,7 @@ class MethodOutcome:
         keeps_memory: False where the weights were made anew, so that no memory describes them.
         diagnostics: JSON for the report.
         calibrated: whether the step was calibrated; None for methods that do not calibrate.
-        verdict: "safe", "check" or "retrain", where the method judges.
+        verdict: "ok", "check" or "retrain", where the method judges.
         warnings: sentences for people.
         calibration: what to remember for later requests.
         memory: of the weights that the request found, where the method renewed it; else None.

@@ -34,7 +34,7 @@ def add_weight_decay(context: ForgetContext, gradient_sum: GradientSum) -> None:
             gradient_sum.tensors[parameter_name] += gradient_sum.n_targets * coefficient * value
 
 
-def has_finish_sum(memory: GradientMemory) -> bool:
+def has_correction_sum(memory: GradientMemory) -> bool:
     """Whether Σ_D is there, exact or sampled with a standard error that is small beside it."""
     if memory.gradient_sum is None:
         return False
@@ -42,9 +42,9 @@ def has_finish_sum(memory: GradientMemory) -> bool:
     return memory.gradient_sum_error <= _NOISIEST * norm
 
 
-def finish_sum(context: ForgetContext, memory: GradientMemory) -> dict[str, Tensor] | None:
+def correction_sum(context: ForgetContext, memory: GradientMemory) -> dict[str, Tensor] | None:
     """Σ_D for c, where it may be used."""
-    if memory.gradient_sum is None or not has_finish_sum(memory):
+    if memory.gradient_sum is None or not has_correction_sum(memory):
         return None
     changed = memory.weight_decay.keys()
     tensors = {name: tensor.clone() if name in changed else tensor for name, tensor in memory.gradient_sum.items()}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_iau.curvature import Curvature
-from hf_iau.distributed import inner_product, local_part
+from hf_iau.distributed import inner_product, to_local
 from hf_iau.utils.vectors import pieces
 
 Step = dict[str, Tensor]
@@ -19,7 +19,7 @@ def apply_step(model: nn.Module, step: Mapping[str, Tensor], scale: float = 1.0)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, change in step.items():
-            for part, added in pieces(local_part(parameters[name]), local_part(change)):
+            for part, added in pieces(to_local(parameters[name]), to_local(change)):
                 part.copy_(part.double() + scale * added.to(part.device, torch.float64))
 
 
@@ -44,11 +44,11 @@ def first_order_rise(gradient_sum: Mapping[str, Tensor], step: Mapping[str, Tens
     return inner_product(pairs) / max(targets, 1)
 
 
-def finish_forgetting_step(forget: Step, finish: Step | None, length: float, finish_weight: float) -> Step:
-    """k·forget − c·finish: the two preconditioned directions put together."""
-    if finish is None or finish_weight == 0.0:
-        return {name: length * change for name, change in forget.items()}
-    return {name: length * change - finish_weight * finish[name] for name, change in forget.items()}
+def corrected_step(forget: Step, correction: Step | None, scale: float, retain_weight: float) -> Step:
+    """k·forget − c·correction: the two preconditioned directions put together."""
+    if correction is None or retain_weight == 0.0:
+        return {name: scale * change for name, change in forget.items()}
+    return {name: scale * change - retain_weight * correction[name] for name, change in forget.items()}
 
 
 def moved_gradient_sum(
@@ -75,7 +75,7 @@ def moved_gradient_sum(
         for name, bent in product.items():
             moved[name] = torch.empty_like(gradient_sum[name])
             tensors = (moved[name], gradient_sum[name], forget_sum[name], bent)
-            for new, *old in pieces(*map(local_part, tensors)):
+            for new, *old in pieces(*map(to_local, tensors)):
                 total, forget, change = (tensor.to(new.device, torch.float64) for tensor in old)
                 new.copy_(total - forget + remaining_targets * change)
     return {name: moved[name] for name in gradient_sum}

@@ -24,7 +24,7 @@ from hf_iau.report import tables
 from hf_iau.report.histograms import loss_histograms
 from hf_iau.utils.jsonable import json_text, jsonable
 
-SCHEMA = 1
+SCHEMA = 2
 
 JSON_NAME = "report.json"
 MARKDOWN_NAME = "report.md"

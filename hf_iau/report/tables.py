@@ -9,7 +9,7 @@ MAXIMUM_ROWS = 10
 
 _FIGURES = (
     ("retain_accuracy", "accuracy, retained rows (RA), %", 100),
-    ("forget_accuracy", "accuracy, forget rows (UA), %", 100),
+    ("forget_accuracy", "accuracy, forget rows (FA), %", 100),
     ("held_out_accuracy", "accuracy, held-out rows, %", 100),
     ("test_accuracy", "accuracy, test rows (TA), %", 100),
     ("retain_loss", "loss, retained rows", None),
@@ -74,7 +74,7 @@ def differences(gap: Mapping[str, Any] | None) -> Table:
     """The signed differences of a `Gap` dictionary, those that its mean averages, with their intervals if there are any."""
     found = (gap or {}).get("intervals") or {}
     rows = [["figure", "unlearned − retrained", *(["95 % interval"] if found else [])]]
-    names = {"retain": "RA", "forget": "UA", "test": "TA"}
+    names = {"retain": "RA", "forget": "FA", "test": "TA"}
     for name in (gap or {}).get("compared", ()):
         value = (gap or {})[name]
         if name == "mia_auc":

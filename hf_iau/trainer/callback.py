@@ -16,7 +16,7 @@ from hf_iau.data import RowLoss, RowSource, probe_additivity, probe_targets
 from hf_iau.data.placement import refuse_device
 from hf_iau.data.row_loss import UserLossFunction
 from hf_iau.data.wrappers import unwrapped
-from hf_iau.distributed import together
+from hf_iau.distributed import sync_errors
 from hf_iau.errors import MissingMemoryError, UnsupportedModelError
 from hf_iau.memory.config import GatherConfig
 from hf_iau.memory.fit import (
@@ -118,7 +118,7 @@ class IAUCallback(TrainerCallback):
                 "Trainer. Use hf_iau.UnlearningTrainer, or drop restriction=."
             )
         refuse_unsupported_engines(args)
-        with together("the check before training"):
+        with sync_errors("the check before training"):
             find_key(args.output_dir)  # a key that cannot be used is better refused now than after training
             source = self._source(args, model, kwargs["train_dataloader"])
             check_gatherable(model, source.dataset)
@@ -139,7 +139,7 @@ class IAUCallback(TrainerCallback):
             return
         model = unwrapped(kwargs["model"])
         try:
-            with together("gathering"):  # nobody reads the files before they are written
+            with sync_errors("gathering"):  # nobody reads the files before they are written
                 source = self._source(args, model, kwargs["train_dataloader"])
                 loss = self._choose_loss(args, model)
                 self._memory = build_memory(model, source, loss, self.config, optimizer=kwargs.get("optimizer"))

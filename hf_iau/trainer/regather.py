@@ -78,7 +78,7 @@ def rows_still_in(trainer: UnlearningTrainer, positions: np.ndarray) -> tuple[np
             notes.append(
                 f"{unknown} rows were forgotten before this trainer was made, and the memory, which was gathered "
                 "without a key (HF_IAU_KEY), does not know which: rows of these ids that are among them were "
-                "forgotten a second time. Then revert() it, and name the others by row_indices=."
+                "forgotten a second time. Then revert() it, and name the others by forget_indices=."
             )
     if len(still) < len(positions):
         notes.append(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from hf_iau.data.trainer_rows import model_of
-from hf_iau.distributed import whole_parameters
+from hf_iau.distributed import full_parameters
 from hf_iau.errors import IAUError
 from hf_iau.memory.fingerprints import weights_fingerprint
 from hf_iau.memory.memory_files import MEMORY_HEADER, read_header, remove_memory
@@ -27,7 +27,7 @@ def save_private_files(trainer: UnlearningTrainer, folder: Path, write: bool) ->
     """
     memory, state, model = trainer.memory_in_ram, trainer.unlearning_state, model_of(trainer)
     memory = None if memory is None else memory.on_main_process()
-    with whole_parameters(model):
+    with full_parameters(model):
         if not write:
             return
         if memory is not None:

@@ -18,7 +18,7 @@ from hf_iau.data.trainer_rows import model_of
 from hf_iau.data.wrappers import unwrapped
 from hf_iau.deletion.id_column import rows_of_ids
 from hf_iau.deletion.service import RequestService, finish_interrupted_request, report_of
-from hf_iau.distributed import is_main_process, is_sharded, whole_parameters
+from hf_iau.distributed import full_parameters, is_main_process, is_sharded
 from hf_iau.errors import AlreadyForgottenError, ConfigError, MissingMemoryError, RequestError, UnsupportedModelError
 from hf_iau.memory.config import GatherConfig
 from hf_iau.memory.fit import choose_row_loss
@@ -257,7 +257,7 @@ class UnlearningTrainer(Trainer):
         """
         # Accelerate writes what it has sharded itself.
         alone = self.model is None or self.is_fsdp_enabled
-        with contextlib.nullcontext() if alone else whole_parameters(model_of(self)):
+        with contextlib.nullcontext() if alone else full_parameters(model_of(self)):
             super().save_model(output_dir, _internal_call)
         if not _internal_call and not self.is_in_train:
             folder = Path(output_dir or self.args.output_dir or ".") / MEMORY_FOLDER
@@ -273,7 +273,7 @@ class UnlearningTrainer(Trainer):
         self,
         forget_dataset: Any = None,
         *,
-        row_indices: Sequence[int] | np.ndarray | Tensor | None = None,
+        forget_indices: Sequence[int] | np.ndarray | Tensor | None = None,
         method: str = "iau",
         config: Any = None,
         held_out_dataset: Any = None,
@@ -290,7 +290,7 @@ class UnlearningTrainer(Trainer):
 
         Args:
             forget_dataset: the rows to forget, e.g. `train_dataset.select(ids)`, with the training rows' columns.
-            row_indices: instead, their numbers in `train_dataset`, which must be the set the memory was made of.
+            forget_indices: instead, their numbers in `train_dataset`, which must be the set the memory was made of.
             method: "iau" (curvature-aware, calibrated), "iau-paper", "iau-released", or any registered name.
             config: the method's configuration; default: its class with default values.
             held_out_dataset: rows never trained on, for calibration and report; default: `eval_dataset`.
@@ -318,7 +318,7 @@ class UnlearningTrainer(Trainer):
         chosen, config = find_method(method, config)
         request = Request(
             forget_dataset=forget_dataset,
-            row_indices=row_indices,
+            forget_indices=forget_indices,
             held_out_dataset=held_out_dataset,
             retain_dataset=retain_dataset,
             test_dataset=test_dataset,
@@ -337,7 +337,7 @@ class UnlearningTrainer(Trainer):
         if dry_run:
             raise RequestError("save=True and dry_run=True contradict each other: leave one out.")
         service = RequestService(self)
-        entry, output = service.serve(run, forget_dataset, row_indices, chosen, config_values(config), request_id)
+        entry, output = service.serve(run, forget_dataset, forget_indices, chosen, config_values(config), request_id)
         if output is None:
             assert entry is not None
             return UnlearnOutput(report_of(entry), applied=False, memory=self.memory, entry=entry)
@@ -369,7 +369,7 @@ class UnlearningTrainer(Trainer):
                 f"All {len(positions)} rows of these ids were already forgotten by an earlier request: there is nothing "
                 "left to do."
             )
-        output = self.unlearn(row_indices=still, **settings)
+        output = self.unlearn(forget_indices=still, **settings)
         output.report.warnings += notes
         if is_main_process():
             for sentence in notes:
@@ -377,7 +377,12 @@ class UnlearningTrainer(Trainer):
         return output
 
     def queue(
-        self, forget_dataset: Any = None, *, row_indices: Sequence[int] | None = None, ids: Any = None, **settings: Any
+        self,
+        forget_dataset: Any = None,
+        *,
+        forget_indices: Sequence[int] | None = None,
+        ids: Any = None,
+        **settings: Any,
     ) -> UnlearnOutput | None:
         """Have rows forgotten together with others: they wait on disk until there are 16, and are then served at once.
 
@@ -386,7 +391,7 @@ class UnlearningTrainer(Trainer):
         that wait already are not queued again.
 
         Args:
-            forget_dataset, row_indices: as for `unlearn`.
+            forget_dataset, forget_indices: as for `unlearn`.
             ids: instead, values of `id_column`.
             **settings: as for `unlearn`, for the case that the rows are served now.
 
@@ -394,16 +399,16 @@ class UnlearningTrainer(Trainer):
             What `unlearn(save=True)` returned, or None where the rows wait.
         """
         if ids is not None:
-            if forget_dataset is not None or row_indices is not None:
+            if forget_dataset is not None or forget_indices is not None:
                 raise RequestError("queue() was given ids= and other rows: pass one of them.")
-            row_indices = rows_of_ids(self.train_dataset, self.id_column, ids)  # type: ignore[assignment]
-        waiting = RequestService(self).enqueue(forget_dataset, row_indices)
+            forget_indices = rows_of_ids(self.train_dataset, self.id_column, ids)  # type: ignore[assignment]
+        waiting = RequestService(self).enqueue(forget_dataset, forget_indices)
         return self.serve_queue(**settings) if waiting >= FEWEST_ROWS else None
 
     def serve_queue(self, **settings: Any) -> UnlearnOutput | None:
         """Serve the rows that wait, however few, with `unlearn(save=True)`; None where none wait."""
         positions = RequestService(self).queued_positions()
-        return self.unlearn(row_indices=positions, save=True, **settings) if len(positions) else None
+        return self.unlearn(forget_indices=positions, save=True, **settings) if len(positions) else None
 
     # --- publishing -----------------------------------------------------------------------------------------------
 

@@ -12,8 +12,8 @@ from hf_iau.methods.iau.verdict import (
     CHECK,
     DRIFT,
     LONG_STEP,
+    OK,
     RETRAIN,
-    SAFE,
     TOO_LARGE_SHARE,
     TOO_LONG_STEP,
     TOO_MUCH_DRIFT,
@@ -26,7 +26,7 @@ FEWEST_ROWS = 16
 # What first order leaves unexplained of a step's effect, as a share of it. From a half on, it is no longer first order
 # that says what a step does.
 _TOO_MUCH_UNEXPLAINED = 0.5
-_GRAVITY = (SAFE, CHECK, RETRAIN)
+_GRAVITY = (OK, CHECK, RETRAIN)
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def record_budget(report: UnlearningReport, context: ForgetContext, memory: Grad
         return
     verdict = RETRAIN if budget.advice == "retrain" else CHECK
     if _GRAVITY.index(verdict) >= _GRAVITY.index(report.verdict):
-        earlier = [] if report.verdict == SAFE else report.diagnostics.get("reasons", [])
+        earlier = [] if report.verdict == OK else report.diagnostics.get("reasons", [])
         report.verdict = verdict
         report.diagnostics["reasons"] = [*budget.reasons, *earlier]
 

@@ -14,49 +14,51 @@ from hf_iau.data.rows import refuse_iterable, row_bytes, select_rows
 from hf_iau.errors import RequestError
 
 
-def requested_rows(train_dataset: Any, forget_dataset: Any, row_indices: Any) -> tuple[Any, np.ndarray | None]:
+def requested_rows(train_dataset: Any, forget_dataset: Any, forget_indices: Any) -> tuple[Any, np.ndarray | None]:
     """The forget rows and, where they were named by number, their positions in `train_dataset`.
 
     Args:
         train_dataset: the training rows, or None.
-        forget_dataset, row_indices: as given to `unlearn`; one of them.
+        forget_dataset, forget_indices: as given to `unlearn`; one of them.
 
     Raises:
         RequestError: neither or both were given; or numbers that are no rows of `train_dataset`, or occur twice.
         UnsupportedModelError: rows without numbers.
     """
-    if (forget_dataset is None) == (row_indices is None):
+    if (forget_dataset is None) == (forget_indices is None):
         given = "neither" if forget_dataset is None else "both"
-        raise RequestError(f"unlearn() was given {given}: pass either forget_dataset= or row_indices=.")
+        raise RequestError(f"unlearn() was given {given}: pass either forget_dataset= or forget_indices=.")
     if forget_dataset is not None:
         refuse_iterable(forget_dataset, "forget rows")
         return forget_dataset, None
     if train_dataset is None:
-        raise RequestError("row_indices= name rows of train_dataset, but the trainer has none: pass forget_dataset=.")
+        raise RequestError(
+            "forget_indices= name rows of train_dataset, but the trainer has none: pass forget_dataset=."
+        )
     refuse_iterable(train_dataset, "training rows")
-    return _checked_positions(train_dataset, row_indices)
+    return _checked_positions(train_dataset, forget_indices)
 
 
-def _checked_positions(train_dataset: Any, row_indices: Any) -> tuple[Any, np.ndarray]:
-    """The rows of `train_dataset` that `row_indices` name, after checking every number."""
-    positions = np.asarray(row_indices.cpu() if isinstance(row_indices, Tensor) else row_indices)
+def _checked_positions(train_dataset: Any, forget_indices: Any) -> tuple[Any, np.ndarray]:
+    """The rows of `train_dataset` that `forget_indices` name, after checking every number."""
+    positions = np.asarray(forget_indices.cpu() if isinstance(forget_indices, Tensor) else forget_indices)
     if positions.size == 0:
         return select_rows(train_dataset, []), np.zeros(0, dtype=np.int64)
     if positions.ndim != 1 or positions.dtype.kind not in "iu":
         raise RequestError(
-            f"row_indices has shape {positions.shape} and type {positions.dtype}: give a flat list of whole numbers."
+            f"forget_indices has shape {positions.shape} and type {positions.dtype}: give a flat list of whole numbers."
         )
     n_rows = len(train_dataset)
     outside = positions[(positions < 0) | (positions >= n_rows)]
     if outside.size:
         raise RequestError(
-            f"row_indices holds {outside.size} numbers outside 0..{n_rows - 1}, e.g. {int(outside[0])}: train_dataset "
+            f"forget_indices holds {outside.size} numbers outside 0..{n_rows - 1}, e.g. {int(outside[0])}: train_dataset "
             f"has {n_rows} rows."
         )
     values, counts = np.unique(positions, return_counts=True)
     if (counts > 1).any():
         raise RequestError(
-            f"row_indices names {int((counts > 1).sum())} rows more than once, e.g. row {int(values[counts > 1][0])}: "
+            f"forget_indices names {int((counts > 1).sum())} rows more than once, e.g. row {int(values[counts > 1][0])}: "
             "name each row once."
         )
     return select_rows(train_dataset, positions), positions.astype(np.int64)

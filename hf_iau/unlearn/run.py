@@ -16,7 +16,7 @@ from hf_iau.data.model_mode import placed_on, random_state_kept
 from hf_iau.data.trainer_rows import check_same_columns, model_of, optional_rows
 from hf_iau.data.working import memory_device, working
 from hf_iau.data.wrappers import unwrapped
-from hf_iau.distributed import is_main_process, is_sharded, together, whole_parameters
+from hf_iau.distributed import full_parameters, is_main_process, is_sharded, sync_errors
 from hf_iau.errors import IAUError, RequestError
 from hf_iau.evaluation.measurement import Measurement, measure_model
 from hf_iau.memory.fingerprints import package_versions
@@ -52,7 +52,7 @@ class Request:
     """What was asked for, as given to `UnlearningTrainer.unlearn`."""
 
     forget_dataset: Any
-    row_indices: Any
+    forget_indices: Any
     held_out_dataset: Any = None
     retain_dataset: Any = None
     test_dataset: Any = None
@@ -74,7 +74,7 @@ def serve_request(
     """
     timer = PhaseTimer(trainer.args.device)
     with timer.phase("check"):
-        forget_rows, positions = requested_rows(trainer.train_dataset, request.forget_dataset, request.row_indices)
+        forget_rows, positions = requested_rows(trainer.train_dataset, request.forget_dataset, request.forget_indices)
         if len(forget_rows) == 0:
             return _nothing_to_forget(trainer, method, config)
         context = request_context(
@@ -98,7 +98,7 @@ def serve_request(
     context.weights = transaction.copies
     undo: Callable[[], None] | None = None
     with transaction:
-        with together("the update"):  # what fails in one process is rolled back in all
+        with sync_errors("the update"):  # what fails in one process is rolled back in all
             outcome = method.run(context, config)
             settle_weights(model, transaction)
             with timer.phase("remember"):
@@ -114,7 +114,7 @@ def serve_request(
             card = card.with_report(report)
             if keep is not None:
                 kept = memory.on_main_process() if memory is not None else None
-                with whole_parameters(model):  # to be written
+                with full_parameters(model):  # to be written
                     keep(context, kept, report, card)
             undo = _commit(trainer, transaction, context, memory, card)
     if request.dry_run:
@@ -131,9 +131,9 @@ def serving_conditions(trainer: UnlearningTrainer, method: UnlearningMethod) -> 
     model = model_of(trainer)
     # Most methods are written for whole parameters.
     sharded = getattr(method, "works_on_shards", False) and is_sharded(model)
-    whole = contextlib.nullcontext() if sharded else whole_parameters(model)
+    whole = contextlib.nullcontext() if sharded else full_parameters(model)
     # Data sets and collators may draw numbers.
-    with together("the request"), whole, random_state_kept(model), _working_as_gathered(trainer):
+    with sync_errors("the request"), whole, random_state_kept(model), _working_as_gathered(trainer):
         yield
 
 
@@ -249,7 +249,7 @@ def _commit(
     model, on_shards = context.model, is_sharded(context.model)  # and not the context, which holds batches
 
     def undo() -> None:
-        with contextlib.nullcontext() if on_shards else whole_parameters(model):
+        with contextlib.nullcontext() if on_shards else full_parameters(model):
             revert_weights()
         forget_request()
 

@@ -12,13 +12,13 @@ from torch import nn
 
 from hf_iau.distributed import (
     SAME_START,
-    agree,
-    from_one_process,
-    gather_arrays,
-    is_parallel,
+    all_gather_arrays,
+    assert_same_on_ranks,
+    broadcast_,
+    get_world_size,
+    is_distributed,
     is_sharded,
-    local_part,
-    process_count,
+    to_local,
 )
 from hf_iau.errors import ParallelError
 from hf_iau.memory.fingerprints import weights_fingerprint
@@ -35,7 +35,7 @@ def agree_on_request(context: ForgetContext, method: str, config: dict[str, Any]
     Raises:
         ParallelError: in every process, if not.
     """
-    if not is_parallel():
+    if not is_distributed():
         return
     others = (context.train, context.retain, context.held_out)
     request = {
@@ -47,10 +47,12 @@ def agree_on_request(context: ForgetContext, method: str, config: dict[str, Any]
         "seed": context.seed,
     }
     digest = hashlib.blake2b(json.dumps(request, default=str, sort_keys=True).encode()).hexdigest()
-    agree(digest, "the request", "Pass all forget rows, and the same arguments, to unlearn() in every process.")
+    assert_same_on_ranks(
+        digest, "the request", "Pass all forget rows, and the same arguments, to unlearn() in every process."
+    )
     memory = context.memory
     kept = None if memory is None else (memory.n_rows, memory.n_targets, memory.gradient_sum_kind, memory.calibration)
-    agree(weights_fingerprint(context.model) + json.dumps(kept), "their weights or memory", SAME_START)
+    assert_same_on_ranks(weights_fingerprint(context.model) + json.dumps(kept), "their weights or memory", SAME_START)
 
 
 def settle_weights(model: nn.Module, transaction: WeightTransaction) -> None:
@@ -65,10 +67,10 @@ def settle_weights(model: nn.Module, transaction: WeightTransaction) -> None:
     Raises:
         ParallelError: in every process, if the updates of two processes are not the same update.
     """
-    if not is_parallel():
+    if not is_distributed():
         return
     prints = [
-        about["print"] for _, about in gather_arrays({}, {"print": weights_fingerprint(model)}, "updated weights")
+        about["print"] for _, about in all_gather_arrays({}, {"print": weights_fingerprint(model)}, "updated weights")
     ]
     if len(set(prints)) > 1:
         if is_sharded(model):  # all have gathered the same shards: replicas of them must differ
@@ -80,27 +82,29 @@ def settle_weights(model: nn.Module, transaction: WeightTransaction) -> None:
         with torch.no_grad():
             for name, tensor in model_state(model).items():
                 main = tensor.detach().clone()
-                from_one_process(main, 0, f"the updated {name}")
+                broadcast_(main, 0, f"the updated {name}")
                 away += float((tensor.double() - main.double()).square().sum())
                 moved += float((main.double() - transaction.before(name).to(main.device).double()).square().sum())
                 tensor.copy_(main)
         own = {"distance": np.asarray([away / moved if moved > 0 else away], dtype=np.float64)}
-        found = [float(arrays["distance"][0]) ** 0.5 for arrays, _ in gather_arrays(own, {}, "updates' distances")]
+        found = [float(arrays["distance"][0]) ** 0.5 for arrays, _ in all_gather_arrays(own, {}, "updates' distances")]
         if not max(found) <= _ROUNDING:
             number = int(np.argmax(found))
             raise ParallelError(
-                f"Process {number} of {process_count()} computed an update that is {found[number]:.2g} of its length "
+                f"Process {number} of {get_world_size()} computed an update that is {found[number]:.2g} of its length "
                 "away from that of process 0, so it was not applied. Give every process the same weights, rows and "
                 "seeds; a method that draws at random must seed itself with args.seed."
             )
-    agree(weights_fingerprint(model), "the updated weights", "The update was not applied; start all processes again.")
+    assert_same_on_ranks(
+        weights_fingerprint(model), "the updated weights", "The update was not applied; start all processes again."
+    )
 
 
 def non_finite_parameter(model: nn.Module) -> str | None:
     """The first parameter with a NaN or infinite value, of shards in any process; None where there is none."""
-    names = (name for name, p in model.named_parameters() if not bool(torch.isfinite(local_part(p)).all()))
+    names = (name for name, p in model.named_parameters() if not bool(torch.isfinite(to_local(p)).all()))
     bad = next(names, None)
     if is_sharded(model):
-        found = gather_arrays({}, {"bad": bad}, "a look for values that are not finite")
+        found = all_gather_arrays({}, {"bad": bad}, "a look for values that are not finite")
         bad = next((about["bad"] for _, about in found if about["bad"]), None)
     return bad

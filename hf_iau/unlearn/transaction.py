@@ -8,7 +8,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from hf_iau.distributed import local_part
+from hf_iau.distributed import to_local
 from hf_iau.errors import RequestError
 from hf_iau.memory.fingerprints import weights_fingerprint
 from hf_iau.utils.vectors import pieces
@@ -95,8 +95,8 @@ class _Moved(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         before = self._before[name]
         moved = torch.empty_like(before, dtype=torch.float64)
-        there = local_part(before)
-        for difference, new, old in pieces(local_part(moved), local_part(self._now[name]).to(there.device), there):
+        there = to_local(before)
+        for difference, new, old in pieces(to_local(moved), to_local(self._now[name]).to(there.device), there):
             torch.sub(new.double(), old.double(), out=difference)
         return moved
 

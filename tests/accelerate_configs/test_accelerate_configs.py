@@ -35,7 +35,7 @@ from hf_iau import IAUCallback, IAUConfig
 trainer = make_trainer(Path(sys.argv[2]), "plain", callbacks=[IAUCallback(WITH_CURVATURE)])
 trainer.train()
 before = parameters_of(trainer.model)
-trainer.unlearn(row_indices=FORGET, config=IAUConfig(length=0.1, damping=1.0))
+trainer.unlearn(forget_indices=FORGET, config=IAUConfig(scale=0.1, damping=1.0))
 moved = sum(float((p - before[name]).abs().sum()) for name, p in parameters_of(trainer.model).items())
 found = {"moved": moved, "processes": trainer.args.world_size, "backend": trainer.accelerator.distributed_type}
 Path(sys.argv[2], f"process-{trainer.args.process_index}.json").write_text(json.dumps(found))

@@ -66,7 +66,7 @@ def test_rows_that_a_collator_joins_to_one(tmp_path: Path) -> None:
 def test_collators_that_keep_rows_apart_in_another_way_are_served() -> None:
     """Nested inputs beside a constant; and two lines a row."""
     rows = RowList([{"features": RNG.normal(size=4), "labels": 0} for _ in range(8)])
-    settings = GatherConfig(curvature="none", gradient_sum="exact", batch_size=3, progress=False)
+    settings = GatherConfig(curvature="none", gradient_sum="full", batch_size=3, progress=False)
 
     def nested(rows: list[dict[str, Any]]) -> dict[str, Any]:
         return {"batch": collate(rows), "constant": torch.eye(5)}
@@ -118,7 +118,7 @@ def test_segmentation(tmp_path: Path) -> None:
     model = t.SegformerForSemanticSegmentation(config)
     refused(tmp_path, UnsupportedModelError, r"no supported task.*fisher='empirical'", model, rows)
     # Sums of gradients need no more than the loss.
-    plain = GatherConfig(curvature="none", gradient_sum="exact", progress=False)
+    plain = GatherConfig(curvature="none", gradient_sum="full", progress=False)
     model = model.eval()
     assert gather(model, RowList(rows), data_collator=collate, config=plain).n_rows == 12
 

@@ -129,7 +129,7 @@ def test_unlearning_leaves_the_original_as_it_was_for_the_next_method(finished: 
     )
     trainer.gather(gather_config(RELEASED_TUNED))
     config = members.tuned(RELEASED_TUNED)
-    trainer.unlearn(row_indices=case.forget_rows, method="iau-released", config=config)
+    trainer.unlearn(forget_indices=case.forget_rows, method="iau-released", config=config)
     alone = model_sets.row_margins(original.model, rows.select(case.forget_rows))
     np.testing.assert_allclose(after["forget"], alone, rtol=1e-4, atol=1e-5)
     assert np.abs(before["forget"] - after["forget"]).max() > 1e-3

@@ -88,7 +88,7 @@ def test_tuning_has_no_way_to_a_retrained_model_or_a_test_row(tmp_path: Path, mo
     config, record = tuning.tune(trainer, case.forget_rows, "iau-released", settings)
     assert len(seen) == SETTINGS_A_METHOD
     for request in seen:
-        assert request.keys() == {"row_indices", "method", "config", "dry_run"}
+        assert request.keys() == {"forget_indices", "method", "config", "dry_run"}
         assert request["dry_run"] is True
     assert trainer.eval_dataset is held_out
     assert all((trainer.model.state_dict()[name] == tensor).all() for name, tensor in weights.items())
@@ -97,7 +97,7 @@ def test_tuning_has_no_way_to_a_retrained_model_or_a_test_row(tmp_path: Path, mo
 
 
 def test_settings_that_fail_are_passed_over_and_one_that_works_is_taken() -> None:
-    def unlearn(*, row_indices: Any, method: str, config: float, dry_run: bool) -> Any:
+    def unlearn(*, forget_indices: Any, method: str, config: float, dry_run: bool) -> Any:
         if config != 3.0:
             raise RequestError(f"setting {config} diverged")
         before, after = {"held_out_loss": 1.0}, {"held_out_loss": 2.0, "mia_auc_held_out": 0.5}

@@ -19,7 +19,7 @@ from hf_iau import GradientMemory, UnlearningReport
 from hf_iau.deletion.ledger import Ledger
 from hf_iau.memory.fingerprints import weights_fingerprint
 
-STEP = ("--config", '{"length": 0.1, "damping": 0.1}')
+STEP = ("--config", '{"scale": 0.1, "damping": 0.1}')
 
 
 @pytest.fixture(scope="session")
@@ -36,18 +36,18 @@ def others(files: dict[str, str]) -> tuple[str, ...]:
 def test_gather_writes_the_memory(text_model: Path, text_rows_files: dict[str, str], tmp_path: Path) -> None:
     values = run_json(
         "gather", text_model, "--train", text_rows_files["train"], "--output", tmp_path / "memory", "--cpu",
-        "--gradient-sum", "exact", "--curvature", "diagonal",
+        "--gradient-sum", "full", "--curvature", "diagonal",
     )  # fmt: skip
     memory = GradientMemory.load(tmp_path / "memory")
     memory.check_model(AutoModelForSequenceClassification.from_pretrained(text_model))
-    assert (memory.n_rows, memory.gradient_sum_kind) == (ROWS, "exact")
+    assert (memory.n_rows, memory.gradient_sum_kind) == (ROWS, "full")
     assert (values["rows"], values["curvature"]) == (ROWS, "diagonal")
 
 
 def test_estimate_of_what_gathering_will_cost(
     text_model: Path, text_rows_files: dict[str, str], tmp_path: Path
 ) -> None:
-    train = ("--train", text_rows_files["train"], "--cpu", "--gradient-sum", "exact")
+    train = ("--train", text_rows_files["train"], "--cpu", "--gradient-sum", "full")
     expected = run_json("estimate", text_model, *train, "--request-rows", 5)
     run("gather", text_model, *train, "--output", tmp_path / "memory")
     assert expected["bytes"]["memory"] == pytest.approx(GradientMemory.load(tmp_path / "memory").nbytes(), rel=0.2)
@@ -137,7 +137,7 @@ def test_strict_writes_no_model_to_be_retrained(
     gathered: Path, text_rows_files: dict[str, str], tmp_path: Path
 ) -> None:
     arguments = ("unlearn", gathered, *others(text_rows_files), "--where", "number < 150")
-    step = ("--config", '{"length": 50.0, "damping": 0.001, "max_relative_step": 0.9}')
+    step = ("--config", '{"scale": 50.0, "damping": 0.001, "max_relative_step": 0.9}')
     values = run_json(*arguments, *step, "--strict", "--output", tmp_path / "new", code=4)
     assert values["applied"] is False and values["report"]["verdict"] == "retrain"
     assert not list((tmp_path / "new").glob("*.safetensors")) and (tmp_path / "new" / "report.json").is_file()
@@ -198,13 +198,13 @@ def test_ledger_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             calibration=None,
             weights_before="0" * 32,
             weights_after="1" * 32,
-            outcome={"verdict": "safe"},
+            outcome={"verdict": "ok"},
             versions={},
         )
         for number in range(3)
     ]
     values = run_json("ledger", tmp_path, "--head", entries[1].mac, "--count", 2)
-    assert values["head"] == entries[2].mac and [entry["verdict"] for entry in values["entries"]] == ["safe"] * 3
+    assert values["head"] == entries[2].mac and [entry["verdict"] for entry in values["entries"]] == ["ok"] * 3
     assert "Verified" in run("ledger", tmp_path).stdout
     path = tmp_path / "_iau" / "ledger.jsonl"
     lines = path.read_text().splitlines(keepends=True)

@@ -28,7 +28,7 @@ from hf_iau import GradientMemory
 from hf_iau.cli.task import load_task
 from hf_iau.memory.fingerprints import weights_fingerprint
 
-STEP = ("--config", '{"length": 0.1, "damping": 0.1}')
+STEP = ("--config", '{"scale": 0.1, "damping": 0.1}')
 TEXT_LORA = LoraConfig(
     task_type="SEQ_CLS", r=2, lora_alpha=4, target_modules=["query", "value"], modules_to_save=["classifier"]
 )

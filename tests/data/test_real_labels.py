@@ -67,7 +67,7 @@ def test_a_trainer_settles_it_before_it_measures(tmp_path: Path) -> None:
     trainer = make_trainer(
         tmp_path, model=TwoNumbers(), rows=rows(True), kind="torch", eval_dataset=None, data_collator=collate
     )
-    report = trainer.unlearn(row_indices=[0, 1, 2], method="gradient-ascent").report
+    report = trainer.unlearn(forget_indices=[0, 1, 2], method="gradient-ascent").report
     inputs = collate([trainer.train_dataset[i] for i in range(3)])
     fresh = TwoNumbers()
     assert report.before["forget_loss"] == pytest.approx(fresh(**inputs)["loss"].item(), rel=1e-6)

@@ -15,7 +15,7 @@ from hf_iau.data import ModelRowLoss, RowSource, predict_rows
 from hf_iau.data.rows import row_lengths
 from hf_iau.memory.gradient_sum import sum_row_gradients
 from hf_iau.methods.iau.multi_step import push_gradient, weighted_gradient
-from hf_iau.methods.iau.targets import Shortfall
+from hf_iau.methods.iau.targets import ForgetTargets
 
 
 def texts(n: int = 21) -> list[dict]:
@@ -114,7 +114,7 @@ def test_sums_over_rows_are_those_of_single_rows() -> None:
     each = [sum_row_gradients(model, ModelRowLoss(), single).tensors for single in singles]
     losses = np.array([predict_rows(model, single).loss[0] for single in singles])
     weights = np.linspace(-1.0, 2.0, len(rows))
-    shortfall = Shortfall(losses + np.linspace(0.1, 0.5, len(rows)), 1.0, 1.0)
+    shortfall = ForgetTargets(losses + np.linspace(0.1, 0.5, len(rows)), 1.0, 1.0)
     pushed, seen = push_gradient(model, source, shortfall, names)
     np.testing.assert_allclose(seen, losses, rtol=1e-9)
     found = [

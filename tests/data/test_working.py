@@ -21,11 +21,11 @@ from hf_iau.memory.gradient_sum import sum_row_gradients
 from hf_iau.unlearn.transaction import WeightTransaction
 from hf_iau.utils.vectors import GradientAccumulator
 
-STEP = IAUConfig(length=0.1, damping=1.0, finish_weight=0.01)
+STEP = IAUConfig(scale=0.1, damping=1.0, retain_weight=0.01)
 
 
 def gathered(model: nn.Module, family: str, **config: Any) -> GradientMemory:
-    settings = {"gradient_sum": "exact", "progress": False, "batch_size": 5} | config
+    settings = {"gradient_sum": "full", "progress": False, "batch_size": 5} | config
     dtype = next(model.parameters()).dtype
     return hf_iau.gather(
         model, as_dataset(rows_of(family, 12)), data_collator=collator(dtype), config=GatherConfig(**settings)
@@ -128,7 +128,7 @@ def test_checkpointing_in_a_trainer(tmp_path: Path) -> None:
             callbacks=[IAUCallback(WITH_CURVATURE)],
         )
         trainer.train()
-        trainer.unlearn(row_indices=FORGET, config=STEP)
+        trainer.unlearn(forget_indices=FORGET, config=STEP)
         after.append(parameters_of(trainer.model))
     for name, value in after[0].items():
         torch.testing.assert_close(after[1][name], value, rtol=1e-4, atol=1e-5)
@@ -177,7 +177,7 @@ def test_a_compiled_model_is_trained_and_forgets(how: str, tmp_path: Path) -> No
         callbacks = [IAUCallback(WITH_CURVATURE)]
         trainer = make_trainer(folder, family, model=model, settings=settings, callbacks=callbacks)
         trainer.train()
-        trainer.unlearn(row_indices=FORGET, config=STEP)
+        trainer.unlearn(forget_indices=FORGET, config=STEP)
         after.append({name.removeprefix("_orig_mod."): p for name, p in parameters_of(trainer.model).items()})
     assert after[0].keys() == after[1].keys()
     for name, value in after[0].items():
@@ -210,7 +210,7 @@ def test_a_request_works_in_the_precision_of_its_memory(tmp_path: Path) -> None:
     memory = GradientMemory.load(tmp_path)
     seen: set[torch.dtype] = set()
     handle = model.classifier.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
-    make_trainer(tmp_path / "run", model=model, memory=memory).unlearn(row_indices=FORGET, config=STEP)
+    make_trainer(tmp_path / "run", model=model, memory=memory).unlearn(forget_indices=FORGET, config=STEP)
     handle.remove()
     assert seen == {torch.bfloat16}
     assert not torch.is_autocast_enabled("cpu")
@@ -256,7 +256,7 @@ def test_the_memory_device_is_kept_to(tmp_path: Path, monkeypatch: pytest.Monkey
         asked.clear()
         with monkeypatch.context() as patch:
             patch.setattr(Tensor, "to", watched)
-            trainer.unlearn(row_indices=FORGET, config=STEP)
+            trainer.unlearn(forget_indices=FORGET, config=STEP)
         results.append((parameters_of(model), len(asked)))
     assert all(torch.equal(value, results[1][0][name]) for name, value in results[0][0].items())
     assert results[1][1] >= len(results[0][0])  # at least the copy of every weight

@@ -29,7 +29,7 @@ from hf_iau.memory.files import file_digest
 ROWS = list(range(1, 32, 2))
 EARLIER = [0, 2, 4]
 KILLED_AGAIN = ("weights staged", "journal ready", "journal removed")
-GIVEN = IAUConfig(length=0.1, damping=1.0)
+GIVEN = IAUConfig(scale=0.1, damping=1.0)
 
 
 def from_disk(folder: Path) -> UnlearningTrainer:
@@ -39,7 +39,7 @@ def from_disk(folder: Path) -> UnlearningTrainer:
 
 
 def serve(trainer: UnlearningTrainer, rows: list[int] = ROWS) -> Any:
-    return trainer.unlearn(row_indices=rows, config=GIVEN, save=True)
+    return trainer.unlearn(forget_indices=rows, config=GIVEN, save=True)
 
 
 def state(trainer: UnlearningTrainer, folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from hf_iau.distributed import is_main_process
 from hf_iau.memory.fingerprints import weights_fingerprint
 
 ROWS = list(range(1, 36, 2))
-GIVEN = IAUConfig(length=0.1, damping=1.0)
+GIVEN = IAUConfig(scale=0.1, damping=1.0)
 
 
 def trainer_of(folder: Path) -> UnlearningTrainer:
@@ -28,8 +28,8 @@ def trainer_of(folder: Path) -> UnlearningTrainer:
 def saved(folder: Path) -> dict[str, Any]:
     """A request, the same one again, a full disk, and a few rows that wait."""
     trainer = trainer_of(folder)
-    first = trainer.unlearn(row_indices=ROWS, config=GIVEN, save=True)
-    again = trainer.unlearn(row_indices=ROWS, config=GIVEN, save=True)
+    first = trainer.unlearn(forget_indices=ROWS, config=GIVEN, save=True)
+    again = trainer.unlearn(forget_indices=ROWS, config=GIVEN, save=True)
     before = state_of(trainer.model)
     memory = trainer.memory
 
@@ -41,12 +41,12 @@ def saved(folder: Path) -> dict[str, Any]:
         storage.write_text_atomically = no_space
     message = ""
     try:
-        trainer.unlearn(row_indices=[40, 41], config=GIVEN, save=True)
+        trainer.unlearn(forget_indices=[40, 41], config=GIVEN, save=True)
     except StorageError as error:
         message = str(error)
     storage.write_text_atomically = original
     unmoved = all(bool((value == before[name]).all()) for name, value in state_of(trainer.model).items())
-    waiting = trainer.queue(row_indices=[40, 41])
+    waiting = trainer.queue(forget_indices=[40, 41])
     served = trainer.serve_queue(config=GIVEN)
     assert served is not None and served.entry is not None and trainer.memory is not None
     return {

@@ -47,7 +47,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     trainer = make_trainer(folder, settings=settings, callbacks=[IAUCallback(EXACT)])
     trainer.train()
-    trainer.unlearn(row_indices=FORGET, method="iau-paper", config=IAUPaperConfig(eta=1e-3))
+    trainer.unlearn(forget_indices=FORGET, method="iau-paper", config=IAUPaperConfig(eta=1e-3))
     trainer.save_model()
     trainer.save_state()
     return folder
@@ -171,7 +171,7 @@ def test_a_memory_of_other_weights(model_folder: Path) -> None:
 def test_a_memory_of_a_model_with_tied_weights(tmp_path: Path) -> None:
     """The saved file has fewer tensors than the model has names; still its memory is its own."""
     model = gpt2()
-    config = GatherConfig(curvature="none", gradient_sum="exact", progress=False)
+    config = GatherConfig(curvature="none", gradient_sum="full", progress=False)
     memory = gather(model, as_dataset(language_rows()), data_collator=pad_right(), config=config)
     model.save_pretrained(tmp_path)
     memory.save(tmp_path / "_iau")

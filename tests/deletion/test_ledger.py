@@ -26,8 +26,8 @@ def values(number: int) -> dict[str, Any]:
         "rows": 2,
         "row_ids": [f"{2 * number:032x}", f"{2 * number + 1:032x}"],
         "method": "iau",
-        "config": {"length": None, "finish_weights": (0.003, 0.01)},
-        "calibration": {"length": 0.5, "damping": 0.1, "finish_weight": 0.0},
+        "config": {"length": None, "retain_weights": (0.003, 0.01)},
+        "calibration": {"scale": 0.5, "damping": 0.1, "retain_weight": 0.0},
         "weights_before": "before",
         "weights_after": "after",
         "outcome": {"before": {"forget_loss": 0.25}, "after": {"forget_loss": None}},
@@ -48,7 +48,7 @@ def test_entries_come_back_and_are_chained(ledger: Ledger) -> None:
     assert [entry.number for entry in entries] == [1, 2, 3, 4, 5]
     assert entries[0].previous == "0" * 64
     assert [e.previous for e in entries[1:]] == [e.mac for e in entries[:-1]]
-    assert entries[2].config == {"length": None, "finish_weights": [0.003, 0.01]}
+    assert entries[2].config == {"length": None, "retain_weights": [0.003, 0.01]}
     head = ledger.verify()
     assert (head.count, head.head) == (5, entries[-1].mac)
     assert stat.S_IMODE(ledger.path.stat().st_mode) == 0o600

@@ -32,7 +32,7 @@ from hf_iau.data.rows import row_bytes
 from hf_iau.memory.keys import Key, find_key
 from hf_iau.memory.row_identity import RowIdentity, keyed_fingerprints
 
-GIVEN = IAUConfig(length=0.1, damping=1.0)
+GIVEN = IAUConfig(scale=0.1, damping=1.0)
 SECRET = "s" * 40
 KEY = Key.from_secret(SECRET)
 
@@ -64,7 +64,7 @@ def restarted(trainer: UnlearningTrainer, folder: Path, **kwargs: Any) -> Unlear
 
 
 def forget(trainer: UnlearningTrainer, rows: list[int]) -> Any:
-    return trainer.unlearn(row_indices=rows, config=GIVEN)
+    return trainer.unlearn(forget_indices=rows, config=GIVEN)
 
 
 # Fingerprints

@@ -39,10 +39,10 @@ from hf_iau.memory.files import file_digest
 from hf_iau.methods.iau import decision
 from hf_iau.methods.iau import multi_step_choice as walk_choice
 from hf_iau.methods.iau import plan as search
-from hf_iau.methods.iau.multi_step import Walk
+from hf_iau.methods.iau.multi_step import MultiStep
 from hf_iau.unlearn.transaction import WeightTransaction
 
-GIVEN = IAUConfig(length=0.1, damping=1.0)
+GIVEN = IAUConfig(scale=0.1, damping=1.0)
 ROWS = list(range(1, 32, 2))
 
 
@@ -64,7 +64,7 @@ def trainer(tmp_path: Path) -> UnlearningTrainer:
 
 
 def serve(trainer: UnlearningTrainer, rows: Any = ROWS, **settings: Any) -> Any:
-    return trainer.unlearn(row_indices=rows, **({"config": GIVEN, "save": True} | settings))
+    return trainer.unlearn(forget_indices=rows, **({"config": GIVEN, "save": True} | settings))
 
 
 def on_disk(folder: Path) -> dict[str, str]:
@@ -92,8 +92,8 @@ def test_weights_memory_ledger_and_certificate_belong_together(trainer: Unlearni
     assert entry == result.entry and (head.count, head.head) == (2, entry.mac)
     assert (entry.weights_before, entry.weights_after) == (before, memory.model["weights"])
     assert entry.rows == 16 and len(set(entry.row_ids)) == 16
-    assert entry.calibration == {"length": 0.1, "damping": 1.0, "finish_weight": 0.0}
-    assert entry.config["length"] == 0.1 and entry.versions["torch"] == torch.__version__
+    assert entry.calibration == {"scale": 0.1, "damping": 1.0, "retain_weight": 0.0}
+    assert entry.config["scale"] == 0.1 and entry.versions["torch"] == torch.__version__
     assert entry.outcome["after"]["forget_loss"] == result.report.after["forget_loss"]
     assert len(list((tmp_path / "_iau").glob("memory-*"))) == 1  # of the older memory no copy is left
     for path in (tmp_path / "_iau").rglob("*"):
@@ -461,7 +461,7 @@ def scene() -> Scene:
     model = fit(Classifier(), train, epochs=20, seed=0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_IAU_KEY", "k" * 40)
-        memory = gather(model, train, config=GatherConfig(gradient_sum="exact", batch_size=128, progress=False))
+        memory = gather(model, train, config=GatherConfig(gradient_sum="full", batch_size=128, progress=False))
     return Scene(model, train, held_out, Rows(*train[:0].values()), memory, parameters_of(model))
 
 
@@ -489,14 +489,14 @@ def test_an_interrupted_request_takes_the_step_that_it_had_found(
 def test_a_walk_is_not_recorded_as_one_step(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """k and c of the one step that was not taken would say nothing of it."""
 
-    def walked(model: Any, *_: Any, names: list[str], damping: float, **__: Any) -> Walk:
+    def walked(model: Any, *_: Any, names: list[str], damping: float, **__: Any) -> MultiStep:
         step = {name: torch.full_like(model.get_parameter(name), 1e-4, dtype=torch.float64) for name in names}
-        return Walk(step, damping, 7, True, 0.0, 0.0, 0.0)
+        return MultiStep(step, damping, 7, True, 0.0, 0.0, 0.0)
 
-    monkeypatch.setattr(walk_choice, "walk", walked)
+    monkeypatch.setattr(walk_choice, "run_multi_step", walked)
     monkeypatch.setattr(walk_choice, "_LEFT", -1.0)  # no step is good enough
     entry = serve(scene_trainer(tmp_path, scene), range(40), config=None).entry
-    assert entry.outcome["walked"] and entry.calibration is None
+    assert entry.outcome["multi_step"] and entry.calibration is None
     text = (tmp_path / "_iau" / "certificates" / "00001.md").read_text()
     assert "| method | `iau`, in many short steps |" in text and "finish weight" not in text
 
@@ -531,14 +531,14 @@ def test_a_found_step_is_not_taken_for_other_rows_of_that_name(
 
 
 def test_small_requests_wait_for_company(trainer: UnlearningTrainer, tmp_path: Path) -> None:
-    assert trainer.queue(row_indices=[10, 11, 12], config=GIVEN) is None
-    assert trainer.queue(row_indices=[12, 13], config=GIVEN) is None  # row 12 waits already
+    assert trainer.queue(forget_indices=[10, 11, 12], config=GIVEN) is None
+    assert trainer.queue(forget_indices=[12, 13], config=GIVEN) is None  # row 12 waits already
     path = tmp_path / "_iau" / "queue.json"
     assert len(json.loads(path.read_text())["rows"]) == 4
     with pytest.raises(AlreadyForgottenError):
-        trainer.queue(row_indices=[2])
+        trainer.queue(forget_indices=[2])
     fresh = make_trainer(tmp_path, "plain", rows=plain_rows(60), model=trainer.model)
-    result = fresh.queue(row_indices=list(range(20, 32)), config=GIVEN)
+    result = fresh.queue(forget_indices=list(range(20, 32)), config=GIVEN)
     assert result is not None and result.applied and result.entry.rows == 16
     forgotten = fresh.memory.row_identity.forgotten
     assert forgotten.nonzero()[0].tolist() == [0, 2, 4, 10, 11, 12, 13, *range(20, 32)]
@@ -560,13 +560,13 @@ def test_copies_of_a_row_are_queued_and_served_as_often_as_they_are_asked_for(tm
     def content(*positions: int) -> Any:
         return trainer.train_dataset.select(positions)
 
-    trainer.queue(row_indices=[7])
+    trainer.queue(forget_indices=[7])
     for again in (content(7), content(7, 7)):  # there is one such row
         trainer.queue(again)
         assert waiting() == 1
     assert "1 of the 1 rows wait in the queue already" in caplog.text
     for numbers, expected in (([3], 2), ([3], 2), ([3, 5], 3), ([5, 3], 3)):
-        trainer.queue(row_indices=numbers)
+        trainer.queue(forget_indices=numbers)
         assert waiting() == expected, numbers
     result = trainer.serve_queue(config=GIVEN)
     assert result is not None and result.entry.rows == 3
@@ -582,7 +582,7 @@ def test_copies_of_a_row_are_queued_and_served_as_often_as_they_are_asked_for(tm
 
 
 def test_the_queue_is_served_once_and_cannot_be_forged(trainer: UnlearningTrainer, tmp_path: Path) -> None:
-    trainer.queue(row_indices=[10, 11])
+    trainer.queue(forget_indices=[10, 11])
     path = tmp_path / "_iau" / "queue.json"
     content = path.read_text()
     for text in (content[:-4], "[]", content.replace('"rows": ["', '"rows": ["00'), "[" * 100_000):

@@ -21,7 +21,7 @@ from hf_iau.data import ModelRowLoss, RowSource
 from hf_iau.memory.gradient_sum import sum_row_gradients
 
 CPU = torch.device("cpu")
-EXACT = GatherConfig(gradient_sum="exact", progress=False, batch_size=5)
+EXACT = GatherConfig(gradient_sum="full", progress=False, batch_size=5)
 
 
 def gathered(device: torch.device, family: str, config: GatherConfig, **model: Any) -> GradientMemory:

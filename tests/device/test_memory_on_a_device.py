@@ -88,7 +88,7 @@ def test_without_an_optimizer(tmp_path: Path) -> None:
             return highest(lambda: work(trainer))
 
     def request(trainer: UnlearningTrainer) -> Any:
-        result = trainer.unlearn(row_indices=FORGET, config=GIVEN)
+        result = trainer.unlearn(forget_indices=FORGET, config=GIVEN)
         assert result.memory is not None and result.memory.curvature is not None
         kept = [*(result.memory.gradient_sum or {}).values(), *result.memory.curvature.tensors().values()]
         assert {tensor.device.type for tensor in kept} == {result.memory.settings["memory_device"] or "simulated"}
@@ -133,9 +133,9 @@ def test_beside_a_living_optimizer(case: str, tmp_path: Path) -> None:
             found = [highest(trainer.train)]
             assert trainer.optimizer is not None and bool(trainer.optimizer.state) == (settings.get("optim") != "sgd")
             if requests:
-                found.append(highest(lambda: trainer.unlearn(row_indices=FORGET, config=GIVEN).revert()))
+                found.append(highest(lambda: trainer.unlearn(forget_indices=FORGET, config=GIVEN).revert()))
                 if length == LONG and not settings:
-                    found.append(highest(lambda: trainer.unlearn(row_indices=MANY, config=IAUConfig())))
+                    found.append(highest(lambda: trainer.unlearn(forget_indices=MANY, config=IAUConfig())))
         return ends.training, found
 
     training, offloaded = peaks(OFFLOADED, requests=True)

@@ -28,7 +28,7 @@ from unlearning_trainers import (
 from hf_iau import GatherConfig, GradientMemory, IAUCallback, IAUConfig, IAUPaperConfig, UnlearningTrainer
 from hf_iau.methods.base import available_methods
 
-GIVEN = IAUConfig(length=1.0, damping=0.1, finish_weight=0.01, finish_damping=0.2)  # with a damping of its own
+GIVEN = IAUConfig(scale=1.0, damping=0.1, retain_weight=0.01, retain_damping=0.2)  # with a damping of its own
 OFFLOADED = replace(WITH_CURVATURE, memory_device="cpu")
 
 
@@ -54,7 +54,7 @@ def served(
     trainer.gather(gathering)
     before = state_of(trainer.model)
     assert {tensor.device for tensor in before.values()} == {device if device.index is None else torch.device(device)}
-    result = trainer.unlearn(row_indices=FORGET, method=method, config=config)
+    result = trainer.unlearn(forget_indices=FORGET, method=method, config=config)
     after = parameters_of(trainer.model)
     assert result.report.after["forget_loss"] != result.report.before["forget_loss"]
     result.revert()
@@ -115,25 +115,27 @@ def memorised(folder: Path, device: torch.device, weights: dict[str, Tensor], **
     trainer = UnlearningTrainer(
         model=model, args=arguments(folder, **settings), train_dataset=TRAIN, eval_dataset=HELD_OUT
     )
-    trainer.gather(GatherConfig(gradient_sum="exact", batch_size=128, progress=False, **gathering))
+    trainer.gather(GatherConfig(gradient_sum="full", batch_size=128, progress=False, **gathering))
     return trainer
 
 
 @pytest.mark.parametrize(
     ("request_", "config", "source"),
     [
-        (REQUEST, IAUConfig(walk=False), "forget rows"),
+        (REQUEST, IAUConfig(multi_step=False), "forget rows"),
         (REQUEST[:4], IAUConfig(), "proxies"),
-        (REQUEST, IAUConfig(), "walk"),
+        (REQUEST, IAUConfig(), "multi_step"),
     ],
-    ids=["own", "proxies", "walk"],
+    ids=["own", "proxies", "multi_step"],
 )
 def test_calibration(
     request_: np.ndarray, config: IAUConfig, source: str, weights: dict[str, Tensor], tmp_path: Path
 ) -> None:
     def serve(device: torch.device) -> tuple[dict[str, Tensor], Any]:
         trainer = memorised(tmp_path / device.type, device, weights)
-        report = trainer.unlearn(row_indices=request_, config=config, test_dataset=HELD_OUT.take(np.arange(100))).report
+        report = trainer.unlearn(
+            forget_indices=request_, config=config, test_dataset=HELD_OUT.take(np.arange(100))
+        ).report
         return on_cpu(parameters_of(trainer.model)), report
 
     (expected, report_on_cpu), (found, report) = on_both(serve)
@@ -165,10 +167,10 @@ def test_a_memory_from_disk_serves_a_model_on_the_device(
             memory=GradientMemory.load(tmp_path / "memory"),
         )
         assert kinds_of(trainer.memory) == {"cpu"}
-        trainer.unlearn(row_indices=REQUEST[:20], config=IAUConfig(walk=False))
+        trainer.unlearn(forget_indices=REQUEST[:20], config=IAUConfig(multi_step=False))
         assert trainer.memory is not None and trainer.memory.forgotten_rows == 20
         assert kinds_of(trainer.memory) == {device.type if memory_device is None else memory_device}
-        trainer.unlearn(row_indices=REQUEST[20:22], config=GIVEN)  # with the memory that was moved along
+        trainer.unlearn(forget_indices=REQUEST[20:22], config=GIVEN)  # with the memory that was moved along
         return on_cpu(parameters_of(trainer.model))
 
     expected, found = on_both(serve)
@@ -186,13 +188,13 @@ def test_gradient_restriction_and_the_callback(mode: str, tmp_path: Path) -> Non
             "plain",
             settings=settings_for(device, per_device_train_batch_size=4),
             restriction=mode,
-            callbacks=[IAUCallback(GatherConfig(gradient_sum="exact", curvature="adam", progress=False))],
+            callbacks=[IAUCallback(GatherConfig(gradient_sum="full", curvature="adam", progress=False))],
         )
         before = on_cpu(parameters_of(trainer.model))
         trainer.train()
         assert trainer.memory is not None and trainer.memory.curvature is not None
         trained = on_cpu(parameters_of(trainer.model))
-        trainer.unlearn(row_indices=FORGET, config=IAUConfig(length=1e-3, damping=0.1))
+        trainer.unlearn(forget_indices=FORGET, config=IAUConfig(scale=1e-3, damping=0.1))
         unlearned = on_cpu(parameters_of(trainer.model))
         assert relative_distance(unlearned, trained, before) > 1e-4
         return before, unlearned
@@ -208,9 +210,9 @@ def test_a_saved_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         trainer = make_trainer(tmp_path / device.type, "bert", settings=settings_for(device))
         trainer.gather(WITH_CURVATURE)
         trainer.save_model()
-        result = trainer.unlearn(row_indices=FORGET, config=GIVEN, save=True)
+        result = trainer.unlearn(forget_indices=FORGET, config=GIVEN, save=True)
         assert result.entry is not None
-        again = trainer.unlearn(row_indices=FORGET, config=GIVEN, save=True)
+        again = trainer.unlearn(forget_indices=FORGET, config=GIVEN, save=True)
         assert not again.applied
         return on_cpu(parameters_of(trainer.model))
 

@@ -35,17 +35,17 @@ from hf_iau import (
 from hf_iau.curvature import fit_curvature
 from hf_iau.data import ModelRowLoss, RowSource, predict_rows
 from hf_iau.data.trainer_rows import model_of
-from hf_iau.distributed import is_main_process, process_number
+from hf_iau.distributed import get_rank, is_main_process
 from hf_iau.errors import IAUError, MissingMemoryError
 from hf_iau.memory.fingerprints import weights_fingerprint
 from hf_iau.memory.gradient_sum import sum_row_gradients
 from hf_iau.memory.keys import find_key
 from hf_iau.methods.context import ForgetContext, MethodOutcome
-from hf_iau.methods.iau.multi_step import Walk, walk
-from hf_iau.methods.iau.targets import Shortfall
+from hf_iau.methods.iau.multi_step import MultiStep, run_multi_step
+from hf_iau.methods.iau.targets import ForgetTargets
 
 TIMEOUT = 6  # seconds of the process group, where a process is to be missed
-GIVEN = IAUConfig(length=0.1, damping=1.0, finish_weight=0.01)
+GIVEN = IAUConfig(scale=0.1, damping=1.0, retain_weight=0.01)
 
 
 def source_of(family: str, rows: list[dict[str, Any]], batch_size: int = 2) -> RowSource:
@@ -94,7 +94,7 @@ def few_rows(folder: Path) -> dict[str, Any]:
 
     found["alone"] = numbers()  # before the processes have joined
     join()
-    found["together"] = numbers()
+    found["sync_errors"] = numbers()
     return found
 
 
@@ -116,11 +116,11 @@ def calibrated(folder: Path) -> dict[str, Any]:
         optimizer.zero_grad()
         model(**batch)["loss"].backward()
         optimizer.step()
-    trainer.gather(GatherConfig(gradient_sum="exact", progress=False))
-    output = trainer.unlearn(row_indices=list(range(0, 30)))
+    trainer.gather(GatherConfig(gradient_sum="full", progress=False))
+    output = trainer.unlearn(forget_indices=list(range(0, 30)))
     calibration = output.report.diagnostics["calibration"]
     return {
-        "calibration": {name: calibration[name] for name in ("length", "damping", "finish_weight", "source")},
+        "calibration": {name: calibration[name] for name in ("scale", "damping", "retain_weight", "source")},
         "after": {name: value for name, value in output.report.after.items() if isinstance(value, float)},
         "weights": float(sum(p.double().square().sum() for p in model.parameters())),
         "print": output.memory.model["weights"] if output.memory else None,
@@ -147,11 +147,13 @@ def walked_by_tokens(folder: Path) -> dict[str, Any]:
     held_out = source_of("gpt2", rows_of("gpt2", 20, seed=1), batch_size=5)
     curvature = fit_curvature(model, source_of("gpt2", rows))
 
-    def take(count: int) -> tuple[Shortfall, Walk]:
+    def take(count: int) -> tuple[ForgetTargets, MultiStep]:
         forget, known = source_of("gpt2", rows[:count], batch_size=3), source_of("gpt2", rows[10:], batch_size=4)
-        shortfall = Shortfall.of(*(predict_rows(model, rows) for rows in (forget, known, held_out)))
+        shortfall = ForgetTargets.of(*(predict_rows(model, rows) for rows in (forget, known, held_out)))
         with patch.object(importlib.import_module("hf_iau.methods.iau.multi_step"), "MOST_STEPS", 6):
-            path = walk(model, curvature, forget, known, held_out, shortfall, names=names, max_relative_step=0.5)
+            path = run_multi_step(
+                model, curvature, forget, known, held_out, shortfall, names=names, max_relative_step=0.5
+            )
         return shortfall, path
 
     requests = (10, 2)
@@ -226,7 +228,7 @@ def apart(folder: Path) -> None:
 def other_weights(folder: Path) -> None:
     """Models that were not seeded alike."""
     join()
-    gather(build("plain", seed=process_number()), as_dataset(plain_rows(6)), config=EXACT)
+    gather(build("plain", seed=get_rank()), as_dataset(plain_rows(6)), config=EXACT)
 
 
 def other_request(folder: Path) -> dict[str, Any]:
@@ -235,7 +237,7 @@ def other_request(folder: Path) -> dict[str, Any]:
     trainer.gather(WITH_CURVATURE)
     before = state_of(model_of(trainer))
     try:
-        trainer.unlearn(row_indices=[process_number()], config=GIVEN)
+        trainer.unlearn(forget_indices=[get_rank()], config=GIVEN)
     except IAUError as error:
         return {"error": str(error), "unchanged": same_bits(model_of(trainer), before)}
     return {}
@@ -261,8 +263,8 @@ class Uneven:
     def run(self, context: ForgetContext, config: UnevenConfig) -> MethodOutcome:
         with torch.no_grad():
             for parameter in context.model.parameters():
-                parameter += 0.1 * (1 + config.noise * process_number())
-        if config.fails and process_number() == 1:
+                parameter += 0.1 * (1 + config.noise * get_rank())
+        if config.fails and get_rank() == 1:
             raise OSError("no space left")
         return MethodOutcome()
 
@@ -281,7 +283,7 @@ def uneven_updates(folder: Path) -> dict[str, Any]:
         before = state_of(model)
         error = None
         try:
-            trainer.unlearn(row_indices=FORGET if name == "rounding" else [0], method="uneven", config=config)
+            trainer.unlearn(forget_indices=FORGET if name == "rounding" else [0], method="uneven", config=config)
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"
         total = float(sum(p.double().sum() for p in model.parameters()))
@@ -299,7 +301,7 @@ class Deadly:
     calls: ClassVar[int] = 0
 
     def __call__(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        if Deadly.armed and process_number() == 1 and torch.is_grad_enabled():
+        if Deadly.armed and get_rank() == 1 and torch.is_grad_enabled():
             Deadly.calls += 1
             if Deadly.calls == 3:
                 if Deadly.armed == "kill":
@@ -355,8 +357,8 @@ def saved_request(folder: Path) -> dict[str, Any]:
     trainer.save_model()
     before = state_of(model_of(trainer))
     dist.barrier() if dist.is_initialized() else None
-    output = trainer.unlearn(row_indices=FORGET, config=GIVEN, save=True)
-    again = trainer.unlearn(row_indices=FORGET, config=GIVEN, save=True)
+    output = trainer.unlearn(forget_indices=FORGET, config=GIVEN, save=True)
+    again = trainer.unlearn(forget_indices=FORGET, config=GIVEN, save=True)
     dist.barrier() if dist.is_initialized() else None
     saved = load_file(folder / "trainer" / "model.safetensors")
     return {
@@ -388,7 +390,7 @@ def _lost_in_unlearning(folder: Path, how: str) -> dict[str, Any]:
     Deadly.armed = how
     started = time.perf_counter()
     try:
-        trainer.unlearn(row_indices=list(range(8)), config=GIVEN)
+        trainer.unlearn(forget_indices=list(range(8)), config=GIVEN)
     except IAUError as error:
         seconds = time.perf_counter() - started
         unchanged = same_bits(model_of(trainer), before)

@@ -43,22 +43,22 @@ from hf_iau.curvature.spread import RemoteBlock
 from hf_iau.data import ModelRowLoss, RowSource, predict_rows
 from hf_iau.data.trainer_rows import model_of
 from hf_iau.distributed import (
+    full_parameters,
+    full_tensor,
+    get_rank,
     is_main_process,
     is_sharded,
-    local_part,
-    process_number,
     processes,
-    whole_parameters,
-    whole_tensor,
+    to_local,
 )
 from hf_iau.errors import IAUError, ParallelError
 from hf_iau.memory.gradient_sum import sum_row_gradients
 from hf_iau.methods.base import find_method
 from hf_iau.methods.context import ForgetContext, MethodOutcome
-from hf_iau.methods.iau.multi_step import Walk, walk
-from hf_iau.methods.iau.targets import Shortfall
+from hf_iau.methods.iau.multi_step import MultiStep, run_multi_step
+from hf_iau.methods.iau.targets import ForgetTargets
 
-GIVEN = IAUConfig(length=0.1, damping=0.05, finish_weight=0.01)  # finished with a damping of its own
+GIVEN = IAUConfig(scale=0.1, damping=0.05, retain_weight=0.01)  # finished with a damping of its own
 
 
 def join() -> None:
@@ -71,7 +71,7 @@ def source_of(rows: list[dict[str, Any]], batch_size: int = 2) -> RowSource:
 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: whole_tensor(tensor) for name, tensor in tensors.items()}
+    return {name: full_tensor(tensor) for name, tensor in tensors.items()}
 
 
 def shard(model: nn.Module, blocks: Any = (), **settings: Any) -> nn.Module:
@@ -89,7 +89,7 @@ def _bert_trainer(folder: Path, model: nn.Module, **kwargs: Any) -> UnlearningTr
 
 
 def _wholly(model: nn.Module) -> dict[str, Tensor]:
-    with whole_parameters(model):
+    with full_parameters(model):
         return state_of(model)
 
 
@@ -130,17 +130,17 @@ def sharded(folder: Path) -> dict[str, Any]:
     found.save(folder / "sharded")
     dist.barrier()
     whole = found.whole()
-    other = GradientMemory.load(folder / f"alone-{process_number()}")
+    other = GradientMemory.load(folder / f"alone-{get_rank()}")
     other.model = {**other.model, "weights": found.model["weights"]}  # trained to the same but for rounding
     trainer.unlearning_state.given = found
-    output = trainer.unlearn(row_indices=FORGET, config=GIVEN)
+    output = trainer.unlearn(forget_indices=FORGET, config=GIVEN)
     after = _wholly(model)
     still_sharded = all(isinstance(p, DTensor) for p in model.parameters())
     output.revert()
     reverted = all(torch.equal(p.to_local(), before[name]) for name, p in model.named_parameters())  # type: ignore[attr-defined]
     from_other = _bert_trainer(folder / "trainer", model, memory=other)
     os.environ["HF_IAU_KEY"] = "0123456789abcdef" * 4
-    from_other.unlearn(row_indices=FORGET, config=GIVEN, save=True)
+    from_other.unlearn(forget_indices=FORGET, config=GIVEN, save=True)
     from_alone = _wholly(model)
     saved = GradientMemory.load(folder / "trainer")
     saved.check_model(model)
@@ -189,7 +189,7 @@ def forget_alone(folder: Path) -> dict[str, Any]:
     model.load_state_dict(load_file(saved / "before.safetensors"), strict=False)
     start = state_of(model)
     trainer = _bert_trainer(folder / "trainer", model, memory=GradientMemory.load(saved / "sharded"))
-    trainer.unlearn(row_indices=FORGET, config=GIVEN)
+    trainer.unlearn(forget_indices=FORGET, config=GIVEN)
     expected = load_file(saved / "after.safetensors")
     return {"weights": relative_distance(state_of(model), expected, start)}
 
@@ -270,12 +270,12 @@ def few_rows_of_shards(folder: Path) -> dict[str, Any]:
 
     alone = numbers(model)
     join()
-    together = numbers(shard(model, model.bert.encoder.layer))  # type: ignore[union-attr]
+    sync_errors = numbers(shard(model, model.bert.encoder.layer))  # type: ignore[union-attr]
     distances = {}
     for n, expected in alone.items():
-        pairs = zip(together[n].pop("vectors"), expected.pop("vectors"), strict=True)
+        pairs = zip(sync_errors[n].pop("vectors"), expected.pop("vectors"), strict=True)
         distances[n] = [relative_distance(one, other, _zeros(other)) for one, other in pairs]
-    return {"alone": alone, "together": together, "distances": distances}
+    return {"alone": alone, "sync_errors": sync_errors, "distances": distances}
 
 
 class Merged(nn.Module):
@@ -380,7 +380,7 @@ def memory_of_shards(folder: Path) -> dict[str, Any]:
     join()
     shard(model, model.bert.encoder.layer)  # type: ignore[union-attr]
     rows = as_dataset(rows_of("bert", 6))
-    config = GatherConfig(gradient_sum="exact", batch_size=2, progress=False)
+    config = GatherConfig(gradient_sum="full", batch_size=2, progress=False)
     gc.collect()
     before = held_bytes()
     with watched(model) as spread:
@@ -404,7 +404,7 @@ def memory_of_shards(folder: Path) -> dict[str, Any]:
         assert all(torch.equal(read.gradient_sum[n], t) for n, t in everything.gradient_sum.items())
     del memory, everything
     gc.collect()
-    with watched(model) as at_once, whole_parameters(model):
+    with watched(model) as at_once, full_parameters(model):
         expected = gather(model, rows, data_collator=pad_right(), config=config)
     return {
         "parameters": sum(p.numel() * p.element_size() for p in model.parameters()),
@@ -452,24 +452,24 @@ def calibrated_on_shards(folder: Path) -> dict[str, Any]:
     rows, held_out = noisy_rows(160, 1), as_dataset(noisy_rows(120, 2))
     model = by_heart(rows)
     trainer = make_trainer(folder / "trainer", "plain", model=model, rows=rows, eval_dataset=held_out)
-    trainer.gather(GatherConfig(gradient_sum="exact", progress=False))
+    trainer.gather(GatherConfig(gradient_sum="full", progress=False))
     found: dict[str, Any] = {"before": _norms(model)}
     if dist.is_initialized() and dist.get_world_size() > 1:
         memory = trainer.memory
         assert memory is not None
         assert not memory.is_spread
         shard(model, [model.hidden])
-    output = trainer.unlearn(row_indices=list(range(30)))
+    output = trainer.unlearn(forget_indices=list(range(30)))
     assert output.memory is not None
     calibration = output.report.diagnostics["calibration"]
     found |= {
-        "calibration": {name: calibration[name] for name in ("length", "damping", "finish_weight", "source")},
+        "calibration": {name: calibration[name] for name in ("scale", "damping", "retain_weight", "source")},
         "after": {name: value for name, value in output.report.after.items() if isinstance(value, float)},
         "weights": _norms(model),
         "memory": [output.memory.is_spread, output.memory.gradient_sum_kind, output.memory.nbytes()],
         "sum": _norm(whole(output.memory.gradient_sum or {})),
     }
-    again = trainer.unlearn(row_indices=list(range(30, 50)))
+    again = trainer.unlearn(forget_indices=list(range(30, 50)))
     found["remembered"] = again.report.diagnostics["calibration"]["source"]
     again.revert()
     found["renewed"] = renewed(trainer)
@@ -479,7 +479,7 @@ def calibrated_on_shards(folder: Path) -> dict[str, Any]:
 
 
 def _norms(model: nn.Module) -> list[float]:
-    return [float(whole_tensor(p.detach()).norm()) for _, p in model.named_parameters()]
+    return [float(full_tensor(p.detach()).norm()) for _, p in model.named_parameters()]
 
 
 def walked_on_shards(folder: Path) -> dict[str, Any]:
@@ -490,11 +490,11 @@ def walked_on_shards(folder: Path) -> dict[str, Any]:
     model = by_heart(rows)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
 
-    def take(model: nn.Module) -> Walk:
+    def take(model: nn.Module) -> MultiStep:
         everything = RowSource(as_dataset(rows), pad_right(), batch_size=8)
         curvature = fit_curvature(model, everything)
-        shortfall = Shortfall.of(*(predict_rows(model, source) for source in sources))
-        return walk(model, curvature, *sources, shortfall, names=list(start), max_relative_step=0.5)
+        shortfall = ForgetTargets.of(*(predict_rows(model, source) for source in sources))
+        return run_multi_step(model, curvature, *sources, shortfall, names=list(start), max_relative_step=0.5)
 
     alone = take(model)
     join()
@@ -503,7 +503,7 @@ def walked_on_shards(folder: Path) -> dict[str, Any]:
         "steps": [path.steps, alone.steps],
         "remaining": [path.remaining, alone.remaining],
         "distance": relative_distance(whole(path.step), alone.step, _zeros(alone.step)),
-        "unchanged": all(torch.equal(whole_tensor(p.detach()), start[name]) for name, p in model.named_parameters()),
+        "unchanged": all(torch.equal(full_tensor(p.detach()), start[name]) for name, p in model.named_parameters()),
     }
 
 
@@ -528,9 +528,9 @@ class Failing:
         assert is_sharded(context.model)
         with torch.no_grad():
             for number, parameter in enumerate(context.model.parameters()):
-                local = local_part(parameter)
-                local += float("nan") if config.where < 0 and number == 0 and process_number() == 1 else 0.1
-        if process_number() == config.where:
+                local = to_local(parameter)
+                local += float("nan") if config.where < 0 and number == 0 and get_rank() == 1 else 0.1
+        if get_rank() == config.where:
             raise OSError("no space left")
         return MethodOutcome()
 
@@ -542,17 +542,17 @@ def all_or_nothing_on_shards(folder: Path) -> dict[str, Any]:
     shard(model, model.bert.encoder.layer)  # type: ignore[union-attr]
     rows = as_dataset(rows_of("bert", 12))
     trainer.unlearning_state.given = gather(model, rows, data_collator=pad_right(), config=WITH_CURVATURE)
-    before = {name: local_part(p).clone() for name, p in model.named_parameters()}
+    before = {name: to_local(p).clone() for name, p in model.named_parameters()}
 
     def unchanged() -> bool:
-        return all(torch.equal(local_part(p), before[name]) for name, p in model.named_parameters())
+        return all(torch.equal(to_local(p), before[name]) for name, p in model.named_parameters())
 
     found: dict[str, Any] = {}
     calls: dict[str, dict[str, Any]] = {
-        "fails": {"row_indices": FORGET, "method": "failing"},
-        "not finite": {"row_indices": FORGET, "method": "failing", "config": FailingConfig(-1)},
-        "nothing": {"row_indices": []},
-        "dry": {"row_indices": FORGET, "config": GIVEN, "dry_run": True},
+        "fails": {"forget_indices": FORGET, "method": "failing"},
+        "not finite": {"forget_indices": FORGET, "method": "failing", "config": FailingConfig(-1)},
+        "nothing": {"forget_indices": []},
+        "dry": {"forget_indices": FORGET, "config": GIVEN, "dry_run": True},
     }
     for name, settings in calls.items():
         error = None
@@ -562,7 +562,7 @@ def all_or_nothing_on_shards(folder: Path) -> dict[str, Any]:
             error = f"{type(raised).__name__}: {raised}"
         found[name] = [error, unchanged()]
     with watched(model) as seen:
-        output = trainer.unlearn(row_indices=FORGET, config=GIVEN)
+        output = trainer.unlearn(forget_indices=FORGET, config=GIVEN)
     found["gathered"] = [seen["gathered"], sum(p.numel() * p.element_size() for p in model.parameters())]
     found["moved"] = not unchanged()
     assert output.memory is not None
@@ -573,12 +573,12 @@ def all_or_nothing_on_shards(folder: Path) -> dict[str, Any]:
     newer = GradientMemory.load(folder / "newer")
     newer.check_model(model)
     found["sums"] = all(
-        torch.equal(whole_tensor(total), (newer.gradient_sum or {})[name])
+        torch.equal(full_tensor(total), (newer.gradient_sum or {})[name])
         for name, total in (output.memory.gradient_sum or {}).items()
     )
     output.revert()
     found["reverted"] = unchanged()
-    trainer.unlearn(row_indices=FORGET, method="gradient-ascent")  # written for whole parameters
+    trainer.unlearn(forget_indices=FORGET, method="gradient-ascent")  # written for whole parameters
     found["other method"] = not unchanged()
     return found
 
@@ -631,7 +631,7 @@ def trained_by_trainer(folder: Path) -> dict[str, Any]:
     sums, reference = whole(memory.gradient_sum or {}), expected.gradient_sum or {}
     found["sums"] = relative_distance(sums, reference, _zeros(reference))
     trainer.save_model()
-    trainer.unlearn(row_indices=FORGET, config=GIVEN, save=True)
+    trainer.unlearn(forget_indices=FORGET, config=GIVEN, save=True)
     expected.weight_decay = memory.weight_decay
     forget = source_of([rows_of("bert", 12)[i] for i in FORGET])
     find_method("iau", GIVEN)[0].run(ForgetContext(alone, ModelRowLoss(), forget, expected), GIVEN)
@@ -672,7 +672,7 @@ def checked(folder: Path) -> dict[str, Any]:
     shard(model)
     second = estimate(model, as_dataset(rows_of("bert", 6)), data_collator=pad_right())
     sizes = [first.bytes["memory"], second.bytes["memory"]]
-    return {"alone": alone, "together": numbers(shard), "estimate": sizes, "sharded": is_sharded(model)}
+    return {"alone": alone, "sync_errors": numbers(shard), "estimate": sizes, "sharded": is_sharded(model)}
 
 
 def troubles(folder: Path) -> dict[str, Any]:
@@ -698,7 +698,7 @@ def troubles(folder: Path) -> dict[str, Any]:
 
     class Unreadable(RowList):
         def __getitem__(self, position: int) -> dict[str, Tensor]:
-            if position == 5 and process_number() == 1:
+            if position == 5 and get_rank() == 1:
                 raise OSError("a broken disk")
             return super().__getitem__(position)
 

@@ -35,19 +35,19 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
 def test_few_rows_and_processes_without_any(jobs: dict[str, Any]) -> None:
     for found in results(jobs["few_rows"]):
         for n, alone in found["alone"].items():
-            together = found["together"][n]
+            sync_errors = found["sync_errors"][n]
             for name in ("counts", "batch_rows", "labels"):
-                assert together[name] == alone[name], (n, name)
+                assert sync_errors[name] == alone[name], (n, name)
             for name in ("norm", "loss", "solved"):
-                assert together[name] == pytest.approx(alone[name], rel=1e-9), (n, name)
+                assert sync_errors[name] == pytest.approx(alone[name], rel=1e-9), (n, name)
             for name in ("losses", "again"):
-                assert together[name] == pytest.approx(alone["losses"], rel=1e-9), (n, name)
-            assert together["probabilities"] == [pytest.approx(row, rel=1e-9) for row in alone["probabilities"]]
-            assert together["counts"] == [int(n)] * 5
+                assert sync_errors[name] == pytest.approx(alone["losses"], rel=1e-9), (n, name)
+            assert sync_errors["probabilities"] == [pytest.approx(row, rel=1e-9) for row in alone["probabilities"]]
+            assert sync_errors["counts"] == [int(n)] * 5
 
 
 def test_every_process_has_the_same_bits(jobs: dict[str, Any]) -> None:
-    first, *others = (found["together"] for found in results(jobs["few_rows"]))
+    first, *others = (found["sync_errors"] for found in results(jobs["few_rows"]))
     assert all(other == first for other in others)
 
 
@@ -67,8 +67,8 @@ def test_a_walk_by_tokens_is_that_of_one_process(jobs: dict[str, Any]) -> None:
     first, *others = results(jobs["walked_by_tokens"])
     assert all(other == first for other in others)
     for count, found in first.items():
-        together, alone = found["targets"]
-        assert together == alone and together[0] == int(count)
+        sync_errors, alone = found["targets"]
+        assert sync_errors == alone and sync_errors[0] == int(count)
         assert found["targets apart"] < 1e-9
         assert found["steps"][0] == found["steps"][1] > 2
         assert found["remaining"][0] == pytest.approx(found["remaining"][1], rel=1e-9)

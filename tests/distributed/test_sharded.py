@@ -64,11 +64,11 @@ def test_few_rows_and_rows_without_targets(jobs: dict[str, Any]) -> None:
         assert found["alone"]["5"]["counts"][2] == 2
         for n, alone in found["alone"].items():
             assert max(found["distances"][n]) < 1e-10
-            together = found["together"][n]
+            sync_errors = found["sync_errors"][n]
             for name in ("counts", "more_counts", "batch_rows"):
-                assert together[name] == alone[name], (n, name)
-            assert together["loss"] == pytest.approx(alone["loss"], rel=1e-12)
-            assert together["losses"] == pytest.approx(alone["losses"], rel=1e-12)
+                assert sync_errors[name] == alone[name], (n, name)
+            assert sync_errors["loss"] == pytest.approx(alone["loss"], rel=1e-12)
+            assert sync_errors["losses"] == pytest.approx(alone["losses"], rel=1e-12)
 
 
 def test_all_kinds_of_layers_have_their_owner(jobs: dict[str, Any]) -> None:
@@ -163,12 +163,12 @@ def test_the_trainer_trains_shards(jobs: dict[str, Any]) -> None:
 
 def test_the_checker_on_shards(jobs: dict[str, Any]) -> None:
     for found in results(jobs["checked"]):
-        alone, together = found["alone"], found["together"]
-        assert together["good"] == alone["good"] == [True, 1e-5, 6]
-        assert together["bad"][0] == alone["bad"][0] == ["output.bias"]
+        alone, sync_errors = found["alone"], found["sync_errors"]
+        assert sync_errors["good"] == alone["good"] == [True, 1e-5, 6]
+        assert sync_errors["bad"][0] == alone["bad"][0] == ["output.bias"]
         assert found["estimate"][0] == found["estimate"][1] > 0
         assert found["sharded"]
-        assert together["bad"][1]["2"] == pytest.approx(alone["bad"][1]["2"], rel=1e-4)
+        assert sync_errors["bad"][1]["2"] == pytest.approx(alone["bad"][1]["2"], rel=1e-4)
 
 
 def test_errors_during_passes(jobs: dict[str, Any]) -> None:

@@ -124,7 +124,7 @@ def test_text_classification_on_local_files(tmp_path: Path, text_files: tuple[Pa
     run_script(
         "text_classification.py",
         *train,
-        *("--forget_ids_file", ids, "--retrain", "--gradient_sum", "exact"),
+        *("--forget_ids_file", ids, "--retrain", "--gradient_sum", "full"),
         folder=tmp_path,
     )
     report = read_report(tmp_path / "out", ("before", "after", "retrained"))

@@ -23,13 +23,13 @@ from unlearning_trainers import WITH_CURVATURE, make_trainer
 
 from hf_iau import IAUCallback, IAUConfig
 from hf_iau.data.trainer_rows import model_of, trainer_rows
-from hf_iau.distributed import is_main_process, process_count
+from hf_iau.distributed import get_world_size, is_main_process
 from hf_iau.memory.gradient_sum import sum_row_gradients
 
 ROWS = 11  # no number of processes or batch size divides it
 FORGET = [1, 7]  # one of three processes has none
 DAMPINGS = (0.1, 1.0)
-STEP = IAUConfig(length=0.5, damping=0.1, finish_weight=0.05)
+STEP = IAUConfig(scale=0.5, damping=0.1, retain_weight=0.05)
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 BATCH_SIZES = (1, 3, 8)
 ACCUMULATIONS = (1, 4)
@@ -92,7 +92,7 @@ def run(setting: str, folder: Path) -> tuple[dict[str, Tensor], dict[str, float]
     for which, damping in itertools.product(sums, DAMPINGS):
         for name, tensor in memory.curvature.solve(sums[which], damping).items():
             found[f"solved.{which}.{damping}.{name}"] = tensor
-    outcome = trainer.unlearn(row_indices=FORGET, config=STEP)
+    outcome = trainer.unlearn(forget_indices=FORGET, config=STEP)
     for name, parameter in model_of(trainer).named_parameters():
         found[f"weights.{name}"] = parameter.detach()
     figures = {name: value for name, value in outcome.report.after.items() if isinstance(value, float)}
@@ -106,7 +106,7 @@ def matrix(folder: Path) -> None:
         tensors, figures = run(setting, folder / "trainer")
         if is_main_process():
             save_file(tensors, folder / f"{setting}.safetensors")
-            (folder / f"{setting}.json").write_text(json.dumps(figures | {"processes": process_count()}))
+            (folder / f"{setting}.json").write_text(json.dumps(figures | {"processes": get_world_size()}))
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from hf_iau import GatherConfig, GradientMemory, MemoryMismatchError, MissingMem
 from hf_iau.data import ModelRowLoss, OutputRowLoss, RowSource, SmoothedRowLoss, UserRowLoss
 from hf_iau.memory.fingerprints import data_fingerprint, model_fingerprint
 
-CONFIG = GatherConfig(gradient_sum="exact", curvature="none", batch_size=4, progress=False)
+CONFIG = GatherConfig(gradient_sum="full", curvature="none", batch_size=4, progress=False)
 
 
 def make_memory(model: nn.Module, rows: Any, **settings: Any) -> GradientMemory:
@@ -257,13 +257,13 @@ def test_the_probe_is_the_loss_of_the_first_rows() -> None:
 
 def test_what_is_not_held_is_asked_for_by_name() -> None:
     memory = make_memory(plain(), plain_rows())
-    assert memory.require_exact_sum("iau-paper") is memory.gradient_sum
+    assert memory.require_full_sum("iau-paper") is memory.gradient_sum
     with pytest.raises(MissingMemoryError, match=r"'iau'.*curvature"):
         memory.require_curvature("iau")
     for kind in ("sampled", "first-order", "none"):
         memory.gradient_sum_kind = kind
         with pytest.raises(MissingMemoryError, match=rf"'iau-paper'.*exact.*{kind!r}"):
-            memory.require_exact_sum("iau-paper")
+            memory.require_full_sum("iau-paper")
 
 
 def test_counts() -> None:
@@ -272,4 +272,4 @@ def test_counts() -> None:
     assert memory.label_counts == {"0": 4, "1": 4, "2": 4}
     assert memory.nbytes() == 4 * sum(p.numel() for p in plain().parameters())
     assert memory.parameters == {name: tuple(p.shape) for name, p in plain().named_parameters()}
-    assert memory.schema_version == 3 and memory.settings["gradient_sum"] == "exact"
+    assert memory.schema_version == 4 and memory.settings["gradient_sum"] == "full"

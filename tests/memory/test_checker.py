@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from hf_iau import CoupledRowsError, GatherConfig, IAUError, UnsupportedModelError, check_row_gradients, gather
 from hf_iau.data import ModelRowLoss, OutputRowLoss, RowSource, UserRowLoss, probe_additivity
 
-NO_CURVATURE = GatherConfig(gradient_sum="exact", curvature="none", progress=False)
+NO_CURVATURE = GatherConfig(gradient_sum="full", curvature="none", progress=False)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

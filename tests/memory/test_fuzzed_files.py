@@ -57,15 +57,15 @@ BIG = 10**400
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A memory with everything in it: gradient sum, curvature, row identity."""
     folder = tmp_path_factory.mktemp("memory")
-    config = GatherConfig(gradient_sum="exact", curvature="ekfac", progress=False)
+    config = GatherConfig(gradient_sum="full", curvature="ekfac", progress=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_IAU_KEY", KEY)
         memory = gather(plain(), as_dataset(plain_rows(40)), data_collator=pad_right(), config=config)
     assert memory.row_identity is not None and memory.curvature is not None
     memory.calibration = {
-        "length": 0.5,
+        "scale": 0.5,
         "damping": 0.1,
-        "finish_weight": 0.0,
+        "retain_weight": 0.0,
         "source": "proxies",
         "lengths": [0.5, 0.4],
     }
@@ -206,7 +206,7 @@ def use(folder: Path) -> None:
             memory=memory,
         )
         logging.getLogger("hf_iau").setLevel(logging.CRITICAL)
-        result = trainer.unlearn(row_indices=[1, 2, 3], config=IAUConfig(length=0.1, damping=0.1))
+        result = trainer.unlearn(forget_indices=[1, 2, 3], config=IAUConfig(scale=0.1, damping=0.1))
     except IAUError:
         assert_bits(model, before)
         return
@@ -322,7 +322,7 @@ def ledger_text() -> str:
                 rows=2,
                 row_ids=["0" * 32] * 2,
                 method="iau",
-                config={"length": 0.5},
+                config={"scale": 0.5},
                 calibration={"k": 0.5},
                 weights_before="0" * 32,
                 weights_after="1" * 32,
@@ -375,9 +375,7 @@ def test_a_damaged_or_forged_journal_or_queue(
     (tmp_path / "_iau").mkdir(exist_ok=True)
     key = Key.from_secret(KEY)
     file: Any = JournalFile(tmp_path, key) if which == "journal" else RequestQueue(tmp_path, key)
-    journal = Journal(
-        "0" * 32, "now", 3, "iau", {"length": 1.0}, "1" * 32, files=["model.safetensors"], removed=["a/b"]
-    )
+    journal = Journal("0" * 32, "now", 3, "iau", {"scale": 1.0}, "1" * 32, files=["model.safetensors"], removed=["a/b"])
     waiting = RequestQueue(tmp_path, key).asked(np.arange(48, dtype=np.uint8).reshape(3, 16), np.arange(3))
     file.write(journal if which == "journal" else waiting)
     text = file.path.read_text()
@@ -423,7 +421,7 @@ def report() -> UnlearningReport:
     attack = {"auc": 0.5, "ci_low": 0.4, "ci_high": 0.6, "tpr_at_1_percent_fpr": 0.01}
     return UnlearningReport(
         method="iau",
-        config={"length": 1.0},
+        config={"scale": 1.0},
         seed=0,
         counts={"forget_rows": 30, "test_rows": 30},
         before=figures | {"attacks": {"loss": attack}},
@@ -438,7 +436,7 @@ def report() -> UnlearningReport:
         diagnostics={"reasons": ["so"], "curve": [{"k": 1.0, "auc": 0.5}]},
         warnings=["careful"],
         versions={"python": "3"},
-        verdict="safe",
+        verdict="ok",
         calibrated=True,
     )
 

@@ -49,7 +49,7 @@ from hf_iau.data import ModelRowLoss, OutputRowLoss, RowLoss, RowSource, Smoothe
 from hf_iau.memory.gradient_sum import GradientSum, sum_row_gradients
 
 DTYPES = [torch.float64, torch.float32]
-EXACT = GatherConfig(gradient_sum="exact", curvature="none", batch_size=5, progress=False)
+EXACT = GatherConfig(gradient_sum="full", curvature="none", batch_size=5, progress=False)
 
 
 def gradient_sum(model: nn.Module, rows: Any, loss: RowLoss, collator: Callable, batch_size: int) -> GradientSum:
@@ -346,7 +346,7 @@ def test_sum_over_retained_rows_from_memory_equals_a_direct_pass(family: str, dt
     forgotten = [0, 4, 5, 17]
     kept = [number for number in range(18) if number not in forgotten]
     memory = gather(model, as_dataset(rows), data_collator=collator, config=EXACT)
-    assert memory.gradient_sum is not None and memory.gradient_sum_kind == "exact" and memory.n_rows == 18
+    assert memory.gradient_sum is not None and memory.gradient_sum_kind == "full" and memory.n_rows == 18
     of_forgotten = gradient_sum(model, [rows[i] for i in forgotten], ModelRowLoss(), collator, 3).tensors
     from_memory = {name: memory.gradient_sum[name] - of_forgotten[name] for name in of_forgotten}
     reference, each = row_gradients(model, [rows[i] for i in kept], collator, LOSSES[family])
@@ -439,7 +439,7 @@ def test_gathering_leaves_the_model_as_it_was() -> None:
         model,
         as_dataset(text_rows()),
         data_collator=pad_right(),
-        config=GatherConfig(gradient_sum="exact", curvature_rows=8, progress=False),
+        config=GatherConfig(gradient_sum="full", curvature_rows=8, progress=False),
     )
     assert model.training and all(module.training for module in model.modules())
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())

@@ -29,7 +29,7 @@ REFUSED = (MemoryFileError, MemoryMismatchError)
 
 
 def make_memory(model: nn.Module, rows: Any, **config: Any) -> GradientMemory:
-    settings = {"gradient_sum": "exact", "curvature": "none", "batch_size": 4, "progress": False}
+    settings = {"gradient_sum": "full", "curvature": "none", "batch_size": 4, "progress": False}
     return gather(model, as_dataset(rows), data_collator=pad_right(), config=GatherConfig(**(settings | config)))
 
 
@@ -140,11 +140,11 @@ def test_round_trip_of_other_contents(settings: dict[str, Any], tmp_path: Path) 
 
 def test_round_trip_of_a_language_model_and_calibration(tmp_path: Path) -> None:
     made = make_memory(llama(), language_rows())
-    made.calibration = {"length": 0.1, "by_size": {9: [1e-300, float("nan")], 10: None}, "name": "Σ"}
+    made.calibration = {"scale": 0.1, "by_size": {9: [1e-300, float("nan")], 10: None}, "name": "Σ"}
     made.save(tmp_path)
     loaded = GradientMemory.load(tmp_path)
     assert loaded.calibration is not None
-    assert loaded.calibration["length"] == 0.1 and loaded.calibration["name"] == "Σ"
+    assert loaded.calibration["scale"] == 0.1 and loaded.calibration["name"] == "Σ"
     assert loaded.calibration["by_size"]["9"][0] == 1e-300 and math.isnan(loaded.calibration["by_size"]["9"][1])
     assert loaded.calibration["by_size"]["10"] is None
     made.calibration = loaded.calibration
@@ -466,6 +466,6 @@ def test_the_kind_of_sum_must_fit_its_tensors(saved: Path, tmp_path: Path) -> No
         GradientMemory.load(saved)
     folder = tmp_path / "without"
     make_memory(plain(), plain_rows(), gradient_sum="none").save(folder)
-    rewrite(folder, lambda header: header.update(gradient_sum_kind="exact"))
+    rewrite(folder, lambda header: header.update(gradient_sum_kind="full"))
     with pytest.raises(MemoryFileError, match="gradient sum"):
         GradientMemory.load(folder)

@@ -24,7 +24,7 @@ from hf_iau import (
     gather,
 )
 
-CONFIG = GatherConfig(gradient_sum="exact", curvature="none", batch_size=4, progress=False)
+CONFIG = GatherConfig(gradient_sum="full", curvature="none", batch_size=4, progress=False)
 
 
 class Counted(PlainClassifier):

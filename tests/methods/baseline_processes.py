@@ -22,6 +22,6 @@ def every_method(folder: Path) -> dict[str, list[float]]:
     found = {}
     for method, config in CONFIGS.items():
         trainer = make_trainer(folder, "plain", settings={"max_steps": 2, "learning_rate": 0.1, "optim": "sgd"})
-        trainer.unlearn(row_indices=FORGET, method=method, config=config)
+        trainer.unlearn(forget_indices=FORGET, method=method, config=config)
         found[method] = torch.cat([p.detach().flatten() for p in trainer.model.parameters()]).tolist()
     return found

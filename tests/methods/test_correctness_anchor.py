@@ -54,7 +54,7 @@ class Rows(torch.utils.data.Dataset):
 class ExactCurvature:
     """The Hessian of mean loss + DECAY/2 ‖θ‖², as one dense matrix."""
 
-    kind, n_rows, is_spread = "exact", N, False
+    kind, n_rows, is_spread = "full", N, False
     blocks: ClassVar = {"layer": SimpleNamespace(name="layer", shapes={"layer.weight": None})}
 
     def __init__(self, model: Linear, rows: Rows) -> None:
@@ -141,13 +141,13 @@ def forget_by_newton(rows: Rows, forget: np.ndarray, regression: bool, folder: s
         optimizers=(optimizer, None),
     )
     source = trainer_rows(trainer, rows, "training rows", 64)
-    config = GatherConfig(gradient_sum="exact", curvature="none", progress=False)
+    config = GatherConfig(gradient_sum="full", curvature="none", progress=False)
     memory = build_memory(model, source, ModelRowLoss(), config, optimizer=optimizer)
     assert memory.weight_decay == {"layer.weight": DECAY}
     memory.curvature = ExactCurvature(model, Rows(rows.inputs[keep], rows.labels[keep]))  # type: ignore[assignment]
     trainer.unlearning_state.given = memory
     trainer.unlearn(
-        row_indices=forget, config=IAUConfig(length=1.0, damping=0.0, finish_weight=1.0, finish_damping=0.0)
+        forget_indices=forget, config=IAUConfig(scale=1.0, damping=0.0, retain_weight=1.0, retain_damping=0.0)
     )
     return model.layer.weight.detach().clone(), optimum(rows, keep, regression)
 

@@ -27,7 +27,7 @@ SEED = 3  # of `arguments`
 
 
 def unlearn(trainer: UnlearningTrainer, method: str, config: Any, **kwargs: Any) -> Any:
-    return trainer.unlearn(row_indices=FORGET, method=method, config=config, **kwargs)
+    return trainer.unlearn(forget_indices=FORGET, method=method, config=config, **kwargs)
 
 
 # bad-teacher

@@ -50,7 +50,7 @@ def test_npo_is_the_papers_loss(alpha: float, tmp_path: Path) -> None:
         loss.backward()
         optimizer.step()
     config = NPOConfig(epochs=steps, lr=0.01, weight_decay=0.0, beta=beta, alpha=alpha, batch_size=3)
-    report = trainer.unlearn(row_indices=FORGET, method="npo", config=config).report
+    report = trainer.unlearn(forget_indices=FORGET, method="npo", config=config).report
     assert_close(trainer.model, student, 1e-9)
     assert report.after["forget_loss"] > report.before["forget_loss"]
     assert report.diagnostics["retained_rows"] == (len(KEPT) if alpha else 0)
@@ -69,7 +69,7 @@ def test_npo_starts_as_gradient_ascent(tmp_path: Path) -> None:
     config = NPOConfig(
         epochs=1, lr=0.1, optimizer="sgd", momentum=0.0, weight_decay=0.0, beta=3.0, alpha=0.0, batch_size=3
     )
-    trainer.unlearn(row_indices=FORGET, method="npo", config=config)
+    trainer.unlearn(forget_indices=FORGET, method="npo", config=config)
     assert_close(trainer.model, expected, 1e-9)
 
 

@@ -23,7 +23,7 @@ def unlearn(trainer: UnlearningTrainer, source: str, **kwargs: Any) -> None:
     else:
         kept = [i for i in range(ROWS) if i not in FORGET]
         kwargs["retain_dataset"] = trainer.train_dataset.select(kept)
-    trainer.unlearn(row_indices=FORGET, **kwargs)
+    trainer.unlearn(forget_indices=FORGET, **kwargs)
 
 
 def split(family: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -83,7 +83,7 @@ def test_a_language_model_counts_tokens(tmp_path: Path) -> None:
     forget, retain = split("gpt2")
     tokens = [gradient_loop(trainer.model, rows)[1] for rows in (forget, retain)]
     assert memory.n_targets == sum(tokens) > ROWS
-    result = trainer.unlearn(row_indices=FORGET, method="iau-released")
+    result = trainer.unlearn(forget_indices=FORGET, method="iau-released")
     assert result.memory is not None
     assert (result.memory.n_rows, result.memory.n_targets) == (ROWS - len(FORGET), tokens[1])
 
@@ -103,7 +103,7 @@ def test_coupled_weight_decay_is_part_of_the_objective(method: str, tmp_path: Pa
         for gradient, rows in zip(sums, (forget, retain), strict=True)
     )
     config = IAUPaperConfig(eta=1e-2) if method == "iau-paper" else IAUReleasedConfig()
-    trainer.unlearn(row_indices=FORGET, method=method, config=config)
+    trainer.unlearn(forget_indices=FORGET, method=method, config=config)
     for name, value in trainer.model.named_parameters():
         if method == "iau-paper":
             change = 1e-2 * (of_forget[name] - of_retain[name])
@@ -119,5 +119,5 @@ def test_rows_that_hold_no_target_are_refused(tmp_path: Path) -> None:
     trainer.gather(EXACT)
     before = parameters_of(trainer.model)
     with pytest.raises(ValueError, match="forget rows hold no targets"):
-        trainer.unlearn(row_indices=[2], method="iau-released")
+        trainer.unlearn(forget_indices=[2], method="iau-released")
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())

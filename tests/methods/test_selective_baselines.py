@@ -30,7 +30,7 @@ CLASSES = 3
 
 
 def unlearn(trainer: UnlearningTrainer, method: str, config: Any, **kwargs: Any) -> Any:
-    return trainer.unlearn(row_indices=FORGET, method=method, config=config, **kwargs)
+    return trainer.unlearn(forget_indices=FORGET, method=method, config=config, **kwargs)
 
 
 # random-labels and salun

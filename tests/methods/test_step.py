@@ -10,7 +10,7 @@ from tiny_models import plain
 from torch import nn
 from unlearning_trainers import WITH_CURVATURE, make_trainer
 
-from hf_iau.methods.step import apply_step, finish_forgetting_step, moved_gradient_sum, step_norm, weights_norm
+from hf_iau.methods.step import apply_step, corrected_step, moved_gradient_sum, step_norm, weights_norm
 
 
 @pytest.fixture
@@ -45,9 +45,9 @@ def test_norms(model: nn.Module) -> None:
 
 def test_directions_are_put_together() -> None:
     forget, finish = {"a": torch.tensor([1.0, 2.0])}, {"a": torch.tensor([10.0, -1.0])}
-    assert finish_forgetting_step(forget, finish, 2.0, 0.5)["a"].tolist() == [-3.0, 4.5]
-    assert finish_forgetting_step(forget, finish, 2.0, 0.0)["a"].tolist() == [2.0, 4.0]
-    assert finish_forgetting_step(forget, None, 2.0, 0.5)["a"].tolist() == [2.0, 4.0]
+    assert corrected_step(forget, finish, 2.0, 0.5)["a"].tolist() == [-3.0, 4.5]
+    assert corrected_step(forget, finish, 2.0, 0.0)["a"].tolist() == [2.0, 4.0]
+    assert corrected_step(forget, None, 2.0, 0.5)["a"].tolist() == [2.0, 4.0]
 
 
 def test_the_gradient_sum_moves_by_the_curvature(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ TWO_EPOCHS = {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_si
 
 
 def unlearn(trainer: UnlearningTrainer, method: str, config: Any, **kwargs: Any) -> Any:
-    return trainer.unlearn(row_indices=FORGET, method=method, config=config, **kwargs)
+    return trainer.unlearn(forget_indices=FORGET, method=method, config=config, **kwargs)
 
 
 # gradient-ascent

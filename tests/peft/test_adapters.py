@@ -27,7 +27,7 @@ from hf_iau import (
     check_row_gradients,
 )
 
-STEP = IAUConfig(length=0.1, damping=1.0, finish_weight=0.01)
+STEP = IAUConfig(scale=0.1, damping=1.0, retain_weight=0.01)
 BERT: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": ["query", "value"], "modules_to_save": ["classifier"]}
 
 
@@ -62,7 +62,7 @@ def test_training_and_unlearning_move_the_adapter_alone(case: str, tmp_path: Pat
     assert trainer.memory is not None and set(trainer.memory.parameters) == trained
     assert trainer.memory.gradient_sum is not None and set(trainer.memory.gradient_sum) == trained
     before = state_of(model)
-    result = trainer.unlearn(row_indices=FORGET, config=STEP)
+    result = trainer.unlearn(forget_indices=FORGET, config=STEP)
     after = state_of(model)
     for name in after:
         if name in trained:
@@ -150,7 +150,7 @@ def test_other_kinds_of_adapters(kind: str, tmp_path: Path) -> None:
     assert check.passed, check.failing
     memory = hf_iau.gather(model, rows, data_collator=pad_right(), config=WITH_CURVATURE)
     trainer = make_trainer(tmp_path, "bert", model=model, rows=rows_of("bert", 8), memory=memory)
-    trainer.unlearn(row_indices=[1, 4], config=STEP)
+    trainer.unlearn(forget_indices=[1, 4], config=STEP)
     now = state_of(model)
     moved = {name for name in now if not torch.equal(now[name], start[name])}
     assert moved and moved <= trained
@@ -203,7 +203,7 @@ def gathered(tmp_path: Path) -> Any:
 def test_merged_adapters_are_refused(gathered: Any) -> None:
     gathered.model.merge_adapter()
     before = state_of(gathered.model)
-    for ask in (lambda: gathered.unlearn(row_indices=FORGET, config=STEP), gathered.gather):
+    for ask in (lambda: gathered.unlearn(forget_indices=FORGET, config=STEP), gathered.gather):
         with pytest.raises(UnsupportedModelError, match=r"'default' is merged.*unmerge_adapter"):
             ask()
     assert all(torch.equal(value, before[name]) for name, value in state_of(gathered.model).items())
@@ -215,14 +215,14 @@ def test_a_merged_copy_can_be_gathered_and_forgets(tmp_path: Path) -> None:
         parameter.requires_grad_(True)
     before = parameters_of(merged)
     memory = hf_iau.gather(merged, as_dataset(text_rows(12)), data_collator=pad_right(), config=WITH_CURVATURE)
-    make_trainer(tmp_path, "bert", model=merged, memory=memory).unlearn(row_indices=FORGET, config=STEP)
+    make_trainer(tmp_path, "bert", model=merged, memory=memory).unlearn(forget_indices=FORGET, config=STEP)
     assert any(not torch.equal(value, before[name]) for name, value in parameters_of(merged).items())
 
 
 def test_disabled_adapters_are_refused(gathered: Any) -> None:
     with gathered.model.disable_adapter(), pytest.raises(UnsupportedModelError, match="disabled"):
-        gathered.unlearn(row_indices=FORGET, config=STEP)
-    assert gathered.unlearn(row_indices=FORGET, config=STEP).applied
+        gathered.unlearn(forget_indices=FORGET, config=STEP)
+    assert gathered.unlearn(forget_indices=FORGET, config=STEP).applied
 
 
 def test_of_several_adapters_the_active_one_forgets(tmp_path: Path) -> None:
@@ -233,9 +233,9 @@ def test_of_several_adapters_the_active_one_forgets(tmp_path: Path) -> None:
     before = state_of(model)
     model.set_adapter("other")
     with pytest.raises(MemoryMismatchError, match=r"'default' active but 'other'.*set_adapter\('default'\)"):
-        trainer.unlearn(row_indices=FORGET, config=STEP)
+        trainer.unlearn(forget_indices=FORGET, config=STEP)
     model.set_adapter("default")
-    trainer.unlearn(row_indices=FORGET, config=STEP)
+    trainer.unlearn(forget_indices=FORGET, config=STEP)
     moved = {name for name, value in state_of(model).items() if not torch.equal(value, before[name])}
     assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
     assert not any(".other." in name for name in moved)
@@ -250,7 +250,7 @@ def test_two_active_adapters_forget_together(tmp_path: Path) -> None:
     memory = hf_iau.gather(model, as_dataset(text_rows(12)), data_collator=pad_right(), config=WITH_CURVATURE)
     assert memory.model["adapters"] == "default, other"
     before = parameters_of(model)
-    make_trainer(tmp_path, "bert", model=model, memory=memory).unlearn(row_indices=FORGET, config=STEP)
+    make_trainer(tmp_path, "bert", model=model, memory=memory).unlearn(forget_indices=FORGET, config=STEP)
     moved = [name for name, value in parameters_of(model).items() if not torch.equal(value, before[name])]
     assert any(".default." in name for name in moved) and any(".other." in name for name in moved)
 
@@ -263,7 +263,7 @@ def test_adapters_that_the_model_itself_holds(tmp_path: Path) -> None:
     start = parameters_of(model)
     trainer.train()
     assert trainer.memory is not None and trainer.memory.model["adapters"] == "default"
-    trainer.unlearn(row_indices=FORGET, config=STEP)
+    trainer.unlearn(forget_indices=FORGET, config=STEP)
     trained = set(trainer.memory.parameters)
     moved = {name for name, value in parameters_of(model).items() if not torch.equal(value, start[name])}
     assert moved == trained and all("lora" in name or "classifier" in name for name in trained)
@@ -291,7 +291,7 @@ def test_prefixes_of_a_language_model(tmp_path: Path) -> None:
     assert check_row_gradients(model, rows, data_collator=pad_right()).passed
     memory = hf_iau.gather(model, rows, data_collator=pad_right(), config=WITH_CURVATURE)
     before = parameters_of(model)
-    make_trainer(tmp_path, "llama", model=model, memory=memory).unlearn(row_indices=FORGET, config=STEP)
+    make_trainer(tmp_path, "llama", model=model, memory=memory).unlearn(forget_indices=FORGET, config=STEP)
     moved = {name for name, value in parameters_of(model).items() if not torch.equal(value, before[name])}
     assert moved == set(memory.parameters)
 

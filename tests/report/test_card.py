@@ -31,14 +31,14 @@ def report_of(rows: int = 250, **changes: Any) -> UnlearningReport:
     after = FIGURES | {"forget_accuracy": 0.8, "mia_auc": 0.51}
     values: dict[str, Any] = {
         "method": "iau",
-        "config": {"length": 3.25},
+        "config": {"scale": 3.25},
         "seed": 0,
         "counts": {"forget_rows": rows, "train_rows": 5000},
         "before": FIGURES,
         "after": after,
         "gap": {"mean_absolute": 1.234, "based_on": "accuracy"},
         "noise_floor": {"figures": {}, "gap": {"mean_absolute": 0.5, "based_on": "accuracy"}},
-        "verdict": "safe",
+        "verdict": "ok",
         "calibrated": True,
     }
     return UnlearningReport(**(values | changes))
@@ -57,8 +57,8 @@ by approximate machine unlearning with `hf-iau` \(after \[arXiv 2507\.23257\]\(\
 
 \| date \| method \| rows forgotten \| of \| calibrated \| gap \| noise floor \| verdict \|
 \| :-- (\| --: )+\|
-\| 2026-01-31 \| iau \| 250 \| 5,000 \| yes \| 1\.23 \| 0\.50 \| safe \|
-\| 2026-02-28 \| iau \| 30 \| 5,000 \| no \| 1\.23 \| 0\.50 \| safe \|
+\| 2026-01-31 \| iau \| 250 \| 5,000 \| yes \| 1\.23 \| 0\.50 \| ok \|
+\| 2026-02-28 \| iau \| 30 \| 5,000 \| no \| 1\.23 \| 0\.50 \| ok \|
 
 \*gap\*: mean distance [^\n]*, in points; [^|]*\.
 
@@ -67,7 +67,7 @@ Figures of the last request:
 \|  \| before \| after \|
 \| :-- \| --: \| --: \|
 \| accuracy, retained rows \(RA\), % \| 99\.0 \| 99\.0 \|
-\| accuracy, forget rows \(UA\), % \| 97\.5 \| 80\.0 \|
+\| accuracy, forget rows \(FA\), % \| 97\.5 \| 80\.0 \|
 \| accuracy, test rows \(TA\), % \| 81\.2 \| 81\.2 \|
 \| loss, forget rows \| 0\.100 \| 0\.100 \|
 \| membership AUC \(MIA\), % \| 62\.5 \| 51\.0 \|
@@ -93,7 +93,7 @@ def test_figures_of_few_rows_are_withheld() -> None:
 
 
 def request_of(trainer: UnlearningTrainer, rows: list[int], **settings: Any) -> Any:
-    return trainer.unlearn(row_indices=rows, config=IAUConfig(length=0.1, damping=0.1), **settings)
+    return trainer.unlearn(forget_indices=rows, config=IAUConfig(scale=0.1, damping=0.1), **settings)
 
 
 def test_the_card_goes_with_the_weights(tmp_path: Path) -> None:

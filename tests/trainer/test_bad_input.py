@@ -87,16 +87,19 @@ def _shared_is_left_alone(shared: UnlearningTrainer) -> Iterator[None]:
 
 
 def test_neither_or_both_ways_to_name_rows(shared: UnlearningTrainer) -> None:
-    refused(shared, RequestError, "given neither: pass either forget_dataset= or row_indices=")
-    both = {"forget_dataset": shared.train_dataset.select(FORGET), "row_indices": FORGET}
+    refused(shared, RequestError, "given neither: pass either forget_dataset= or forget_indices=")
+    both = {"forget_dataset": shared.train_dataset.select(FORGET), "forget_indices": FORGET}
     refused(shared, RequestError, "given both: pass either", **both)
 
 
 @pytest.mark.parametrize(
     "indices, message",
     [
-        ([0, ROWS], rf"row_indices holds 1 numbers outside 0\.\.{ROWS - 1}, e\.g\. {ROWS}: train_dataset has {ROWS}"),
-        ([-1, 3], r"row_indices holds 1 numbers outside 0\.\.11, e\.g\. -1"),
+        (
+            [0, ROWS],
+            rf"forget_indices holds 1 numbers outside 0\.\.{ROWS - 1}, e\.g\. {ROWS}: train_dataset has {ROWS}",
+        ),
+        ([-1, 3], r"forget_indices holds 1 numbers outside 0\.\.11, e\.g\. -1"),
         ([10**12], "outside"),
         ([3, 3, 5], "names 1 rows more than once, e.g. row 3: name each row once"),
         (torch.tensor([2, 2]), "more than once, e.g. row 2"),
@@ -111,12 +114,12 @@ def test_neither_or_both_ways_to_name_rows(shared: UnlearningTrainer) -> None:
     ids=repr,
 )
 def test_row_indices(indices: Any, message: str, shared: UnlearningTrainer) -> None:
-    refused(shared, RequestError, message, row_indices=indices)
+    refused(shared, RequestError, message, forget_indices=indices)
 
 
 def test_row_indices_without_a_training_set(shared: UnlearningTrainer, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, model=shared.model, memory=shared.memory, train_dataset=None)
-    refused(trainer, RequestError, "trainer has none: pass forget_dataset=", row_indices=FORGET)
+    refused(trainer, RequestError, "trainer has none: pass forget_dataset=", forget_indices=FORGET)
 
 
 def test_repeated_rows_in_forget_dataset(shared: UnlearningTrainer) -> None:
@@ -152,18 +155,18 @@ def test_other_rows_with_other_columns(which: str, shared: UnlearningTrainer) ->
     rows = as_dataset([{"input_ids": row["input_ids"], "labels": 0} for row in rows_of("bert", 3, seed=2)])
     name = {"held_out_dataset": "held-out", "test_dataset": "test", "retain_dataset": "retained"}[which]
     message = rf"{name} rows have columns \['input_ids', 'labels'\] but the forget rows have \['attention_mask'"
-    refused(shared, RequestError, message, row_indices=FORGET, **{which: rows})
+    refused(shared, RequestError, message, forget_indices=FORGET, **{which: rows})
 
 
 def test_all_rows(shared: UnlearningTrainer, tmp_path: Path) -> None:
-    refused(shared, RequestError, f"forget {ROWS} of {ROWS} training rows, that is all", row_indices=range(ROWS))
+    refused(shared, RequestError, f"forget {ROWS} of {ROWS} training rows, that is all", forget_indices=range(ROWS))
     refused(shared, RequestError, "that is all of them", forget_dataset=shared.train_dataset)
     trainer = make_trainer(tmp_path)  # without a memory too
     refused(
         trainer,
         RequestError,
         "that is all of them",
-        row_indices=range(ROWS),
+        forget_indices=range(ROWS),
         retain_dataset=trainer.train_dataset.select([0]),
     )
 
@@ -177,7 +180,7 @@ def test_data_sets_without_row_numbers(which: str, kind: str, shared: Unlearning
 
     stream = shared.train_dataset.to_iterable_dataset() if kind == "datasets" else Stream()
     message = r"IterableDataset|Stream, which has no row numbers.*map-style"
-    trainer, request = shared, {"row_indices": FORGET}
+    trainer, request = shared, {"forget_indices": FORGET}
     if which == "train_dataset":
         trainer = make_trainer(tmp_path, model=shared.model, memory=shared.memory, train_dataset=stream)
         refused(trainer, UnsupportedModelError, message, **request)
@@ -207,7 +210,7 @@ def test_random_transforms(tmp_path: Path) -> None:
     memory = trainer.gather(EXACT)
     noisy = make_trainer(tmp_path, "vit", model=trainer.model, memory=memory, train_dataset=augmented(clean))
     message = r"forget rows change each time they are read.*set_transform.*without augmentation"
-    refused(noisy, UnsupportedModelError, message, row_indices=FORGET)
+    refused(noisy, UnsupportedModelError, message, forget_indices=FORGET)
     refused(noisy, UnsupportedModelError, message, forget_dataset=augmented(clean).select(FORGET))
     refused(
         noisy,
@@ -221,9 +224,9 @@ def test_random_transforms(tmp_path: Path) -> None:
 
 
 def test_retain_datasets(shared: UnlearningTrainer) -> None:
-    refused(shared, RequestError, "retain_dataset is empty", row_indices=FORGET, retain_dataset=[])
+    refused(shared, RequestError, "retain_dataset is empty", forget_indices=FORGET, retain_dataset=[])
     message = rf"retain_dataset has {ROWS} rows, 3 of which are forget rows: pass only the rows to be kept"
-    refused(shared, RequestError, message, row_indices=FORGET, retain_dataset=shared.train_dataset)
+    refused(shared, RequestError, message, forget_indices=FORGET, retain_dataset=shared.train_dataset)
 
 
 # The memory
@@ -231,11 +234,15 @@ def test_retain_datasets(shared: UnlearningTrainer) -> None:
 
 def test_no_memory_and_no_retain_set(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
-    message = "neither a memory nor retain_dataset=.*IAUCallback.*gradient_sum='exact'"
+    message = "neither a memory nor retain_dataset=.*IAUCallback.*gradient_sum='full'"
     for request in (RELEASED, {"method": "iau-paper", "config": IAUPaperConfig(eta=1.0)}):
-        refused(trainer, MissingMemoryError, message, row_indices=FORGET, **request)
+        refused(trainer, MissingMemoryError, message, forget_indices=FORGET, **request)
     refused(
-        trainer, MissingMemoryError, r"method='iau' needs a gradient memory.*gather\(", row_indices=FORGET, method="iau"
+        trainer,
+        MissingMemoryError,
+        r"method='iau' needs a gradient memory.*gather\(",
+        forget_indices=FORGET,
+        method="iau",
     )
 
 
@@ -249,28 +256,28 @@ def test_no_memory_and_no_retain_set(tmp_path: Path) -> None:
 def test_sums_that_are_not_exact(config: GatherConfig, kind: str, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     trainer.gather(config)
-    message = f"'{kind}'.*gradient_sum='exact'.*retain_dataset="
+    message = f"'{kind}'.*gradient_sum='full'.*retain_dataset="
     for method, settings in (("iau-paper", IAUPaperConfig(eta=1.0)), ("iau-released", None)):
         message = f"method='{method}' needs the exact gradient sum.*{message}"
-        refused(trainer, MissingMemoryError, message, row_indices=FORGET, method=method, config=settings)
-        message = f"'{kind}'.*gradient_sum='exact'.*retain_dataset="
+        refused(trainer, MissingMemoryError, message, forget_indices=FORGET, method=method, config=settings)
+        message = f"'{kind}'.*gradient_sum='full'.*retain_dataset="
 
 
 def test_iau_without_curvature(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     trainer.gather(EXACT)
     message = "needs curvature but the memory holds none.*curvature='ekfac'.*'iau-paper' or 'iau-released'"
-    refused(trainer, MissingMemoryError, message, row_indices=FORGET, method="iau")
+    refused(trainer, MissingMemoryError, message, forget_indices=FORGET, method="iau")
 
 
 def test_memory_of_another_model(shared: UnlearningTrainer, tmp_path: Path) -> None:
     assert shared.memory is not None
     wider = make_trainer(tmp_path, model=bert(hidden_size=8), memory=shared.memory)
     both = f"architecture {shared.memory.model['architecture'][:8]}.*but the model is a BertForSequenceClassification"
-    refused(wider, MemoryMismatchError, both, row_indices=FORGET)
+    refused(wider, MemoryMismatchError, both, forget_indices=FORGET)
     other = make_trainer(tmp_path, model=bert(seed=1), memory=shared.memory)
     weights = f"belongs to weights {shared.memory.model['weights'][:8]} but the model now has [0-9a-f]{{8}}.*gather"
-    refused(other, StaleMemoryError, weights, row_indices=FORGET)
+    refused(other, StaleMemoryError, weights, forget_indices=FORGET)
 
 
 def test_memory_of_other_data(shared: UnlearningTrainer, tmp_path: Path) -> None:
@@ -279,11 +286,11 @@ def test_memory_of_other_data(shared: UnlearningTrainer, tmp_path: Path) -> None
     for rows, count in ((rows_of("bert", ROWS, seed=7), ROWS), (rows_of("bert", 20), 20)):
         trainer = make_trainer(tmp_path, model=shared.model, memory=memory, rows=rows)
         both = rf"gathered from {ROWS} rows.*content {memory.data['content'][:8]}.*has {count} rows.*forget_dataset"
-        refused(trainer, MemoryMismatchError, both, row_indices=FORGET)
+        refused(trainer, MemoryMismatchError, both, forget_indices=FORGET)
     shuffled = make_trainer(
         tmp_path, model=shared.model, memory=memory, train_dataset=shared.train_dataset.shuffle(seed=1)
     )
-    refused(shuffled, MemoryMismatchError, "row numbers would name other rows", row_indices=FORGET)
+    refused(shuffled, MemoryMismatchError, "row numbers would name other rows", forget_indices=FORGET)
 
 
 def another_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
@@ -301,18 +308,18 @@ def test_memory_of_another_loss(shared: UnlearningTrainer, tmp_path: Path) -> No
     with_memory = {"model": shared.model, "memory": shared.memory}
     both = r"gathered with the loss \{'kind': 'model'\} but the request uses \{'kind': "
     trainer = make_trainer(tmp_path, compute_loss_func=another_loss, **with_memory)
-    refused(trainer, MemoryMismatchError, both + "'compute_loss_func', .*another_loss", row_indices=FORGET)
+    refused(trainer, MemoryMismatchError, both + "'compute_loss_func', .*another_loss", forget_indices=FORGET)
     trainer = make_trainer(tmp_path, settings={"label_smoothing_factor": 0.1}, **with_memory)
-    refused(trainer, MemoryMismatchError, both + "'label smoothing', 'epsilon': '0.1'", row_indices=FORGET)
+    refused(trainer, MemoryMismatchError, both + "'label smoothing', 'epsilon': '0.1'", forget_indices=FORGET)
 
 
-@pytest.mark.parametrize("named", ["row_indices", "forget_dataset"])
+@pytest.mark.parametrize("named", ["forget_indices", "forget_dataset"])
 def test_a_loss_of_the_same_code_with_other_weights(named: str, tmp_path: Path) -> None:
     """Only its values tell: the loss of a few training rows is remembered."""
     first = make_trainer(tmp_path, compute_loss_func=weighted_by(1.0))
     memory = first.gather(EXACT)
     other = make_trainer(tmp_path, model=first.model, memory=memory, compute_loss_func=weighted_by(1.5))
-    request: Any = FORGET if named == "row_indices" else first.train_dataset.select(FORGET)
+    request: Any = FORGET if named == "forget_indices" else first.train_dataset.select(FORGET)
     message = r"loss of the first training rows was [\d.]+ when the memory was gathered and is [\d.]+ now"
     refused(other, MemoryMismatchError, message, look=True, **{named: request})
 
@@ -324,7 +331,7 @@ def test_memory_of_another_schema(shared: UnlearningTrainer, tmp_path: Path) -> 
     header.write_text(json.dumps(values | {"schema_version": 99}))
     trainer = make_trainer(tmp_path, model=shared.model)
     message = r"memory.json has schema version 99; this hf_iau reads version 3.*gather anew"
-    refused(trainer, MemoryMismatchError, message, row_indices=FORGET)
+    refused(trainer, MemoryMismatchError, message, forget_indices=FORGET)
 
 
 def truncate(folder: Path) -> None:
@@ -356,7 +363,7 @@ def test_damaged_memory_beside_the_model(
     shared.memory.save(tmp_path / "_iau")
     damage(tmp_path / "_iau")
     trainer = make_trainer(tmp_path, model=shared.model)
-    refused(trainer, MemoryFileError, "corrupt|truncated|missing", row_indices=FORGET)
+    refused(trainer, MemoryFileError, "corrupt|truncated|missing", forget_indices=FORGET)
 
 
 def test_parameters_of_the_memory_that_are_frozen_now(tmp_path: Path) -> None:
@@ -364,14 +371,14 @@ def test_parameters_of_the_memory_that_are_frozen_now(tmp_path: Path) -> None:
     trainer.gather(EXACT)
     trainer.model.classifier.weight.requires_grad = False
     message = "1 parameters that the memory covers are absent or frozen here, e.g. 'classifier.weight'"
-    refused(trainer, UnsupportedModelError, message, row_indices=FORGET)
+    refused(trainer, UnsupportedModelError, message, forget_indices=FORGET)
 
 
 def test_a_model_that_is_frozen(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     trainer.model.requires_grad_(False)
     kept = trainer.train_dataset.select([0, 2])
-    refused(trainer, UnsupportedModelError, "nothing that could forget", row_indices=FORGET, retain_dataset=kept)
+    refused(trainer, UnsupportedModelError, "nothing that could forget", forget_indices=FORGET, retain_dataset=kept)
 
 
 # The model
@@ -386,7 +393,7 @@ def test_data_parallel(shared: UnlearningTrainer, tmp_path: Path) -> None:
     trainer.model_wrapped = nn.DataParallel(trainer.model)
     kept = trainer.train_dataset.select([0, 2])
     refused(
-        trainer, UnsupportedModelError, "nn.DataParallel.*accelerate launch", row_indices=FORGET, retain_dataset=kept
+        trainer, UnsupportedModelError, "nn.DataParallel.*accelerate launch", forget_indices=FORGET, retain_dataset=kept
     )
 
 
@@ -400,7 +407,7 @@ def test_a_gradient_that_is_not_finite_names_the_row(split: str, tmp_path: Path)
     kept = trainer.train_dataset.select([i for i in range(ROWS) if i not in forget])
     before = state_of(trainer.model)
     with pytest.raises(NonFiniteGradientError, match=rf"Row {position} of the {name} has a non-finite .*drop that row"):
-        trainer.unlearn(row_indices=forget, retain_dataset=kept, **RELEASED)
+        trainer.unlearn(forget_indices=forget, retain_dataset=kept, **RELEASED)
     assert_bits(trainer.model, before)
 
 
@@ -419,7 +426,7 @@ def test_a_forward_that_returns_no_loss(tmp_path: Path) -> None:
     trainer.model.register_forward_pre_hook(lambda *_: calls.append(1))
     kept = trainer.train_dataset.select([i for i in range(ROWS) if i not in FORGET])
     message = r"WithoutLoss.forward returned no scalar `loss`.*compute_loss_func=.*row_loss="
-    refused(trainer, UnsupportedModelError, message, look=True, row_indices=FORGET, retain_dataset=kept)
+    refused(trainer, UnsupportedModelError, message, look=True, forget_indices=FORGET, retain_dataset=kept)
     assert len(calls) == 1
     with pytest.raises(UnsupportedModelError, match=message):
         trainer.gather(EXACT)
@@ -429,7 +436,7 @@ def test_a_forward_that_returns_no_loss(tmp_path: Path) -> None:
 
 
 def test_methods_and_configurations(shared: UnlearningTrainer) -> None:
-    rows = {"row_indices": FORGET}
+    rows = {"forget_indices": FORGET}
     known = r"choose one of .*iau, iau-paper, iau-released"
     refused(shared, ConfigError, f"method='newton' is unknown: {known}", **rows, method="newton")
     message = "config is a IAUReleasedConfig but method='iau-paper' takes a IAUPaperConfig"
@@ -452,12 +459,12 @@ def test_methods_and_configurations(shared: UnlearningTrainer) -> None:
         (IAUReleasedConfig, {"lr": -1e-3}, "lr=-0.001.*>= 0"),
         (IAUReleasedConfig, {"lr": float("nan")}, "lr=nan"),
         (IAUReleasedConfig, {"lr": "fast"}, "lr='fast'"),
-        (IAUConfig, {"length": -1.0}, "length=-1.0"),
+        (IAUConfig, {"scale": -1.0}, "scale=-1.0"),
         (IAUConfig, {"damping": float("inf")}, "damping=inf"),
         (IAUConfig, {"max_relative_step": 0.0}, "max_relative_step=0.0"),
         (IAUConfig, {"calibrate_on": "test rows"}, "calibrate_on='test rows'.*'proxies'"),
         (IAUConfig, {"held_out_rows": 5}, "held_out_rows=5.*at least 100"),
-        (GatherConfig, {"gradient_sum": "some"}, "gradient_sum='some'.*'exact', 'sampled', 'none'"),
+        (GatherConfig, {"gradient_sum": "some"}, "gradient_sum='some'.*'full', 'sampled', 'none'"),
         (GatherConfig, {"sample_rows": 0}, "sample_rows=0"),
         (GatherConfig, {"batch_size": 0}, "batch_size=0"),
     ],
@@ -468,14 +475,14 @@ def test_values_of_configurations(make: Any, values: dict[str, Any], message: st
 
 
 def test_too_few_held_out_rows_to_calibrate(shared: UnlearningTrainer) -> None:
-    message = r"held_out_dataset has 6 rows, too few to calibrate.*at least 100.*IAUConfig\(length="
-    refused(shared, CalibrationError, message, row_indices=FORGET, method="iau")
+    message = r"held_out_dataset has 6 rows, too few to calibrate.*at least 100.*IAUConfig\(scale="
+    refused(shared, CalibrationError, message, forget_indices=FORGET, method="iau")
 
 
 def test_a_retrained_model_that_is_none(shared: UnlearningTrainer) -> None:
     message = "retrained_model='path/to/model' is a str: give a model"
-    refused(shared, RequestError, message, row_indices=FORGET, retrained_model="path/to/model")
-    refused(shared, RequestError, "is a dict", row_indices=FORGET, retrained_model=[{}])
+    refused(shared, RequestError, message, forget_indices=FORGET, retrained_model="path/to/model")
+    refused(shared, RequestError, "is a dict", forget_indices=FORGET, retrained_model=[{}])
 
 
 def test_restriction(tmp_path: Path) -> None:
@@ -497,5 +504,5 @@ def test_the_same_memory_is_accepted_where_nothing_is_wrong(shared: UnlearningTr
     trainer = make_trainer(tmp_path, model=model, memory=replace(shared.memory))
     assert isinstance(trainer.memory, GradientMemory)
     before = parameters_of(model)
-    assert trainer.unlearn(row_indices=FORGET, **RELEASED).applied
+    assert trainer.unlearn(forget_indices=FORGET, **RELEASED).applied
     assert any(not torch.equal(value, before[name]) for name, value in model.named_parameters())

@@ -60,8 +60,8 @@ def trainer_on(folder: Path, *, callbacks: Any = None, **settings: Any) -> Unlea
 
 
 def forget(trainer: UnlearningTrainer) -> Any:
-    config = IAUConfig(length=0.1, damping=0.1)
-    return trainer.unlearn(row_indices=FORGET, config=config, test_dataset=as_dataset(text_rows(40, seed=2)))
+    config = IAUConfig(scale=0.1, damping=0.1)
+    return trainer.unlearn(forget_indices=FORGET, config=config, test_dataset=as_dataset(text_rows(40, seed=2)))
 
 
 def patterns_of_secrets(folder: Path, trainer: UnlearningTrainer) -> Iterator[tuple[str, bytes]]:

@@ -58,7 +58,7 @@ def test_training_with_restriction(name: str, tmp_path: Path) -> None:
         ends.append(parameters_of(trainer.model))
         # The restriction is no part of the row loss: the memory fits, and requests are served.
         assert trainer.memory is not None and trainer.memory.loss["kind"] == "model"
-        assert trainer.unlearn(row_indices=FORGET, method="iau-released").applied
+        assert trainer.unlearn(forget_indices=FORGET, method="iau-released").applied
     assert any(not torch.equal(ends[0][n], ends[1][n]) for n in ends[0])
 
 
@@ -193,7 +193,7 @@ def test_finite_difference_works_with_fused_attention_and_under_bf16(tmp_path: P
     assert build("bert").config._attn_implementation == "sdpa"
     trainer.train()
     assert all(bool(torch.isfinite(p).all()) for p in trainer.model.parameters())
-    assert trainer.unlearn(row_indices=FORGET, method="iau-released").applied
+    assert trainer.unlearn(forget_indices=FORGET, method="iau-released").applied
 
 
 def test_a_plain_trainer_refuses_at_train_begin(tmp_path: Path) -> None:

@@ -45,12 +45,12 @@ from hf_iau.unlearn import run as serving
 from hf_iau.unlearn import update_memory as moved_memory
 
 PAPER = IAUPaperConfig(eta=1e-3)
-GIVEN = IAUConfig(length=0.1, damping=1.0)
+GIVEN = IAUConfig(scale=0.1, damping=1.0)
 
 
 def forget(trainer: UnlearningTrainer, rows: Any = FORGET, **kwargs: Any) -> Any:
     """A request with `iau-released`, unless told otherwise."""
-    return trainer.unlearn(row_indices=rows, **({"method": "iau-released"} | kwargs))
+    return trainer.unlearn(forget_indices=rows, **({"method": "iau-released"} | kwargs))
 
 
 def trained(folder: Path, family: str = "bert", config: GatherConfig = EXACT, **kwargs: Any) -> UnlearningTrainer:
@@ -86,7 +86,9 @@ def test_every_trainable_parameter_moves_and_nothing_else(
     assert result.report.diagnostics["step_norm"] > 0
 
 
-@pytest.mark.parametrize("named", [{"row_indices": []}, {"row_indices": torch.zeros(0)}, {"forget_dataset": None}])
+@pytest.mark.parametrize(
+    "named", [{"forget_indices": []}, {"forget_indices": torch.zeros(0)}, {"forget_dataset": None}]
+)
 def test_an_empty_request_is_a_no_op_with_a_warning(named: dict[str, Any], tmp_path: Path) -> None:
     trainer = trained(tmp_path)
     if "forget_dataset" in named:
@@ -327,7 +329,7 @@ def test_training_goes_on_and_gathers_anew(tmp_path: Path) -> None:
     trainer.train()
     memory = trainer.memory
     assert memory is not None and memory is not old
-    assert (memory.n_rows, memory.gradient_sum_kind) == (ROWS, "exact")
+    assert (memory.n_rows, memory.gradient_sum_kind) == (ROWS, "full")
     forget(trainer)
 
 
@@ -382,7 +384,7 @@ def test_the_same_rows_cannot_be_forgotten_twice_but_others_can(tmp_path: Path) 
     trainer = trained(tmp_path, config=WITH_CURVATURE)
     forget(trainer)
     again = trainer.train_dataset.select([4, 5])
-    for request in ({"row_indices": [4, 5]}, {"forget_dataset": again}):
+    for request in ({"forget_indices": [4, 5]}, {"forget_dataset": again}):
         with pytest.raises(RequestError, match="1 of the 2 rows were already forgotten"):
             trainer.unlearn(**request, method="iau", config=GIVEN)
     result = forget(trainer, [2, 5], method="iau", config=GIVEN)

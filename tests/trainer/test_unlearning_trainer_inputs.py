@@ -60,8 +60,8 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 @pytest.fixture(scope="module")
 def usual(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    """What `row_indices=` as a list comes to."""
-    return after(make_trainer(tmp_path_factory.mktemp("usual")), row_indices=FORGET)
+    """What `forget_indices=` as a list comes to."""
+    return after(make_trainer(tmp_path_factory.mktemp("usual")), forget_indices=FORGET)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
 )
 @pytest.mark.parametrize("kind", ["datasets", "torch"])
 def test_row_indices_of_every_type(indices: Any, kind: str, usual: dict[str, Tensor], tmp_path: Path) -> None:
-    assert_same(after(make_trainer(tmp_path, kind=kind), row_indices=indices), usual)
+    assert_same(after(make_trainer(tmp_path, kind=kind), forget_indices=indices), usual)
 
 
 FORGET_DATASETS: dict[str, Callable[[UnlearningTrainer], Any]] = {
@@ -116,9 +116,9 @@ def test_rows_of_two_same_contents_are_two_rows(tmp_path: Path) -> None:
     both = make_trainer(tmp_path, rows=rows)
     assert_same(
         after(both, forget_dataset=both.train_dataset.select([1, 5])),
-        after(make_trainer(tmp_path, rows=rows), row_indices=[1, 5]),
+        after(make_trainer(tmp_path, rows=rows), forget_indices=[1, 5]),
     )
-    one = after(make_trainer(tmp_path, rows=rows), row_indices=[1])
+    one = after(make_trainer(tmp_path, rows=rows), forget_indices=[1])
     assert not torch.equal(one["classifier.weight"], parameters_of(both.model)["classifier.weight"])
 
 
@@ -145,7 +145,7 @@ def test_unused_columns(remove: bool, kind: str, usual: dict[str, Tensor], tmp_p
 def test_held_out_rows_may_lack_an_unused_column(usual: dict[str, Tensor], tmp_path: Path) -> None:
     rows = [row | {"number": i} for i, row in enumerate(rows_of("bert", ROWS))]
     trainer = make_trainer(tmp_path, rows=rows, kind="torch")  # the held-out rows have no number
-    assert_same(after(trainer, row_indices=FORGET), usual)
+    assert_same(after(trainer, forget_indices=FORGET), usual)
 
 
 def test_rows_made_by_a_fixed_transform(tmp_path: Path) -> None:
@@ -160,8 +160,8 @@ def test_rows_made_by_a_fixed_transform(tmp_path: Path) -> None:
     stored.set_transform(pixels)
     trainer = make_trainer(tmp_path, "vit", train_dataset=stored)
     halved = [row | {"pixel_values": row["pixel_values"] / 2} for row in rows]
-    expected = after(make_trainer(tmp_path, "vit", rows=halved), row_indices=FORGET)
-    assert_same(after(trainer, row_indices=FORGET), expected)
+    expected = after(make_trainer(tmp_path, "vit", rows=halved), forget_indices=FORGET)
+    assert_same(after(trainer, forget_indices=FORGET), expected)
 
 
 def test_a_language_model_whose_labels_the_collator_makes(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_a_language_model_whose_labels_the_collator_makes(tmp_path: Path) -> Non
     labelled = [row | {"labels": row["input_ids"]} for row in rows]
     of_forget = gradient_loop(trainer.model, [labelled[i] for i in FORGET])[0]
     of_retain = gradient_loop(trainer.model, [row for i, row in enumerate(labelled) if i not in FORGET])[0]
-    for name, value in after(trainer, row_indices=FORGET).items():
+    for name, value in after(trainer, forget_indices=FORGET).items():
         expected = before[name].double() + 3e-3 * (of_forget[name] - of_retain[name])
         torch.testing.assert_close(value.double(), expected, rtol=0, atol=1e-6, msg=name)
 
@@ -190,7 +190,7 @@ def test_a_collator_that_masks_at_random_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, rows=rows, eval_dataset=None, data_collator=masking)
     retain = trainer.train_dataset.select(range(2, ROWS))
     with pytest.raises(UnsupportedModelError, match="data_collator=DataCollatorForLanguageModeling collates the same"):
-        trainer.unlearn(row_indices=[0, 1], retain_dataset=retain, **PAPER)
+        trainer.unlearn(forget_indices=[0, 1], retain_dataset=retain, **PAPER)
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -213,20 +213,20 @@ def test_eval_datasets_in_a_dictionary(tmp_path: Path) -> None:
     rows = as_dataset(rows_of("bert", 6, seed=1))
     trainer = make_trainer(tmp_path, eval_dataset={"only": rows})
     trainer.gather(EXACT)
-    result = trainer.unlearn(row_indices=FORGET, **PAPER)
+    result = trainer.unlearn(forget_indices=FORGET, **PAPER)
     assert result.report.counts["held_out_rows"] == 6
     several = make_trainer(tmp_path, eval_dataset={"one": rows, "other": rows.select([0, 1])})
     several.gather(EXACT)
     with pytest.raises(RequestError, match=r"dictionary of 2 data sets \(one, other\).*held_out_dataset="):
-        several.unlearn(row_indices=FORGET, **PAPER)
-    chosen = several.unlearn(row_indices=FORGET, held_out_dataset=several.eval_dataset["other"], **PAPER)
+        several.unlearn(forget_indices=FORGET, **PAPER)
+    chosen = several.unlearn(forget_indices=FORGET, held_out_dataset=several.eval_dataset["other"], **PAPER)
     assert chosen.report.counts["held_out_rows"] == 2
 
 
 def test_no_held_out_rows_are_reported(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, eval_dataset=None)
     trainer.gather(EXACT)
-    report = trainer.unlearn(row_indices=FORGET, **PAPER).report
+    report = trainer.unlearn(forget_indices=FORGET, **PAPER).report
     assert report.after["held_out_loss"] is None and report.after["mia_auc"] is None
     assert report.warnings
 
@@ -277,7 +277,7 @@ def test_class_weights(given: str, tmp_path: Path) -> None:
         for name, gradient in zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True):
             total[name] += gradient if number in FORGET else -gradient
     expected = {name: before[name] + 3e-3 * total[name] for name in before}
-    assert relative_distance(after(trainer, row_indices=FORGET), expected, before) < 1e-10
+    assert relative_distance(after(trainer, forget_indices=FORGET), expected, before) < 1e-10
 
 
 @pytest.mark.parametrize("given", LOSSES)
@@ -288,8 +288,8 @@ def test_a_trained_loss_is_the_one_that_is_unlearned(given: str, tmp_path: Path)
     assert trainer.memory is not None and trainer.memory.loss["kind"] == given
     other = make_trainer(tmp_path, model=trainer.model, memory=trainer.memory)
     with pytest.raises(ValueError, match=rf"'kind': '{given}'.*'kind': 'model'"):
-        other.unlearn(row_indices=FORGET, **PAPER)
-    assert trainer.unlearn(row_indices=FORGET, **PAPER).applied
+        other.unlearn(forget_indices=FORGET, **PAPER)
+    assert trainer.unlearn(forget_indices=FORGET, **PAPER).applied
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
@@ -311,7 +311,7 @@ def test_label_smoothing(family: str, tmp_path: Path) -> None:
         loss = F.cross_entropy(logits, labels, label_smoothing=epsilon, reduction="sum")
         for name, gradient in zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True):
             total[name] += gradient if number in FORGET else -gradient
-    trainer.unlearn(row_indices=FORGET, **PAPER)
+    trainer.unlearn(forget_indices=FORGET, **PAPER)
     for name, value in trainer.model.named_parameters():
         torch.testing.assert_close(value.double(), before[name] + 3e-3 * total[name], rtol=0, atol=1e-6, msg=name)
 
@@ -357,7 +357,7 @@ def test_a_loss_that_couples_rows_is_refused_without_a_memory_too(tmp_path: Path
     before = parameters_of(trainer.model)
     retain = trainer.train_dataset.select([i for i in range(ROWS) if i not in FORGET])
     with pytest.raises(CoupledRowsError, match="rows are coupled"):
-        trainer.unlearn(row_indices=FORGET, retain_dataset=retain, **PAPER)
+        trainer.unlearn(forget_indices=FORGET, retain_dataset=retain, **PAPER)
     assert_same(parameters_of(trainer.model), before)
 
 
@@ -365,11 +365,11 @@ def test_model_init(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, model_init=lambda: bert(seed=4), callbacks=[IAUCallback(EXACT)])
     trainer.train()
     first = trainer.model
-    trainer.unlearn(row_indices=FORGET, **PAPER)
+    trainer.unlearn(forget_indices=FORGET, **PAPER)
     trainer.train()  # a new model from model_init
     assert trainer.model is not first
     before = parameters_of(trainer.model)
-    trainer.unlearn(row_indices=FORGET, **PAPER)
+    trainer.unlearn(forget_indices=FORGET, **PAPER)
     assert any(not torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
 
 
@@ -386,11 +386,12 @@ def test_the_batches_do_not_matter(family: str, dtype: torch.dtype, tolerance: f
         {"per_device_train_batch_size": 12, "per_device_eval_batch_size": 1},
     ]
     ends = [
-        after(make_trainer(tmp_path, family, dtype=dtype, settings=settings), row_indices=FORGET) for settings in shapes
+        after(make_trainer(tmp_path, family, dtype=dtype, settings=settings), forget_indices=FORGET)
+        for settings in shapes
     ]
     if family != "resnet":
         padded = make_trainer(tmp_path, family, dtype=dtype, data_collator=pad_right(5))
-        ends.append(after(padded, row_indices=FORGET))
+        ends.append(after(padded, forget_indices=FORGET))
     for end in ends[1:]:
         assert relative_distance(end, ends[0], start) < tolerance
 
@@ -428,8 +429,8 @@ def test_tasks_from_training_to_report(task: str, method: str, tmp_path: Path) -
     trainer.train()
     memory, before = trainer.memory, parameters_of(trainer.model)
     assert memory is not None
-    config = {"iau-paper": IAUPaperConfig(eta=1e-3), "iau": IAUConfig(length=0.1, damping=1.0)}.get(method)
-    result = trainer.unlearn(row_indices=FORGET, method=method, config=config)
+    config = {"iau-paper": IAUPaperConfig(eta=1e-3), "iau": IAUConfig(scale=0.1, damping=1.0)}.get(method)
+    result = trainer.unlearn(forget_indices=FORGET, method=method, config=config)
     report = result.report
     for figures in (report.before, report.after):
         assert np.isfinite(figures["forget_loss"]) and np.isfinite(figures["held_out_loss"])
@@ -459,4 +460,4 @@ def test_tasks_with_several_label_columns_are_refused_by_name(tmp_path: Path) ->
     settings = {"label_names": ["next_sentence_label"]}
     trainer = make_trainer(tmp_path, model=BertForPreTraining(config), rows=rows, eval_dataset=None, settings=settings)
     with pytest.raises(UnsupportedModelError, match=r"'next_sentence_label'.*but for question answering"):
-        trainer.unlearn(row_indices=FORGET, retain_dataset=trainer.train_dataset.select([0, 2]), **PAPER)
+        trainer.unlearn(forget_indices=FORGET, retain_dataset=trainer.train_dataset.select([0, 2]), **PAPER)

@@ -37,12 +37,12 @@ CASES: dict[str, dict[str, Any]] = {
 _CONFIGS: dict[str, Any] = {
     "iau-paper": IAUPaperConfig(eta=1e-3),
     "iau-released": None,
-    "iau": IAUConfig(length=0.1, damping=0.05, finish_weight=0.01),
+    "iau": IAUConfig(scale=0.1, damping=0.05, retain_weight=0.01),
 }
 
 
 def request(trainer: UnlearningTrainer, method: str, rows: list[int]) -> None:
-    trainer.unlearn(row_indices=rows, method=method, config=_CONFIGS[method])
+    trainer.unlearn(forget_indices=rows, method=method, config=_CONFIGS[method])
 
 
 def fine_tune(folder: Path, case: dict[str, Any]) -> UnlearningTrainer:

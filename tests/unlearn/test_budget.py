@@ -62,13 +62,13 @@ def test_advice(
         assert reason in sentence and sentence.startswith("Retrain now" if advice == "retrain" else "Gather anew")
 
 
-@pytest.mark.parametrize("method, config", [("iau", IAUConfig(length=0.3, damping=0.1)), ("iau-released", None)])
+@pytest.mark.parametrize("method, config", [("iau", IAUConfig(scale=0.3, damping=0.1)), ("iau-released", None)])
 def test_the_forecast_is_the_gradient_times_the_step(method: str, config: object, tmp_path: Path) -> None:
     rows = plain_rows(60)
     trainer = make_trainer(tmp_path, "plain", rows=rows, dtype=torch.float64)
     trainer.gather(WITH_CURVATURE)
     gradient, before = gradient_loop(trainer.model, rows[:20])[0], parameters_of(trainer.model)
-    report = trainer.unlearn(row_indices=list(range(20)), method=method, config=config).report
+    report = trainer.unlearn(forget_indices=list(range(20)), method=method, config=config).report
     moved = parameters_of(trainer.model)
     foreseen = sum(float((gradient[name] * (moved[name] - before[name])).sum()) for name in gradient) / 20
     error = report.diagnostics["budget"]["forecast_error"]
@@ -80,15 +80,15 @@ def test_the_forecast_is_the_gradient_times_the_step(method: str, config: object
 def test_a_long_path_on_which_nothing_was_lost_is_to_be_checked(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, "plain", rows=plain_rows(400))
     trainer.gather(WITH_CURVATURE)
-    config = IAUConfig(length=0.02, damping=1.0)
+    config = IAUConfig(scale=0.02, damping=1.0)
 
     def served(start: int, path: float, **held_out: float) -> UnlearningReport:
         trainer.memory.relative_path = path
         trainer.memory.held_out = (trainer.memory.held_out or {}) | held_out
-        return trainer.unlearn(row_indices=list(range(start, start + 16)), config=config).report
+        return trainer.unlearn(forget_indices=list(range(start, start + 16)), config=config).report
 
-    first = trainer.unlearn(row_indices=list(range(16)), config=config).report
-    assert first.verdict == "safe" and first.diagnostics["budget"]["forecast_error"] < 0.3
+    first = trainer.unlearn(forget_indices=list(range(16)), config=config).report
+    assert first.verdict == "ok" and first.diagnostics["budget"]["forecast_error"] < 0.3
     long = served(16, 0.9)
     assert long.verdict == "check" and long.diagnostics["budget"]["advice"] == "rebase"
     assert long.diagnostics["reasons"][0].startswith("the steps since the curvature was estimated add up to 9")
@@ -99,9 +99,9 @@ def test_a_long_path_on_which_nothing_was_lost_is_to_be_checked(tmp_path: Path) 
 def test_the_budget_runs_through_requests_and_is_reset_by_rebase(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, "plain", rows=plain_rows(60))
     trainer.gather(WITH_CURVATURE)
-    config = IAUConfig(length=0.5, damping=0.1, max_relative_step=2.0)
-    first = trainer.unlearn(row_indices=list(range(8)), config=config).report
-    second = trainer.unlearn(row_indices=list(range(8, 16)), config=config).report
+    config = IAUConfig(scale=0.5, damping=0.1, max_relative_step=2.0)
+    first = trainer.unlearn(forget_indices=list(range(8)), config=config).report
+    second = trainer.unlearn(forget_indices=list(range(8, 16)), config=config).report
     one, two = (report.diagnostics["budget"] for report in (first, second))
     steps = [report.diagnostics["relative_step_norm"] for report in (first, second)]
     assert one["relative_path"] == pytest.approx(steps[0]) and two["relative_path"] == pytest.approx(sum(steps))
@@ -112,7 +112,7 @@ def test_the_budget_runs_through_requests_and_is_reset_by_rebase(tmp_path: Path)
     rebased = trainer.rebase()
     assert rebased.settings == WITH_CURVATURE.to_dict()
     assert (rebased.n_rows, rebased.forgotten_rows, rebased.relative_path, rebased.held_out) == (44, 16, 0.0, None)
-    third = trainer.unlearn(row_indices=list(range(20, 28)), config=config).report
+    third = trainer.unlearn(forget_indices=list(range(20, 28)), config=config).report
     budget = third.diagnostics["budget"]
     assert budget["relative_path"] == pytest.approx(third.diagnostics["relative_step_norm"])
     assert budget["share_forgotten"] == 24 / 60

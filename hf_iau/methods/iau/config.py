@@ -21,9 +21,9 @@ class IAUConfig:
     """Configuration of `iau`. None means: calibrated.
 
     Parameters that control the step:
-        length, damping, finish_weight, finish_damping, max_relative_step.
+        scale, damping, retain_weight, retain_damping, max_relative_step.
     Parameters that control calibration:
-        calibrate_on, damping_range, finish_weights, proxy_rows, held_out_rows, walk, recalibrate.
+        calibrate_on, damping_range, retain_weights, proxy_rows, held_out_rows, multi_step, recalibrate.
     Parameters that control the curvature:
         renew_curvature.
 
@@ -31,16 +31,16 @@ class IAUConfig:
         ConfigError: a value is out of range.
     """
 
-    length: float | None = field(
-        default=None, metadata={"help": "k, the length of the step; 1 is the influence function's (Newton's)."}
+    scale: float | None = field(
+        default=None, metadata={"help": "k, the scale of the step; 1 is the influence function's (Newton's)."}
     )
     damping: float | None = field(
         default=None, metadata={"help": "λ, relative to each layer's mean eigenvalue of the curvature."}
     )
-    finish_weight: float | None = field(
+    retain_weight: float | None = field(
         default=None, metadata={"help": "c, how much of the training's own unfinished step is taken along (0 = none)."}
     )
-    finish_damping: float = field(
+    retain_damping: float = field(
         default=0.1,
         metadata={
             "help": "Least λ with which the training's unfinished step is taken along. In directions that C says are "
@@ -60,10 +60,10 @@ class IAUConfig:
     damping_range: Sequence[float] = field(
         default=(1e-3, 10.0), metadata={"help": "Smallest and largest λ that calibration may choose."}
     )
-    finish_weights: Sequence[float] = field(default=(0.003, 0.01, 0.03), metadata={"help": "c to be tried beside 0."})
+    retain_weights: Sequence[float] = field(default=(0.003, 0.01, 0.03), metadata={"help": "c to be tried beside 0."})
     proxy_rows: Sequence[int] = field(default=(512, 256), metadata={"help": "Size of each proxy draw."})
     held_out_rows: int = field(default=2000, metadata={"help": "Most held-out rows looked at in a trial."})
-    walk: bool = field(
+    multi_step: bool = field(
         default=True,
         metadata={
             "help": "Where one step does not arrive, or costs the held-out rows more than a tenth of their loss, and "
@@ -81,14 +81,14 @@ class IAUConfig:
     recalibrate: bool = field(default=False, metadata={"help": "Calibrate anew though the memory knows the answer."})
 
     def __post_init__(self) -> None:
-        for name, least in {"length": 0.0, "damping": 0.0, "finish_weight": 0.0}.items():
+        for name, least in {"scale": 0.0, "damping": 0.0, "retain_weight": 0.0}.items():
             value = getattr(self, name)
             if value is not None and (not is_finite(value) or value < least):
                 raise ConfigError(
                     f"IAUConfig({name}={value}): give a finite number >= {least:g}, or None to calibrate."
                 )
-        if not (is_finite(self.finish_damping) and self.finish_damping >= 0):
-            raise ConfigError(f"IAUConfig(finish_damping={self.finish_damping}): give a finite number >= 0, e.g. 0.1.")
+        if not (is_finite(self.retain_damping) and self.retain_damping >= 0):
+            raise ConfigError(f"IAUConfig(retain_damping={self.retain_damping}): give a finite number >= 0, e.g. 0.1.")
         if not 0 < self.max_relative_step <= 10:
             raise ConfigError(
                 f"IAUConfig(max_relative_step={self.max_relative_step}): give a number above 0, e.g. 0.5."
@@ -113,9 +113,9 @@ class IAUConfig:
     @property
     def is_given(self) -> bool:
         """Whether k and λ were both given, so that nothing is calibrated."""
-        return self.length is not None and self.damping is not None
+        return self.scale is not None and self.damping is not None
 
     @property
     def is_free(self) -> bool:
         """Whether k, λ and c are all left to calibration."""
-        return self.length is None and self.damping is None and self.finish_weight is None
+        return self.scale is None and self.damping is None and self.retain_weight is None

@@ -12,7 +12,7 @@ from hf_iau.curvature import Curvature
 from hf_iau.distributed import inner_product
 from hf_iau.memory.gradient_sum import GradientSum
 from hf_iau.memory.memory import GradientMemory
-from hf_iau.methods.step import Step, apply_step, finish_forgetting_step, step_norm
+from hf_iau.methods.step import Step, apply_step, corrected_step, step_norm
 
 
 @dataclass
@@ -22,18 +22,18 @@ class Directions:
     Attributes:
         curvature: C.
         forget_sum: Σ of the rows' gradients.
-        finish_sum: Σ_D, or None where c = 0.
+        correction_sum: Σ_D, or None where c = 0.
         remaining: n_r, targets that stay.
         targets: those that Σ is over, tokens of a language model; None where that is one a row.
-        finish_damping: the least λ that the training is finished with.
+        retain_damping: the least λ that the training is finished with.
     """
 
     curvature: Curvature
     forget_sum: Mapping[str, Tensor]
-    finish_sum: Mapping[str, Tensor] | None
+    correction_sum: Mapping[str, Tensor] | None
     remaining: int
     targets: int | None = None
-    finish_damping: float = 0.0
+    retain_damping: float = 0.0
 
     def __post_init__(self) -> None:
         self._made: dict[float, Step] = {}
@@ -43,14 +43,14 @@ class Directions:
         cls,
         memory: GradientMemory,
         gradient_sum: GradientSum,
-        finish_sum: Mapping[str, Tensor] | None = None,
-        finish_damping: float = 0.0,
+        correction_sum: Mapping[str, Tensor] | None = None,
+        retain_damping: float = 0.0,
     ) -> Directions:
         """Of the rows that `gradient_sum` is over, by the curvature of `memory`."""
         assert memory.curvature is not None
         remaining = max(memory.n_targets - gradient_sum.n_targets, 1)  # of tokens, n_targets is an estimate
         return cls(
-            memory.curvature, gradient_sum.tensors, finish_sum, remaining, gradient_sum.n_targets, finish_damping
+            memory.curvature, gradient_sum.tensors, correction_sum, remaining, gradient_sum.n_targets, retain_damping
         )
 
     def at(self, damping: float) -> Step:
@@ -60,47 +60,47 @@ class Directions:
             self._made = {damping: self._solve(self.forget_sum, damping)}
         return self._made[damping]
 
-    def parts(self, length: float, damping: float, finish_weight: float) -> Iterator[Step]:
+    def parts(self, scale: float, damping: float, retain_weight: float) -> Iterator[Step]:
         """Δ = (C+λ)⁻¹(k·Σ_f − c·Σ_D)/n_r, a layer at a time.
 
         k·Σ_f − c·Σ_D is (k − c)·Σ_f − c·Σ_r, forgetting and finishing on the retained rows; the latter with λ of at least
-        `finish_damping`.
+        `retain_damping`.
         """
         forget = self.at(damping)
-        apart = self.finish_damping > damping
+        apart = self.retain_damping > damping
         for block in self.curvature.blocks.values():
             names = [name for name in block.shapes if name in forget]
-            if self.finish_sum is None or finish_weight == 0.0:
-                yield finish_forgetting_step({name: forget[name] for name in names}, None, length, 0.0)
+            if self.correction_sum is None or retain_weight == 0.0:
+                yield corrected_step({name: forget[name] for name in names}, None, scale, 0.0)
                 continue
-            sums = {name: self.finish_sum[name] for name in names}
+            sums = {name: self.correction_sum[name] for name in names}
             if apart:
                 sums = {
                     name: total - self.forget_sum[name].to(device=total.device, dtype=total.dtype)
                     for name, total in sums.items()
                 }
-            part = self._solve(sums, max(damping, self.finish_damping))
+            part = self._solve(sums, max(damping, self.retain_damping))
             for name, change in part.items():  # in its place
-                own = length - finish_weight if apart else length
-                change.mul_(-finish_weight).add_(forget[name].to(change.device), alpha=own)
+                own = scale - retain_weight if apart else scale
+                change.mul_(-retain_weight).add_(forget[name].to(change.device), alpha=own)
             yield part
 
-    def step(self, length: float, damping: float, finish_weight: float) -> Step:
+    def step(self, scale: float, damping: float, retain_weight: float) -> Step:
         """The same at once."""
-        whole = {name: change for part in self.parts(length, damping, finish_weight) for name, change in part.items()}
+        whole = {name: change for part in self.parts(scale, damping, retain_weight) for name, change in part.items()}
         return {name: whole[name] for name in self.forget_sum}
 
-    def norm(self, length: float, damping: float, finish_weight: float) -> float:
+    def norm(self, scale: float, damping: float, retain_weight: float) -> float:
         """‖Δ‖."""
-        return math.hypot(*(step_norm(part) for part in self.parts(length, damping, finish_weight)))
+        return math.hypot(*(step_norm(part) for part in self.parts(scale, damping, retain_weight)))
 
-    def apply(self, model: nn.Module, length: float, damping: float, finish_weight: float) -> float:
+    def apply(self, model: nn.Module, scale: float, damping: float, retain_weight: float) -> float:
         """θ ← θ + Δ; returns ‖Δ‖."""
-        lengths = [0.0]
-        for part in self.parts(length, damping, finish_weight):
+        norms = [0.0]
+        for part in self.parts(scale, damping, retain_weight):
             apply_step(model, part)
-            lengths.append(step_norm(part))
-        return math.hypot(*lengths)
+            norms.append(step_norm(part))
+        return math.hypot(*norms)
 
     def slope(self, damping: float) -> float:
         """Σ_f·(C+λ)⁻¹Σ_f/n_r: what a unit of k adds to the summed loss of the forget rows, to first order."""

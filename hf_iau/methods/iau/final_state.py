@@ -8,32 +8,34 @@ from dataclasses import dataclass
 from torch import nn
 
 from hf_iau.data import RowPredictions, predict_rows
-from hf_iau.methods.iau.initial_state import Outset
-from hf_iau.methods.iau.reference import Basis
+from hf_iau.methods.iau.initial_state import InitialState
+from hf_iau.methods.iau.reference import CalibrationReference
 from hf_iau.methods.iau.step_search import standard_error_of_auc
 from hf_iau.methods.iau.trial import auc_distance
 
 
 @dataclass(frozen=True)
-class Aftermath:
+class FinalState:
     """What was made of calibration's rows at the weights that the request ends with, where that was looked at."""
 
     forget: RowPredictions | None = None
     retained: RowPredictions | None = None
     held_out: RowPredictions | None = None
 
-    def retained_accuracy_lost(self, model: nn.Module, outset: Outset) -> float | None:
+    def retained_accuracy_lost(self, model: nn.Module, initial: InitialState) -> float | None:
         """Accuracy on retained rows, before minus after; None where that is not known, or the task has no accuracy.
 
         Args:
             model: at the moved weights.
             outset: the rows, and what was made of them before.
         """
-        if outset.retained_rows is None:
+        if initial.retained_rows is None:
             return None
-        return accuracy_lost(outset.retained, self.retained or predict_rows(model, outset.retained_rows))
+        return accuracy_lost(initial.retained, self.retained or predict_rows(model, initial.retained_rows))
 
-    def beside_held_out(self, model: nn.Module, outset: Outset, basis: Basis) -> tuple[float | None, LossAttack | None]:
+    def beside_held_out(
+        self, model: nn.Module, initial: InitialState, reference: CalibrationReference
+    ) -> tuple[float | None, LossAttack | None]:
         """Accuracy on the forget rows minus that on held-out rows, and the loss attack that tells the two apart.
 
         Each is None where the forget rows are not like any others, or the task or the rows do not allow it.
@@ -43,11 +45,11 @@ class Aftermath:
             outset: the rows, and what was made of them before.
             basis: whether the forget rows are like any others.
         """
-        if not basis.like_any_others or outset.held_out_rows is None:
+        if not reference.like_any_others or initial.held_out_rows is None:
             return None, None
-        forget = self.forget or predict_rows(model, outset.forget_rows)
-        held_out = self.held_out or predict_rows(model, outset.held_out_rows)
-        return accuracy_lost(forget, held_out), LossAttack.of(forget, held_out, outset, basis)
+        forget = self.forget or predict_rows(model, initial.forget_rows)
+        held_out = self.held_out or predict_rows(model, initial.held_out_rows)
+        return accuracy_lost(forget, held_out), LossAttack.of(forget, held_out, initial, reference)
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,16 @@ class LossAttack:
     standard_error: float
 
     @classmethod
-    def of(cls, forget: RowPredictions, held_out: RowPredictions, outset: Outset, basis: Basis) -> LossAttack | None:
+    def of(
+        cls, forget: RowPredictions, held_out: RowPredictions, initial: InitialState, reference: CalibrationReference
+    ) -> LossAttack | None:
         """From what is made of the rows at the end and at the outset; None with fewer than 2 rows of a loss on a side."""
         sizes = [int((rows.targets > 0).sum()) for rows in (forget, held_out)]
         if min(sizes) < 2:
             return None
-        luck = 0.0 if basis.advantage is None else auc_distance(outset.forget, outset.held_out) - basis.advantage
+        luck = (
+            0.0 if reference.advantage is None else auc_distance(initial.forget, initial.held_out) - reference.advantage
+        )
         return cls(0.5 + auc_distance(forget, held_out), 0.5 + luck, standard_error_of_auc(*sizes))
 
 

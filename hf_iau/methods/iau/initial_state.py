@@ -16,7 +16,7 @@ from hf_iau.methods.iau.trial import TrialRunner
 _RETAINED_ROWS = 2000
 
 
-class Outset:
+class InitialState:
     """The rows that calibration looks at, and what the model makes of them at the old weights; each looked at once.
 
     Args:
@@ -70,7 +70,7 @@ class Outset:
         assert self.held_out_rows is not None
         return self._look(self.held_out_rows)
 
-    def runner(
+    def trial_runner(
         self,
         directions: Directions,
         target: RowSource | None,

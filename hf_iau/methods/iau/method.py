@@ -8,17 +8,17 @@ from typing import ClassVar
 from hf_iau.errors import MissingMemoryError
 from hf_iau.methods.base import register_method
 from hf_iau.methods.context import ForgetContext, MethodOutcome
-from hf_iau.methods.gradients import finish_sum, has_finish_sum, objective_sum
+from hf_iau.methods.gradients import correction_sum, has_correction_sum, objective_sum
 from hf_iau.methods.iau.config import IAUConfig
 from hf_iau.methods.iau.curvature_renewal import with_near_curvature
 from hf_iau.methods.iau.decision import decide
 from hf_iau.methods.iau.directions import Directions
 from hf_iau.methods.iau.duplicates import find_near_duplicates
-from hf_iau.methods.iau.initial_state import Outset
+from hf_iau.methods.iau.initial_state import InitialState
 from hf_iau.methods.iau.plan import calibrate_on_proxies
-from hf_iau.methods.iau.reference import choose_basis
+from hf_iau.methods.iau.reference import choose_reference
 from hf_iau.methods.iau.requirements import check_calibratable
-from hf_iau.methods.iau.verdict import judge
+from hf_iau.methods.iau.verdict import assess
 from hf_iau.methods.step import weights_norm
 
 
@@ -42,11 +42,11 @@ class IAU:
     def check(self, context: ForgetContext, config: IAUConfig) -> None:
         memory = context.require_memory(self.name)
         memory.require_curvature(self.name)
-        if config.finish_weight and not has_finish_sum(memory):
+        if config.retain_weight and not has_correction_sum(memory):
             raise MissingMemoryError(
-                f"IAUConfig(finish_weight={config.finish_weight}) needs the gradient sum of the training rows, which "
-                "this memory does not hold (or too noisily): gather with GatherConfig(gradient_sum='exact'), or leave "
-                "finish_weight out."
+                f"IAUConfig(retain_weight={config.retain_weight}) needs the gradient sum of the training rows, which "
+                "this memory does not hold (or too noisily): gather with GatherConfig(gradient_sum='full'), or leave "
+                "retain_weight out."
             )
         check_calibratable(context, config, memory)
 
@@ -57,32 +57,34 @@ class IAU:
             memory = with_near_curvature(context, memory, config.renew_curvature)
         curvature = memory.require_curvature(self.name)
         with context.timer.phase("calibration"):
-            outset = Outset(context, config.held_out_rows)
+            initial = InitialState(context, config.held_out_rows)
             duplicates = None
-            if outset.retained_rows is not None:
-                duplicates = find_near_duplicates(context.forget, outset.retained_rows, context.seed)
-            basis = choose_basis(context, config, memory, outset)
+            if initial.retained_rows is not None:
+                duplicates = find_near_duplicates(context.forget, initial.retained_rows, context.seed)
+            reference = choose_reference(context, config, memory, initial)
             found = None
-            if basis.source == "proxies":  # before the request's own sum is made, so that one set of directions is held
-                found = calibrate_on_proxies(context, config, memory, outset, basis)
+            if (
+                reference.source == "proxies"
+            ):  # before the request's own sum is made, so that one set of directions is held
+                found = calibrate_on_proxies(context, config, memory, initial, reference)
         with context.timer.phase("gradient"):
             forget = objective_sum(context, context.forget)
-            directions = Directions.of(memory, forget, finish_sum(context, memory), config.finish_damping)
+            directions = Directions.of(memory, forget, correction_sum(context, memory), config.retain_damping)
         with context.timer.phase("calibration"):
-            decision = decide(context, config, memory, directions, outset, basis, found)
+            decision = decide(context, config, memory, directions, initial, reference, found)
         with context.timer.phase("update"):
             length = decision.apply(context, config, directions)
             del directions
         with context.timer.phase("calibration"):
-            lost = decision.after.retained_accuracy_lost(context.model, outset)
-            lead, attack = decision.after.beside_held_out(context.model, outset, decision.basis)
+            lost = decision.after.retained_accuracy_lost(context.model, initial)
+            lead, attack = decision.after.beside_held_out(context.model, initial, decision.reference)
         calibration, coverage = decision.calibration, curvature.coverage()
-        verdict, reasons = judge(
+        verdict, reasons = assess(
             calibration=calibration,
             relative_step=length / max(weights_norm(context.model, list(memory.parameters)), 1e-300),
             share_forgotten=(memory.forgotten_rows + len(context.forget)) / (memory.forgotten_rows + memory.n_rows),
             kronecker_share=coverage.get("kronecker", 0) / max(sum(coverage.values()), 1),
-            whole_class=decision.basis.whole_class,
+            whole_class=decision.reference.whole_class,
             retained_accuracy_lost=lost or 0.0,
             accuracy_lead=lead,
             attack=attack,
@@ -108,7 +110,7 @@ class IAU:
             },
             calibrated=calibration.source != "uncalibrated",
             verdict=verdict,
-            warnings=[*decision.basis.warnings, *(duplicates.warnings if duplicates is not None else ())],
+            warnings=[*decision.reference.warnings, *(duplicates.warnings if duplicates is not None else ())],
             calibration=decision.to_remember(config, memory),
             memory=memory,
         )

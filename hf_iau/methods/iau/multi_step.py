@@ -42,9 +42,9 @@ from hf_iau.data.predictions import stacked
 from hf_iau.data.rows import sample_positions
 from hf_iau.data.targets import Targets, TaskKind
 from hf_iau.data.working import kept_copy, memory_device
-from hf_iau.distributed import gather_arrays, is_main_process, is_sharded, local_part, sum_over_processes, together
+from hf_iau.distributed import all_gather_arrays, all_reduce_, is_main_process, is_sharded, sync_errors, to_local
 from hf_iau.methods.iau.step_search import MAX_DRIFT
-from hf_iau.methods.iau.targets import Shortfall
+from hf_iau.methods.iau.targets import ForgetTargets
 from hf_iau.methods.step import Step, step_norm, weights_norm
 from hf_iau.utils.vectors import GradientAccumulator, kept_dtype, pieces
 
@@ -78,7 +78,7 @@ _NEAR = 1.5
 
 
 @dataclass
-class Walk:
+class MultiStep:
     """A path and the point on it that was chosen.
 
     Attributes:
@@ -106,13 +106,13 @@ class Walk:
     known: RowPredictions | None = None
 
 
-def walk(
+def run_multi_step(
     model: nn.Module,
     curvature: Curvature,
     forget: RowSource,
     retained: RowSource,
     held_out: RowSource,
-    shortfall: Shortfall,
+    forget_targets: ForgetTargets,
     *,
     names: Sequence[str],
     looked_at: RowSource | None = None,
@@ -122,7 +122,7 @@ def walk(
     max_relative_step: float,
     progress: bool = False,
     weights: Mapping[str, Tensor] | None = None,
-) -> Walk:
+) -> MultiStep:
     """Walk from the model's weights until the forget rows are known as held-out rows are; the weights are put back.
 
     Args:
@@ -151,7 +151,7 @@ def walk(
     losses_at_start = (before[0] if before else predict_rows(model, looked_at)).target_losses
     at_start = (before[1].select(chosen) if before else predict_rows(model, watched)).mean_loss
     anchors = _Anchors(model, retained)
-    best = Walk(dict(moved), damping, 0, False, shortfall.remaining(losses_at_start), at_start, 0.0)
+    best = MultiStep(dict(moved), damping, 0, False, forget_targets.remaining(losses_at_start), at_start, 0.0)
     losses: np.ndarray | None = losses_at_start
     curve: list[dict[str, Any]] = []
     stride, last, length, left, expected = _STRIDE, at_start, 0.0, best.remaining, best.remaining
@@ -160,7 +160,7 @@ def walk(
     def arrive(losses: np.ndarray, seen: RowPredictions | None) -> bool:
         """Note what the last step brought; whether it was the last one."""
         nonlocal best, left, expected
-        remaining = shortfall.remaining(losses)
+        remaining = forget_targets.remaining(losses)
         left, expected = remaining, 2.0 * remaining - left
         relative = step_norm(moved) / norm
         curve.append(
@@ -174,19 +174,19 @@ def walk(
         )
         arrived = remaining <= ARRIVED
         if arrived or (remaining < best.remaining and last <= at_start + DEAR * abs(at_start)):
-            best = Walk(moved, damping, len(curve), arrived, remaining, last, relative, forget=seen)
+            best = MultiStep(moved, damping, len(curve), arrived, remaining, last, relative, forget=seen)
         return arrived or not last <= at_start + MAX_DRIFT * abs(at_start)
 
     try:
         for number in tqdm(range(MOST_STEPS), desc="walking", disable=not (progress and is_main_process())):
             if push is None:  # a step that was taken back leaves it as it was
                 if losses is None:
-                    gradient, losses = push_gradient(model, pushed, shortfall, names)
+                    gradient, losses = push_gradient(model, pushed, forget_targets, names)
                     if arrive(losses, None):
                         losses = None
                         break
                 else:
-                    gradient = weighted_gradient(model, pushed, shortfall.weights(losses), names)
+                    gradient = weighted_gradient(model, pushed, forget_targets.weights(losses), names)
                 push = curvature.solve(gradient, damping)
                 del gradient
                 length = step_norm(push)
@@ -214,7 +214,7 @@ def walk(
             if not curve or ruined or expected <= _NEAR * ARRIVED or number == MOST_STEPS - 1:
                 # The first step, or perhaps the last. Elsewhere the pass that takes the next gradient looks as well.
                 seen = predict_rows(model, looked_at)
-                brought = 1.0 - shortfall.share_left(seen.target_losses)
+                brought = 1.0 - forget_targets.share_left(seen.target_losses)
                 if not curve and brought > _TOO_MUCH and stride > _SHORTEST_STRIDE:
                     stride = max(stride * _SHARE / brought, _SHORTEST_STRIDE)
                     _place(model, weights, moved)
@@ -236,7 +236,7 @@ def walk(
 
 
 @dataclass(frozen=True)
-class WalkWork:
+class MultiStepWork:
     """What a walk does, counted in rows.
 
     Attributes:
@@ -250,7 +250,7 @@ class WalkWork:
     solves: int
 
     @classmethod
-    def of(cls, steps: int, *, forget: int, held_out: int, known: int, anchors: int) -> WalkWork:
+    def of(cls, steps: int, *, forget: int, held_out: int, known: int, anchors: int) -> MultiStepWork:
         """The work of `steps` steps, and of what is looked at before and after them.
 
         Args:
@@ -375,7 +375,7 @@ def weighted_gradient(
 
 
 def push_gradient(
-    model: nn.Module, source: RowSource, shortfall: Shortfall, names: Sequence[str]
+    model: nn.Module, source: RowSource, forget_targets: ForgetTargets, names: Sequence[str]
 ) -> tuple[dict[str, Tensor], np.ndarray]:
     """Σ_rows s/(1−p)·∇ℓ, s and p by each row's loss at the weights as they are: one pass for both. For tokens the mean
     over a row's tokens, each with an s and p of its own.
@@ -400,7 +400,7 @@ def push_gradient(
             each = targets.losses()
             found = targets.in_rows(each.detach()).cpu().numpy()
             seen.append((positions, found if targets.kind is TaskKind.TOKENS else found[:, 0]))
-            weights = shortfall.weights(seen[-1][1], start + positions)
+            weights = forget_targets.weights(seen[-1][1], start + positions)
             yield (each * _of_targets(targets, weights)).sum(), len(targets)
 
     what = f"the push of the {source.name}"
@@ -408,7 +408,7 @@ def push_gradient(
     own = {}
     if seen:
         own["loss"] = stacked([found for _, found in seen])[np.argsort(np.concatenate([rows for rows, _ in seen]))]
-    return gradient, stacked([arrays["loss"] for arrays, _ in gather_arrays(own, {}, what) if arrays])
+    return gradient, stacked([arrays["loss"] for arrays, _ in all_gather_arrays(own, {}, what) if arrays])
 
 
 def _of_targets(targets: Targets, weights: np.ndarray) -> Tensor:
@@ -435,7 +435,7 @@ def _gradient(
 ) -> tuple[dict[str, Tensor], int]:
     """Σ ∇loss, and the number of targets, in evaluation mode and over all processes."""
     parameters = {name: model.get_parameter(name) for name in names}
-    with together(what):
+    with sync_errors(what):
         counted = 0
         with evaluation_mode(model), torch.enable_grad():
             accumulator = GradientAccumulator(parameters, memory_device(None), compensated=not is_sharded(model))
@@ -446,7 +446,7 @@ def _gradient(
             sums = accumulator.finish()
         count = torch.tensor([counted], dtype=torch.float64, device=next(iter(sums.values())).device)
         # FSDP2 has summed what it shards.
-        sum_over_processes([*(total for total in sums.values() if not isinstance(total, DTensor)), count], what)
+        all_reduce_([*(total for total in sums.values() if not isinstance(total, DTensor)), count], what)
     return sums, round(float(count))
 
 
@@ -465,9 +465,9 @@ def _lengthen(further: Step, moved: Step, least: float) -> None:
 def _place(model: nn.Module, weights: Mapping[str, Tensor], moved: Step | None) -> None:
     with torch.no_grad():
         for name, value in weights.items():
-            parameter, before = local_part(model.get_parameter(name)), local_part(value)
+            parameter, before = to_local(model.get_parameter(name)), to_local(value)
             if moved is None:
                 parameter.copy_(before)
                 continue
-            for part, old, change in pieces(parameter, before, local_part(moved[name]).to(before.device)):
+            for part, old, change in pieces(parameter, before, to_local(moved[name]).to(before.device)):
                 part.copy_(old.double() + change)

@@ -14,10 +14,10 @@ from hf_iau.methods.context import ForgetContext
 from hf_iau.methods.gradients import objective_sum
 from hf_iau.methods.iau.config import ENOUGH_FORGET_ROWS, FEWEST_HELD_OUT_ROWS, IAUConfig
 from hf_iau.methods.iau.directions import Directions
-from hf_iau.methods.iau.initial_state import Outset
-from hf_iau.methods.iau.reference import Basis
+from hf_iau.methods.iau.initial_state import InitialState
+from hf_iau.methods.iau.reference import CalibrationReference
 from hf_iau.methods.iau.remembered import remembered_calibration
-from hf_iau.methods.iau.step_search import Calibration, calibrate, conservative_calibration, find_length
+from hf_iau.methods.iau.step_search import Calibration, calibrate, conservative_calibration, find_scale
 from hf_iau.methods.iau.trial import Trial, TrialRunner, class_share_distance
 from hf_iau.methods.step import step_norm, weights_norm
 
@@ -36,8 +36,8 @@ def calibrate_on_request(
     config: IAUConfig,
     memory: GradientMemory,
     directions: Directions,
-    outset: Outset,
-    basis: Basis,
+    initial: InitialState,
+    reference: CalibrationReference,
 ) -> Calibration:
     """k and λ by anything but proxies.
 
@@ -49,24 +49,28 @@ def calibrate_on_request(
         outset: the rows that are looked at.
         basis: what k and λ rest on.
     """
-    if basis.source == "given":
-        assert config.length is not None and config.damping is not None
-        return Calibration(config.length, config.damping, config.finish_weight or 0.0, source="given")
-    if basis.source == "uncalibrated":
+    if reference.source == "given":
+        assert config.scale is not None and config.damping is not None
+        return Calibration(config.scale, config.damping, config.retain_weight or 0.0, source="given")
+    if reference.source == "uncalibrated":
         return _uncalibrated(context, config, directions)
-    if basis.source == "class share":
-        return _calibrate_on_class_share(context, config, directions, outset, basis)
-    if basis.source == "remembered":  # of k and λ; whether they serve these rows is looked at all the same
+    if reference.source == "class share":
+        return _calibrate_on_class_share(context, config, directions, initial, reference)
+    if reference.source == "remembered":  # of k and λ; whether they serve these rows is looked at all the same
         remembered = remembered_calibration(config, memory)
         assert remembered is not None
         return remembered
-    runner = outset.runner(directions, outset.forget_rows)
-    start = runner.outset(outset.forget, outset.held_out, basis.advantage)
+    runner = initial.trial_runner(directions, initial.forget_rows)
+    start = runner.baseline_trial(initial.forget, initial.held_out, reference.advantage)
     return _search(runner, "forget rows", config, start)
 
 
 def calibrate_on_proxies(
-    context: ForgetContext, config: IAUConfig, memory: GradientMemory, outset: Outset, basis: Basis
+    context: ForgetContext,
+    config: IAUConfig,
+    memory: GradientMemory,
+    initial: InitialState,
+    reference: CalibrationReference,
 ) -> Calibration:
     """k and λ that make random training rows look held-out; the later draws find k alone, at the same λ.
 
@@ -74,12 +78,12 @@ def calibrate_on_proxies(
         CalibrationError: no retained training rows are at hand.
     """
     calibration: Calibration | None = None
-    assert outset.held_out_rows is not None
+    assert initial.held_out_rows is not None
     most = max(1, (memory.n_rows - len(context.forget)) // _PROXY_SHARE)
     looked_at = max(_HELD_OUT_ROWS_A_PROXY * min(max(config.proxy_rows), most), FEWEST_HELD_OUT_ROWS)
-    chosen = sample_positions(len(outset.held_out_rows), looked_at, context.seed)
-    whole = len(chosen) == len(outset.held_out_rows)
-    held_out = outset.held_out_rows if whole else outset.held_out_rows.select(chosen).keep_batches()
+    chosen = sample_positions(len(initial.held_out_rows), looked_at, context.seed)
+    whole = len(chosen) == len(initial.held_out_rows)
+    held_out = initial.held_out_rows if whole else initial.held_out_rows.select(chosen).keep_batches()
     for draw, size in enumerate(config.proxy_rows):
         share = min(size, most)
         proxies = context.retained_sample(share, context.seed + 1000 + draw, "proxy rows")
@@ -89,49 +93,55 @@ def calibrate_on_proxies(
         directions = Directions.of(memory, objective_sum(context, proxies))
         runner = TrialRunner(context.model, directions, target, held_out, weights=context.weights)
         del directions
-        start = runner.outset(predict_rows(context.model, target), outset.held_out.select(chosen), basis.advantage)
+        start = runner.baseline_trial(
+            predict_rows(context.model, target), initial.held_out.select(chosen), reference.advantage
+        )
         if calibration is None:
             calibration = _search(runner, "proxies", config, start)
             del runner  # its directions are freed before the next draw's are made
             continue
-        if config.length is not None:
+        if config.scale is not None:
             break
-        _, reached, length = find_length(
+        _, reached, scale = find_scale(
             runner,
             calibration.damping,
-            calibration.finish_weight,
+            calibration.retain_weight,
             start=start,
             tolerance=calibration.tolerance or 0.005,
             max_relative_step=config.max_relative_step,
-            guess=calibration.length,
+            guess=calibration.scale,
             trials=3,
         )
         if reached:
-            calibration.lengths.append(length)
+            calibration.scales.append(scale)
             calibration.draws.append(len(proxies))
         calibration.curve += [t.to_dict() for t in runner.trials]
         del runner
     if calibration is None:
         raise CalibrationError(
             "There are no retained training rows to use as proxies. Give the trainer its train_dataset, or set "
-            "IAUConfig(length=…, damping=…)."
+            "IAUConfig(scale=…, damping=…)."
         )
     weights = np.asarray(calibration.draws, dtype=float)
-    logs = np.log(np.maximum(calibration.lengths, 1e-12))
-    calibration.length = float(np.exp(np.average(logs, weights=weights)))
+    logs = np.log(np.maximum(calibration.scales, 1e-12))
+    calibration.scale = float(np.exp(np.average(logs, weights=weights)))
     return calibration
 
 
 def _calibrate_on_class_share(
-    context: ForgetContext, config: IAUConfig, directions: Directions, outset: Outset, basis: Basis
+    context: ForgetContext,
+    config: IAUConfig,
+    directions: Directions,
+    initial: InitialState,
+    reference: CalibrationReference,
 ) -> Calibration:
     """A whole class goes: its share on its own held-out rows falls to its rate on the others."""
-    assert basis.whole_class is not None
-    own = outset.held_out.label == basis.whole_class
+    assert reference.whole_class is not None
+    own = initial.held_out.label == reference.whole_class
     if min(int(own.sum()), int((~own).sum())) < _FEWEST_ROWS_A_CLASS:
         return _uncalibrated(context, config, directions)
-    runner = outset.runner(directions, None, criterion=class_share_distance(basis.whole_class), kept=~own)
-    start = runner.outset(None, outset.held_out)
+    runner = initial.trial_runner(directions, None, criterion=class_share_distance(reference.whole_class), kept=~own)
+    start = runner.baseline_trial(None, initial.held_out)
     return _search(runner, "class share", config, start, tolerance=_CLASS_TOLERANCE)
 
 
@@ -144,7 +154,7 @@ def _search(
         damping=config.damping,
         damping_range=(config.damping_range[0], config.damping_range[1]),
         max_relative_step=config.max_relative_step,
-        length=config.length,
+        scale=config.scale,
         tolerance=tolerance,
         start=start,
     )
@@ -159,6 +169,6 @@ def _uncalibrated(context: ForgetContext, config: IAUConfig, directions: Directi
     found = conservative_calibration(longest, damping)
     return replace(
         found,
-        length=found.length if config.length is None else config.length,
-        finish_weight=config.finish_weight or 0.0,
+        scale=found.scale if config.scale is None else config.scale,
+        retain_weight=config.retain_weight or 0.0,
     )

@@ -11,13 +11,13 @@ from hf_iau.memory.memory import GradientMemory
 from hf_iau.methods.context import ForgetContext
 from hf_iau.methods.iau.config import ENOUGH_FORGET_ROWS, FEWEST_COMPARED_ROWS, IAUConfig
 from hf_iau.methods.iau.exchangeability import ShiftTest, shift_test
-from hf_iau.methods.iau.initial_state import Outset
+from hf_iau.methods.iau.initial_state import InitialState
 from hf_iau.methods.iau.remembered import remembered_calibration
 from hf_iau.methods.iau.trial import auc_distance
 
 
 @dataclass
-class Basis:
+class CalibrationReference:
     """What calibration of a request rests on.
 
     Attributes:
@@ -53,45 +53,47 @@ class Basis:
         }
 
 
-def choose_basis(context: ForgetContext, config: IAUConfig, memory: GradientMemory, outset: Outset) -> Basis:
+def choose_reference(
+    context: ForgetContext, config: IAUConfig, memory: GradientMemory, initial: InitialState
+) -> CalibrationReference:
     """What k and λ of this request are to rest on."""
     if config.is_given:
-        return Basis("given")
-    if outset.held_out_rows is None:
+        return CalibrationReference("given")
+    if initial.held_out_rows is None:
         warning = (
             "There are no held-out rows, so the step was not calibrated: a short, norm-bounded one was taken. Pass "
             "held_out_dataset= (or eval_dataset=) to calibrate."
         )
-        return Basis("uncalibrated", warnings=[warning])
-    label = find_whole_class(context, memory, outset)
+        return CalibrationReference("uncalibrated", warnings=[warning])
+    label = find_whole_class(context, memory, initial)
     if label is not None:
         warning = (
             f"Every row of class {label} is to be forgotten. One step cannot remove a class as retraining would: retrain "
             "if you can."
         )
-        return Basis("class share", whole_class=label, warnings=[warning])
-    basis = Basis("proxies")
-    if outset.retained_rows is not None and len(outset.retained_rows) >= ENOUGH_FORGET_ROWS:
-        basis.advantage = auc_distance(outset.retained, outset.held_out)
+        return CalibrationReference("class share", whole_class=label, warnings=[warning])
+    reference = CalibrationReference("proxies")
+    if initial.retained_rows is not None and len(initial.retained_rows) >= ENOUGH_FORGET_ROWS:
+        reference.advantage = auc_distance(initial.retained, initial.held_out)
         if len(context.forget) >= FEWEST_COMPARED_ROWS:
-            basis.shift = shift_test(outset.forget, outset.retained)
+            reference.shift = shift_test(initial.forget, initial.retained)
     if remembered_calibration(config, memory) is not None:
-        basis.source = "remembered"
-        return basis
-    own = len(context.forget) >= ENOUGH_FORGET_ROWS and basis.like_any_others
+        reference.source = "remembered"
+        return reference
+    own = len(context.forget) >= ENOUGH_FORGET_ROWS and reference.like_any_others
     no_proxies = context.train is None and context.retain is None
     if config.calibrate_on == "forget-rows" or (config.calibrate_on == "auto" and own) or no_proxies:
-        basis.source = "forget rows"
+        reference.source = "forget rows"
         if no_proxies and config.calibrate_on != "forget-rows" and not own:
-            basis.advantage = None
-            basis.warnings.append(
+            reference.advantage = None
+            reference.warnings.append(
                 "The trainer has no train_dataset to draw proxy rows from, so the forget rows themselves set the "
                 "target; that is unreliable for few or unusual rows."
             )
-    return basis
+    return reference
 
 
-def find_whole_class(context: ForgetContext, memory: GradientMemory, outset: Outset) -> int | None:
+def find_whole_class(context: ForgetContext, memory: GradientMemory, initial: InitialState) -> int | None:
     """The class whose every remaining training row is in the request, if there is just one class in it.
 
     Known from the memory's counts of labels, or, where a data set has none, from a large sample of retained rows
@@ -103,14 +105,14 @@ def find_whole_class(context: ForgetContext, memory: GradientMemory, outset: Out
         (label, count), *_ = context.label_counts.items()
         return int(label) if memory.label_counts.get(label) == count else None
     if (
-        outset.retained_rows is None
-        or len(outset.retained_rows) < ENOUGH_FORGET_ROWS
+        initial.retained_rows is None
+        or len(initial.retained_rows) < ENOUGH_FORGET_ROWS
         or len(context.forget) < FEWEST_COMPARED_ROWS
     ):
         return None
-    asked = outset.every_forget_row().label
+    asked = initial.every_forget_row().label
     labels = set(asked[np.isfinite(asked)].tolist())
     if len(labels) != 1:
         return None
-    left = outset.retained.label
+    left = initial.retained.label
     return None if labels & set(left[np.isfinite(left)].tolist()) else int(labels.pop())

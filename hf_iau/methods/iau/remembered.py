@@ -11,7 +11,7 @@ from hf_iau.methods.iau.config import IAUConfig
 from hf_iau.methods.iau.step_search import Calibration
 
 if TYPE_CHECKING:
-    from hf_iau.methods.iau.reference import Basis
+    from hf_iau.methods.iau.reference import CalibrationReference
 
 # Memories may be moved this far, relative to the weights, before an earlier calibration is not trusted any more.
 _RANGE = 0.05
@@ -49,10 +49,10 @@ def is_dear(calibration: Calibration) -> bool:
 
 
 def calibration_to_remember(
-    calibration: Calibration, config: IAUConfig, memory: GradientMemory, basis: Basis
+    calibration: Calibration, config: IAUConfig, memory: GradientMemory, reference: CalibrationReference
 ) -> dict[str, Any] | None:
     """What holds for other requests too: found freely, and on rows like any others; else what the memory knew before."""
-    usual = calibration.source == "proxies" or (calibration.source == "forget rows" and basis.like_any_others)
+    usual = calibration.source == "proxies" or (calibration.source == "forget rows" and reference.like_any_others)
     if config.is_free and usual and calibration.reached:
         return {**calibration.to_dict(), "relative_path": memory.relative_path}
     return memory.calibration
@@ -60,9 +60,9 @@ def calibration_to_remember(
 
 def _check(known: Mapping[str, Any]) -> None:
     """Raise `MemoryFileError` unless an earlier answer is one."""
-    numbers: list[Any] = [known.get(name) for name in ("length", "damping", "finish_weight")]
-    lengths = known.get("lengths", [])
-    numbers += [known.get("relative_path", 0.0), *(lengths if isinstance(lengths, list) else [None])]
+    numbers: list[Any] = [known.get(name) for name in ("scale", "damping", "retain_weight")]
+    scales = known.get("scales", [])
+    numbers += [known.get("relative_path", 0.0), *(scales if isinstance(scales, list) else [None])]
     if not all(type(value) in (int, float) and abs(value) < 1e300 for value in numbers):
         raise MemoryFileError(
             f"The memory's calibration is malformed ({dict(known)!r}): it is corrupt. Pass IAUConfig(recalibrate=True)."

@@ -27,7 +27,7 @@ def check_calibratable(context: ForgetContext, config: IAUConfig, memory: Gradie
     if len(context.held_out) < FEWEST_HELD_OUT_ROWS:
         raise CalibrationError(
             f"held_out_dataset has {len(context.held_out)} rows, too few to calibrate with: give at least "
-            f"{FEWEST_HELD_OUT_ROWS} rows that were never trained on (2,000 are better), or set IAUConfig(length=…, "
+            f"{FEWEST_HELD_OUT_ROWS} rows that were never trained on (2,000 are better), or set IAUConfig(scale=…, "
             "damping=…) yourself."
         )
     if (
@@ -38,7 +38,7 @@ def check_calibratable(context: ForgetContext, config: IAUConfig, memory: Gradie
     ):
         raise CalibrationError(
             "A single forget row cannot set the target of calibration, and the trainer has no other training rows to "
-            "try steps on: give it its train_dataset, pass retain_dataset=, or set IAUConfig(length=…, damping=…)."
+            "try steps on: give it its train_dataset, pass retain_dataset=, or set IAUConfig(scale=…, damping=…)."
         )
     _refuse_overlap(context)
 

@@ -16,7 +16,7 @@ from typing import Any
 from hf_iau.methods.iau.trial import Trial, TrialRunner
 
 # Trials of one search for k: a guess from the first-order response, then interpolation.
-_TRIALS_PER_LENGTH = 5
+_TRIALS_PER_SCALE = 5
 _TRIALS_AFTER_A_GUESS = 3
 MOST_HALVINGS = 4
 # A length that was too short is raised at least so much, or the search would creep.
@@ -30,23 +30,23 @@ class Calibration:
     """The values found, and what they rest on.
 
     Attributes:
-        length, damping, finish_weight: k, λ (relative) and c.
-        source: "forget rows", "proxies", "class share", "remembered", "given", "uncalibrated" or "walk" (many short
-            steps were taken instead of one; `length` and `finish_weight` are those of the one step not taken).
+        scale, damping, retain_weight: k, λ (relative) and c.
+        source: "forget rows", "proxies", "class share", "remembered", "given", "uncalibrated" or "multi-step" (many short
+            steps were taken instead of one; `scale` and `retain_weight` are those of the one step not taken).
         reached: whether the criterion was brought within its tolerance.
         criterion: its value at the trial next to the k chosen; `tolerance` and `standard_error` beside it.
         held_out_loss_before, held_out_loss: mean loss of the held-out rows without and with the step.
-        lengths: k of every draw (their spread is the uncertainty of `length`).
+        scales: k of every draw (their spread is the uncertainty of `scale`).
         curve: every trial that looked for k and λ, for the report.
         draws: rows of each proxy draw.
         relative_step: ‖Δ‖/‖θ‖ of the request's step.
         halvings: how often that step was halved to spare the held-out or the retained rows.
-        finish_curve: every trial of the request's own step, in which c was chosen; every step of a walk.
+        step_curve: every trial of the request's own step, in which c was chosen; every step of a walk.
     """
 
-    length: float
+    scale: float
     damping: float
-    finish_weight: float
+    retain_weight: float
     source: str
     reached: bool = True
     criterion: float | None = None
@@ -54,12 +54,12 @@ class Calibration:
     standard_error: float | None = None
     held_out_loss_before: float | None = None
     held_out_loss: float | None = None
-    lengths: list[float] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)
     curve: list[dict[str, float]] = field(default_factory=list)
     draws: list[int] = field(default_factory=list)
     relative_step: float | None = None
     halvings: int = 0
-    finish_curve: list[dict[str, float]] = field(default_factory=list)
+    step_curve: list[dict[str, float]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -68,7 +68,7 @@ class Calibration:
     @property
     def relative_spread(self) -> float:
         """Largest over smallest k of the draws, minus one; 0 for a single draw."""
-        return max(self.lengths) / min(self.lengths) - 1.0 if len(self.lengths) > 1 and min(self.lengths) > 0 else 0.0
+        return max(self.scales) / min(self.scales) - 1.0 if len(self.scales) > 1 and min(self.scales) > 0 else 0.0
 
 
 def standard_error_of_auc(n_forget: int, n_held_out: int) -> float:
@@ -76,16 +76,16 @@ def standard_error_of_auc(n_forget: int, n_held_out: int) -> float:
     return math.sqrt((n_forget + n_held_out + 1) / (12.0 * n_forget * n_held_out))
 
 
-def find_length(
+def find_scale(
     runner: TrialRunner,
     damping: float,
-    finish_weight: float,
+    retain_weight: float,
     *,
     start: Trial,
     tolerance: float,
     max_relative_step: float,
     guess: float | None = None,
-    trials: int = _TRIALS_PER_LENGTH,
+    trials: int = _TRIALS_PER_SCALE,
 ) -> tuple[Trial, bool, float]:
     """The k at which the criterion vanishes, by bracketing and interpolation.
 
@@ -94,7 +94,7 @@ def find_length(
 
     Args:
         runner: tries steps.
-        damping, finish_weight: λ and c.
+        damping, retain_weight: λ and c.
         start: the trial of k = 0.
         tolerance: how near to 0 the criterion must come.
         max_relative_step: longest ‖Δ‖/‖θ‖ allowed.
@@ -110,31 +110,31 @@ def find_length(
     high: float | None = None
     high_value = 0.0
     tried: list[Trial] = []
-    length = min(guess if guess is not None else _first_guess(runner, damping, start), limit)
+    scale = min(guess if guess is not None else _first_guess(runner, damping, start), limit)
     for _ in range(trials):
-        trial = runner.run(length, damping, finish_weight)
+        trial = runner.run(scale, damping, retain_weight)
         tried.append(trial)
         spared = trial.held_out_loss <= ruin
         if spared and abs(trial.criterion) <= tolerance:
             return trial, True, min(_root(start.criterion, tried), limit)
         if spared and trial.criterion > 0:
-            if length >= limit:
+            if scale >= limit:
                 break
-            low, low_value = length, trial.criterion
+            low, low_value = scale, trial.criterion
         else:
-            high, high_value = length, min(trial.criterion, -start.criterion if not spared else 0.0)
+            high, high_value = scale, min(trial.criterion, -start.criterion if not spared else 0.0)
         if high is None:
-            length = min(length * min(max(_power(start.criterion, tried), _LEAST_FACTOR), 4.0), limit)
+            scale = min(scale * min(max(_power(start.criterion, tried), _LEAST_FACTOR), 4.0), limit)
         else:
             gap = low_value - high_value  # not positive where the rows look no better known than held-out ones at k = 0
             share = min(max(low_value / gap, 0.1), 0.9) if gap > 0 else 0.1
             if low > 0.0:
-                length = math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
+                scale = math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
             else:
-                length = share * high
+                scale = share * high
     sparing = [trial for trial in tried if trial.held_out_loss <= ruin]
-    best = min(sparing, key=lambda trial: abs(trial.criterion)) if sparing else min(tried, key=lambda t: t.length)
-    return best, False, best.length
+    best = min(sparing, key=lambda trial: abs(trial.criterion)) if sparing else min(tried, key=lambda t: t.scale)
+    return best, False, best.scale
 
 
 def _power(distance: float, tried: list[Trial]) -> float:
@@ -151,7 +151,7 @@ def _power(distance: float, tried: list[Trial]) -> float:
         return math.inf if distance > 0.0 else 0.0  # nothing was brought; or there is nothing to be brought
     exponent = 1.0
     if len(brought) == 2 and brought[0] > 0.0:
-        first, last = sorted(zip((trial.length for trial in tried[-2:]), brought, strict=True))
+        first, last = sorted(zip((trial.scale for trial in tried[-2:]), brought, strict=True))
         if first[0] < last[0] and first[1] < last[1]:
             exponent = math.log(last[1] / first[1]) / math.log(last[0] / first[0])
     return (distance / brought[-1]) ** (1.0 / max(exponent, 0.25))
@@ -164,14 +164,14 @@ def _root(distance: float, tried: list[Trial]) -> float:
     """
     last = tried[-1]
     others = [t for t in tried[:-1] if t.criterion * last.criterion < 0.0 and math.isfinite(t.held_out_loss)]
-    if others and last.length > 0.0:
+    if others and last.scale > 0.0:
         other = min(others, key=lambda trial: abs(trial.criterion))
         share = last.criterion / (last.criterion - other.criterion)
-        factor = (other.length / last.length) ** share if other.length > 0.0 else 1.0
+        factor = (other.scale / last.scale) ** share if other.scale > 0.0 else 1.0
     else:
         factor = _power(distance, tried)
         factor = factor if 0.0 < factor < math.inf else 1.0
-    return last.length * min(max(factor, 0.8), 1.25)
+    return last.scale * min(max(factor, 0.8), 1.25)
 
 
 def _first_guess(runner: TrialRunner, damping: float, start: Trial) -> float:
@@ -193,7 +193,7 @@ def calibrate(
     damping: float | None,
     damping_range: tuple[float, float],
     max_relative_step: float,
-    length: float | None = None,
+    scale: float | None = None,
     tolerance: float | None = None,
     start: Trial,
 ) -> Calibration:
@@ -208,7 +208,7 @@ def calibrate(
         damping: keep λ at this value.
         damping_range: smallest and largest λ to be tried, relative to each layer's mean eigenvalue.
         max_relative_step: longest ‖Δ‖/‖θ‖ allowed.
-        length: keep k at this value and choose λ only.
+        scale: keep k at this value and choose λ only.
         tolerance: of the criterion; default: a quarter of its standard error, at least 0.005.
         start: the trial of no step at all.
     """
@@ -216,13 +216,13 @@ def calibrate(
     tolerance = tolerance if tolerance is not None else max(0.005, 0.25 * error)
 
     def at(value: float, neighbour: _Candidate | None) -> _Candidate:
-        if length is not None:
-            return _Candidate(runner.run(length, value), True, length)
+        if scale is not None:
+            return _Candidate(runner.run(scale, value), True, scale)
         guess = None
-        if neighbour is not None and neighbour.trial.length > 0 and neighbour.slope > 0:
+        if neighbour is not None and neighbour.trial.scale > 0 and neighbour.slope > 0:
             slope = runner.directions.slope(value)
-            guess = neighbour.length * neighbour.slope / slope if slope > 0 else None
-        found = find_length(
+            guess = neighbour.scale * neighbour.slope / slope if slope > 0 else None
+        found = find_scale(
             runner,
             value,
             0.0,
@@ -230,22 +230,22 @@ def calibrate(
             tolerance=tolerance,
             max_relative_step=max_relative_step,
             guess=guess,
-            trials=_TRIALS_PER_LENGTH if guess is None else _TRIALS_AFTER_A_GUESS,
+            trials=_TRIALS_PER_SCALE if guess is None else _TRIALS_AFTER_A_GUESS,
         )
         return _Candidate(*found, slope=runner.directions.slope(value))
 
     best = at(damping, None) if damping is not None else _downhill(at, damping_range)
     trial, reached = best.trial, best.reached
     return Calibration(
-        length=best.length,
+        scale=best.scale,
         damping=trial.damping,
-        finish_weight=0.0,
+        retain_weight=0.0,
         source=source,
         reached=reached,
         criterion=trial.criterion,
         tolerance=tolerance,
         standard_error=error,
-        lengths=[best.length],
+        scales=[best.scale],
         curve=[t.to_dict() for t in runner.trials],
         draws=[runner.n_target],
     )
@@ -256,10 +256,10 @@ def finish(
     calibration: Calibration,
     *,
     before: Trial,
-    finish_weights: tuple[float, ...],
+    retain_weights: tuple[float, ...],
     max_relative_step: float,
-    finish_weight: float | None = None,
-    keep_length: bool = False,
+    retain_weight: float | None = None,
+    keep_scale: bool = False,
 ) -> Calibration:
     """Look at the request's own step: choose c for it, and halve it (up to four times) while it ruins the held-out rows.
 
@@ -271,49 +271,49 @@ def finish(
         runner: tries the *request's* steps; its criterion is not looked at.
         calibration: k and λ.
         before: the trial of no step at all.
-        finish_weights: c to be tried beside 0, ascending; empty without a gradient sum.
+        retain_weights: c to be tried beside 0, ascending; empty without a gradient sum.
         max_relative_step: longest ‖Δ‖/‖θ‖ allowed.
-        finish_weight: keep c at this value.
-        keep_length: keep k as well; else it grows by c, so that what is finished on is the retained rows alone.
+        retain_weight: keep c at this value.
+        keep_scale: keep k as well; else it grows by c, so that what is finished on is the retained rows alone.
 
     Returns:
         The calibration with c, the held-out losses and `halvings` filled in.
     """
     first = len(runner.trials)
-    length = min(calibration.length, runner.longest(calibration.damping, max_relative_step))
-    given = finish_weight or 0.0
+    scale = min(calibration.scale, runner.longest(calibration.damping, max_relative_step))
+    given = retain_weight or 0.0
 
-    def run(length: float, weight: float) -> Trial:
+    def run(scale: float, weight: float) -> Trial:
         # Σ_D is of the forget rows too, and c·Σ_D would learn them again: (k + c)·Σ_f − c·Σ_D finishes on the others.
-        return runner.run(length if keep_length else length + weight, calibration.damping, weight)
+        return runner.run(scale if keep_scale else scale + weight, calibration.damping, weight)
 
-    best = run(length, given)
+    best = run(scale, given)
     halvings = 0
     while not best.held_out_loss <= (1.0 + MAX_DRIFT) * before.held_out_loss and halvings < MOST_HALVINGS:
         halvings += 1
-        best = run(length * 0.5**halvings, given)
-    for weight in finish_weights if finish_weight is None else ():
+        best = run(scale * 0.5**halvings, given)
+    for weight in retain_weights if retain_weight is None else ():
         if best.held_out_loss <= before.held_out_loss:
             break
-        tried = run(length * 0.5**halvings, weight)
+        tried = run(scale * 0.5**halvings, weight)
         if not tried.held_out_loss < best.held_out_loss or tried.relative_step > max_relative_step:
             break
         if tried.held_out_loss < before.held_out_loss:
             share = (best.held_out_loss - before.held_out_loss) / (best.held_out_loss - tried.held_out_loss)
-            between = best.finish_weight + share * (weight - best.finish_weight)
-            best = run(length * 0.5**halvings, between)
+            between = best.retain_weight + share * (weight - best.retain_weight)
+            best = run(scale * 0.5**halvings, between)
             break
         best = tried
     return replace(
         calibration,
-        length=best.length,
-        finish_weight=best.finish_weight,
+        scale=best.scale,
+        retain_weight=best.retain_weight,
         held_out_loss_before=before.held_out_loss,
         held_out_loss=best.held_out_loss,
         relative_step=best.relative_step,
         halvings=halvings,
-        reached=calibration.reached and length >= calibration.length * (1 - 1e-6) and halvings == 0,
-        finish_curve=[t.to_dict() for t in (before, *runner.trials[first:])],
+        reached=calibration.reached and scale >= calibration.scale * (1 - 1e-6) and halvings == 0,
+        step_curve=[t.to_dict() for t in (before, *runner.trials[first:])],
     )
 
 
@@ -323,7 +323,7 @@ class _Candidate:
 
     trial: Trial
     reached: bool
-    length: float
+    scale: float
     slope: float = 0.0
 
     def better_than(self, other: _Candidate) -> bool:

@@ -26,7 +26,7 @@ _STANDARD_ERRORS = 2.0
 
 
 @dataclass(frozen=True)
-class Shortfall:
+class ForgetTargets:
     """How far some rows are from being known only as well as held-out rows are.
 
     Attributes:
@@ -46,7 +46,7 @@ class Shortfall:
     softness: float = _SOFTNESS
 
     @classmethod
-    def of(cls, rows: RowPredictions, known: RowPredictions, held_out: RowPredictions) -> Shortfall:
+    def of(cls, rows: RowPredictions, known: RowPredictions, held_out: RowPredictions) -> ForgetTargets:
         """Targets of `rows` by their rank among `known` training rows, all at the same weights."""
         loss, unseen = known.loss[known.targets > 0], held_out.loss[np.isfinite(held_out.loss)]
         ordered = np.sort(loss)

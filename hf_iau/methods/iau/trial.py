@@ -22,16 +22,16 @@ class Trial:
     """What one tried step did.
 
     Attributes:
-        length, damping, finish_weight: k, λ (relative to each layer's mean eigenvalue) and c.
+        scale, damping, retain_weight: k, λ (relative to each layer's mean eigenvalue) and c.
         relative_step: ‖Δ‖ / ‖θ‖.
         criterion: signed distance to the target; positive: forgets too little, negative: too much.
         held_out_loss: mean plain loss of the held-out rows that are to stay as they are.
         target_loss: mean plain loss of the rows that the step forgets.
     """
 
-    length: float
+    scale: float
     damping: float
-    finish_weight: float
+    retain_weight: float
     relative_step: float
     criterion: float
     held_out_loss: float
@@ -100,7 +100,9 @@ class TrialRunner:
         """The k at which ‖Δ‖/‖θ‖ reaches `relative_step` (with c = 0)."""
         return relative_step * self._weights_norm / max(step_norm(self.directions.at(damping)), 1e-300)
 
-    def outset(self, target: RowPredictions | None, held_out: RowPredictions, advantage: float | None = None) -> Trial:
+    def baseline_trial(
+        self, target: RowPredictions | None, held_out: RowPredictions, advantage: float | None = None
+    ) -> Trial:
         """The trial of no step at all, from predictions already made at the weights as they are.
 
         Args:
@@ -116,18 +118,18 @@ class TrialRunner:
         return start
 
     def look(
-        self, sources: Sequence[RowSource], length: float, damping: float, finish_weight: float = 0.0
+        self, sources: Sequence[RowSource], scale: float, damping: float, retain_weight: float = 0.0
     ) -> list[RowPredictions]:
         """Apply the step, look at some rows, and undo it."""
         try:
-            self.directions.apply(self.model, length, damping, finish_weight)
+            self.directions.apply(self.model, scale, damping, retain_weight)
             return [predict_rows(self.model, source) for source in sources]
         finally:
             self._restore()
 
-    def run(self, length: float, damping: float, finish_weight: float = 0.0) -> Trial:
+    def run(self, scale: float, damping: float, retain_weight: float = 0.0) -> Trial:
         """Apply the step, look, and undo it."""
-        place = (length, damping, finish_weight)
+        place = (scale, damping, retain_weight)
         target, held_out = None, self.held_out_at.get(place)
         if self.target is not None or held_out is None:
             try:
@@ -141,23 +143,23 @@ class TrialRunner:
             size = self.directions.norm(*place)
         self.held_out_at[place] = held_out
         relative = size / max(self._weights_norm, 1e-300)
-        self.trials.append(self._describe(length, damping, finish_weight, relative, target, held_out))
+        self.trials.append(self._describe(scale, damping, retain_weight, relative, target, held_out))
         return self.trials[-1]
 
     def _describe(
         self,
-        length: float,
+        scale: float,
         damping: float,
-        finish_weight: float,
+        retain_weight: float,
         relative_step: float,
         target: RowPredictions | None,
         held_out: RowPredictions,
     ) -> Trial:
         kept = held_out if self.kept is None else held_out.select(self.kept)
         return Trial(
-            length=length,
+            scale=scale,
             damping=damping,
-            finish_weight=finish_weight,
+            retain_weight=retain_weight,
             relative_step=relative_step,
             criterion=self.criterion(target, held_out) - self.offset,
             held_out_loss=_loss_or_infinity(kept),

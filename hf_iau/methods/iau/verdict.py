@@ -5,7 +5,7 @@ from __future__ import annotations
 from hf_iau.methods.iau.final_state import LossAttack
 from hf_iau.methods.iau.step_search import Calibration
 
-SAFE, CHECK, RETRAIN = "safe", "check", "retrain"
+OK, CHECK, RETRAIN = "ok", "check", "retrain"
 
 LONG_STEP, TOO_LONG_STEP = 0.35, 0.6
 DRIFT, TOO_MUCH_DRIFT = 0.10, 0.30
@@ -18,7 +18,7 @@ _LITTLE_CURVATURE = 0.5
 _SPREAD = 1.0
 
 
-def judge(
+def assess(
     *,
     calibration: Calibration,
     relative_step: float,
@@ -29,7 +29,7 @@ def judge(
     accuracy_lead: float | None = None,
     attack: LossAttack | None = None,
 ) -> tuple[str, list[str]]:
-    """ "safe", "check" or "retrain", and the reasons.
+    """ "ok", "check" or "retrain", and the reasons.
 
     Args:
         calibration: of what was taken, with the held-out loss before and with the step.
@@ -85,7 +85,7 @@ def judge(
         mild.append(f"the step was not calibrated, for want of held-out rows{of_class}")
     elif calibration.source == "given" and not calibration.reached:
         mild.append("the step given was longer than max_relative_step allows and was shortened")
-    elif calibration.source == "walk" and not calibration.reached:
+    elif calibration.source == "multi-step" and not calibration.reached:
         mild.append(f"the walk stopped with {calibration.criterion:.0%} of its way left")
     elif not calibration.reached:
         mild.append("calibration did not reach its target within the longest step allowed")
@@ -101,9 +101,9 @@ def judge(
         return CHECK, mild
     target = (
         "the forget rows are known about as well as held-out rows are"
-        if calibration.source == "walk"
+        if calibration.source == "multi-step"
         else "values taken as given"
         if calibration.source == "given"
         else "calibration on target"
     )
-    return SAFE, [f"short step, held-out loss kept, {target}"]
+    return OK, [f"short step, held-out loss kept, {target}"]

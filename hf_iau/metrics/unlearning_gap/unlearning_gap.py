@@ -13,7 +13,7 @@ from hf_iau.evaluation.retraining_gap import gap
 from hf_iau.metrics.inputs import matrix, measurement
 
 _DESCRIPTION = """
-How far are a model's figures from a retrained model's? Differences of the accuracies on retained (RA), forget (UA) and
+How far are a model's figures from a retrained model's? Differences of the accuracies on retained (RA), forget (FA) and
 test rows (TA) and of the loss attack's AUC (MIA), in percentage points, and the mean of their absolute values: the
 "average gap" of SalUn's tables.
 """

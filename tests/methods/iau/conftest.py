@@ -17,7 +17,7 @@ def scene() -> Scene:
     torch.manual_seed(0)
     train, held_out, test = draw(1200, 1), draw(800, 2), draw(800, 3)
     model = fit(Classifier(), train, epochs=30, seed=0)
-    memory = gather(model, train, config=GatherConfig(gradient_sum="exact", batch_size=128, progress=False))
+    memory = gather(model, train, config=GatherConfig(gradient_sum="full", batch_size=128, progress=False))
     return Scene(model, train, held_out, test, memory, {k: v.clone() for k, v in model.state_dict().items()})
 
 

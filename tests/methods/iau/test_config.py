@@ -10,11 +10,11 @@ from hf_iau import ConfigError, IAUConfig
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"length": -1.0}, "length=-1.0"),
+        ({"scale": -1.0}, "scale=-1.0"),
         ({"damping": float("nan")}, "damping=nan"),
-        ({"finish_weight": -0.1}, "finish_weight"),
-        ({"finish_damping": -1.0}, "finish_damping=-1.0"),
-        ({"finish_damping": float("inf")}, "finish_damping=inf"),
+        ({"retain_weight": -0.1}, "retain_weight"),
+        ({"retain_damping": -1.0}, "retain_damping=-1.0"),
+        ({"retain_damping": float("inf")}, "retain_damping=inf"),
         ({"max_relative_step": 0.0}, "max_relative_step"),
         ({"calibrate_on": "hope"}, "calibrate_on='hope'"),
         ({"damping_range": (1.0, 0.1)}, "damping_range"),

@@ -15,17 +15,17 @@ from hf_iau.data import RowSource, predictions
 from hf_iau.data.rows import row_bytes
 from hf_iau.data.trainer_rows import trainer_rows
 from hf_iau.methods.iau import plan as search
-from hf_iau.methods.iau.verdict import CHECK, RETRAIN, SAFE
+from hf_iau.methods.iau.verdict import CHECK, OK, RETRAIN
 
 RANDOM = np.random.default_rng(5).choice(1200, 240, replace=False)
 
 
 def figures(report):
-    return {name: report.diagnostics["calibration"][name] for name in ("source", "length", "damping", "reached")}
+    return {name: report.diagnostics["calibration"][name] for name in ("source", "scale", "damping", "reached")}
 
 
 def test_many_random_rows_calibrate_on_themselves(scene, trainer_of):
-    report = trainer_of().unlearn(row_indices=RANDOM, test_dataset=scene.test).report
+    report = trainer_of().unlearn(forget_indices=RANDOM, test_dataset=scene.test).report
     found = report.diagnostics["calibration"]
     assert found["source"] == "forget rows" and found["reached"] and report.calibrated
     assert report.diagnostics["shift_test"]["passed"]
@@ -33,8 +33,8 @@ def test_many_random_rows_calibrate_on_themselves(scene, trainer_of):
     assert abs(report.after["mia_auc_test"] - 0.5) < 0.05
     assert report.after["forget_accuracy"] < report.before["forget_accuracy"] - 0.05
     assert report.after["held_out_loss"] < report.before["held_out_loss"] * 1.1
-    assert report.verdict in (SAFE, CHECK) and report.diagnostics["reasons"]
-    assert len(found["curve"]) + len(found["finish_curve"]) <= 24
+    assert report.verdict in (OK, CHECK) and report.diagnostics["reasons"]
+    assert len(found["curve"]) + len(found["step_curve"]) <= 24
 
 
 def auc_by_pairs(members, others):
@@ -58,7 +58,7 @@ def test_the_loss_attack_at_the_end_beside_that_on_a_retrained_model(scene, trai
     before, held_out = losses(scene.train), losses(scene.held_out)
     rows = RANDOM if draw == "random" else lucky(before, 60)
     retained = np.delete(before, rows)
-    report = trainer_of().unlearn(row_indices=rows).report
+    report = trainer_of().unlearn(forget_indices=rows).report
     found = report.diagnostics["loss_attack_on_forget_rows"]
     assert report.diagnostics["shift_test"]["passed"]
     end = auc_by_pairs(losses(scene.train.take(rows)), losses(scene.held_out))
@@ -72,25 +72,25 @@ def test_the_loss_attack_at_the_end_beside_that_on_a_retrained_model(scene, trai
 @pytest.mark.parametrize(
     "config, sentence",
     [
-        (IAUConfig(walk=False, max_relative_step=0.001), "still tells the forget rows from held-out rows"),
+        (IAUConfig(multi_step=False, max_relative_step=0.001), "still tells the forget rows from held-out rows"),
         (
-            IAUConfig(walk=False, length=3.3, max_relative_step=2.0, damping_range=(1.0, 1.0)),
+            IAUConfig(multi_step=False, scale=3.3, max_relative_step=2.0, damping_range=(1.0, 1.0)),
             "whose losses rose too far, from held-out rows",
         ),
     ],
     ids=["too short", "too long"],
 )
 def test_rows_that_an_attack_still_finds_are_to_be_checked(trainer_of, config, sentence):
-    report = trainer_of().unlearn(row_indices=RANDOM, config=config).report
+    report = trainer_of().unlearn(forget_indices=RANDOM, config=config).report
     found = report.diagnostics["loss_attack_on_forget_rows"]
     assert abs(found["auc"] - found["expected"]) > 0.05
-    assert report.verdict != SAFE and any(sentence in reason for reason in report.diagnostics["reasons"])
+    assert report.verdict != OK and any(sentence in reason for reason in report.diagnostics["reasons"])
 
 
 def test_no_attack_is_judged_where_rows_are_not_like_any_others_or_too_few(scene, trainer_of):
-    few = trainer_of().unlearn(row_indices=[3, 4, 5]).report
+    few = trainer_of().unlearn(forget_indices=[3, 4, 5]).report
     one_class = np.flatnonzero(scene.train.labels.numpy() == 1)[:60]
-    unlike = trainer_of().unlearn(row_indices=one_class).report
+    unlike = trainer_of().unlearn(forget_indices=one_class).report
     assert few.diagnostics["shift_test"] is None and not unlike.diagnostics["shift_test"]["passed"]
     for report in (few, unlike):
         assert report.diagnostics["loss_attack_on_forget_rows"] is None
@@ -108,7 +108,7 @@ def test_no_rows_are_looked_at_twice_at_the_same_weights(trainer_of, monkeypatch
         return look(model, source, keep)
 
     monkeypatch.setattr(predictions, "_predict_own_rows", counted)
-    report = trainer_of().unlearn(row_indices=RANDOM, config=IAUConfig(walk=False)).report
+    report = trainer_of().unlearn(forget_indices=RANDOM, config=IAUConfig(multi_step=False)).report
     assert report.diagnostics["calibration"]["source"] == "forget rows"
     after = looks[-1][0]
     twice = {pair: count for pair, count in Counter(looks).items() if count > 1 and pair[0] != after}
@@ -117,15 +117,20 @@ def test_no_rows_are_looked_at_twice_at_the_same_weights(trainer_of, monkeypatch
 
 def test_proxies_give_about_the_same_length(trainer_of):
     own = figures(
-        trainer_of().unlearn(row_indices=RANDOM, config=IAUConfig(walk=False, calibrate_on="forget-rows")).report
+        trainer_of()
+        .unlearn(forget_indices=RANDOM, config=IAUConfig(multi_step=False, calibrate_on="forget-rows"))
+        .report
     )
-    report = trainer_of().unlearn(row_indices=RANDOM, config=IAUConfig(walk=False, calibrate_on="proxies")).report
+    report = (
+        trainer_of().unlearn(forget_indices=RANDOM, config=IAUConfig(multi_step=False, calibrate_on="proxies")).report
+    )
     proxies = figures(report)
     assert proxies["source"] == "proxies" and len(report.diagnostics["calibration"]["draws"]) == 2
     same_damping = trainer_of().unlearn(
-        row_indices=RANDOM, config=IAUConfig(walk=False, calibrate_on="forget-rows", damping=proxies["damping"])
+        forget_indices=RANDOM,
+        config=IAUConfig(multi_step=False, calibrate_on="forget-rows", damping=proxies["damping"]),
     )
-    ratio = proxies["length"] / same_damping.report.diagnostics["calibration"]["length"]
+    ratio = proxies["scale"] / same_damping.report.diagnostics["calibration"]["scale"]
     assert 1 / 2 < ratio < 2
     assert own["reached"]
 
@@ -140,17 +145,17 @@ def test_no_more_held_out_rows_are_looked_at_than_proxies_are_worth(scene, train
         return make(model, directions, target, held_out, **settings)
 
     monkeypatch.setattr(search, "TrialRunner", watched)
-    config = IAUConfig(walk=False, calibrate_on="proxies", proxy_rows=(60, 30))
-    report = trainer_of().unlearn(row_indices=RANDOM[:30], config=config).report
+    config = IAUConfig(multi_step=False, calibrate_on="proxies", proxy_rows=(60, 30))
+    report = trainer_of().unlearn(forget_indices=RANDOM[:30], config=config).report
     assert looked_at == [(60, 300), (30, 300)] and len(scene.held_out) > 300
     start = report.diagnostics["calibration"]["curve"][0]
-    assert start["length"] == 0.0 and start["criterion"] == report.diagnostics["advantage_of_training_rows"]
+    assert start["scale"] == 0.0 and start["criterion"] == report.diagnostics["advantage_of_training_rows"]
 
 
 @pytest.mark.parametrize("rows", [[17], list(range(20, 32))])
 def test_tiny_requests_use_proxies_and_move_their_rows(scene, trainer_of, rows):
     trainer = trainer_of()
-    report = trainer.unlearn(row_indices=rows).report
+    report = trainer.unlearn(forget_indices=rows).report
     assert report.diagnostics["calibration"]["source"] == "proxies"
     assert report.after["forget_loss"] > report.before["forget_loss"]
     assert abs(report.after["held_out_loss"] - report.before["held_out_loss"]) < 0.05
@@ -161,7 +166,7 @@ def test_a_single_row_alone_cannot_set_the_target(scene, trainer_of):
     row = scene.train.take(np.array([17]))
     with pytest.raises(CalibrationError, match="give it its train_dataset"):
         trainer_of(train_dataset=None).unlearn(row)
-    assert trainer_of(train_dataset=None).unlearn(row, config=IAUConfig(length=0.1, damping=0.1)).applied
+    assert trainer_of(train_dataset=None).unlearn(row, config=IAUConfig(scale=0.1, damping=0.1)).applied
 
 
 def test_mislabelled_rows_are_recognised_and_raise_accuracy(scene, trainer_of, tmp_path):
@@ -176,9 +181,9 @@ def test_mislabelled_rows_are_recognised_and_raise_accuracy(scene, trainer_of, t
     train = Rows(scene.train.inputs, labels)
     torch.manual_seed(0)
     model = fit(Classifier(), train, epochs=40, seed=0)
-    memory = gather(model, train, config=GatherConfig(gradient_sum="exact", batch_size=128, progress=False))
+    memory = gather(model, train, config=GatherConfig(gradient_sum="full", batch_size=128, progress=False))
     trainer = trainer_of(model=model, train_dataset=train, memory=memory)
-    report = trainer.unlearn(row_indices=wrong, test_dataset=scene.test).report
+    report = trainer.unlearn(forget_indices=wrong, test_dataset=scene.test).report
     assert not report.diagnostics["shift_test"]["passed"]
     assert report.diagnostics["calibration"]["source"] == "proxies"
     assert report.after["test_accuracy"] > report.before["test_accuracy"] or report.verdict == RETRAIN
@@ -199,7 +204,7 @@ def test_a_whole_class_says_retrain(scene, trainer_of):
     memory = gather(scene.model, train, config=GatherConfig(gradient_sum="none", batch_size=128, progress=False))
     assert memory.label_counts is not None and sum(memory.label_counts.values()) == 1200
     trainer = trainer_of(train_dataset=train, memory=memory)
-    report = trainer.unlearn(row_indices=np.flatnonzero(scene.train.labels.numpy() == 2)).report
+    report = trainer.unlearn(forget_indices=np.flatnonzero(scene.train.labels.numpy() == 2)).report
     assert report.diagnostics["whole_class"] == 2
     assert report.diagnostics["calibration"]["source"] == "class share"
     assert report.verdict == RETRAIN and any("class 2" in reason for reason in report.diagnostics["reasons"])
@@ -208,12 +213,12 @@ def test_a_whole_class_says_retrain(scene, trainer_of):
 
 
 def test_a_whole_class_of_a_plain_torch_dataset_is_recognised(scene, trainer_of):
-    report = trainer_of().unlearn(row_indices=np.flatnonzero(scene.train.labels.numpy() == 1)).report
+    report = trainer_of().unlearn(forget_indices=np.flatnonzero(scene.train.labels.numpy() == 1)).report
     assert report.diagnostics["whole_class"] == 1 and report.verdict == RETRAIN
 
 
 def test_without_held_out_rows_the_step_is_short_and_says_so(trainer_of):
-    report = trainer_of(eval_dataset=None).unlearn(row_indices=RANDOM).report
+    report = trainer_of(eval_dataset=None).unlearn(forget_indices=RANDOM).report
     assert report.calibrated is False and report.verdict == CHECK
     assert report.diagnostics["relative_step_norm"] <= 0.0201
     assert any("held-out" in sentence for sentence in report.warnings)
@@ -221,70 +226,70 @@ def test_without_held_out_rows_the_step_is_short_and_says_so(trainer_of):
 
 def test_an_answer_is_remembered_and_reused(trainer_of):
     trainer = trainer_of()
-    first = trainer.unlearn(row_indices=[3, 4, 5])
+    first = trainer.unlearn(forget_indices=[3, 4, 5])
     taken = first.report.diagnostics["calibration"]
-    found = taken["length"] - taken["finish_weight"]  # k without what makes up for the forget rows in c·Σ_D
-    assert first.memory.calibration["length"] == pytest.approx(found)
-    second = trainer.unlearn(row_indices=[13, 14, 15]).report.diagnostics["calibration"]
+    found = taken["scale"] - taken["retain_weight"]  # k without what makes up for the forget rows in c·Σ_D
+    assert first.memory.calibration["scale"] == pytest.approx(found)
+    second = trainer.unlearn(forget_indices=[13, 14, 15]).report.diagnostics["calibration"]
     assert second["source"] == "remembered"
-    assert second["length"] - second["finish_weight"] == pytest.approx(found)
-    again = trainer.unlearn(row_indices=[23, 24], config=IAUConfig(recalibrate=True)).report
+    assert second["scale"] - second["retain_weight"] == pytest.approx(found)
+    again = trainer.unlearn(forget_indices=[23, 24], config=IAUConfig(recalibrate=True)).report
     assert again.diagnostics["calibration"]["source"] == "proxies"
 
 
 def test_a_remembered_answer_that_is_dear_is_found_anew(trainer_of):
     """k = 20 would raise the held-out loss by far more than 2 %."""
     trainer = trainer_of()
-    first = trainer.unlearn(row_indices=[3, 4, 5])
-    usual = first.report.diagnostics["calibration"]["length"]
-    trainer.memory.calibration["length"] = 20.0 * max(usual, 1.0)
-    report = trainer.unlearn(row_indices=list(range(20, 60))).report
+    first = trainer.unlearn(forget_indices=[3, 4, 5])
+    usual = first.report.diagnostics["calibration"]["scale"]
+    trainer.memory.calibration["scale"] = 20.0 * max(usual, 1.0)
+    report = trainer.unlearn(forget_indices=list(range(20, 60))).report
     found = report.diagnostics["calibration"]
-    assert found["source"] == "proxies" and found["length"] < 5.0 * max(usual, 1.0)
+    assert found["source"] == "proxies" and found["scale"] < 5.0 * max(usual, 1.0)
     assert report.after["held_out_loss"] < 1.1 * report.before["held_out_loss"]
-    assert trainer.memory.calibration["length"] < 5.0 * max(usual, 1.0)
+    assert trainer.memory.calibration["scale"] < 5.0 * max(usual, 1.0)
 
 
 def test_only_a_free_calibration_is_remembered(trainer_of):
     """A k or λ that the user gave for one request is no answer for the next."""
     trainer = trainer_of()
-    for config in (IAUConfig(length=0.01), IAUConfig(damping=5.0), IAUConfig(finish_weight=0.01)):
-        result = trainer.unlearn(row_indices=[3, 4, 5], config=config)
+    for config in (IAUConfig(scale=0.01), IAUConfig(damping=5.0), IAUConfig(retain_weight=0.01)):
+        result = trainer.unlearn(forget_indices=[3, 4, 5], config=config)
         assert result.memory.calibration is None
         result.revert()
-    forced = trainer.unlearn(row_indices=list(range(20, 40)), config=IAUConfig(calibrate_on="forget-rows"))
+    forced = trainer.unlearn(forget_indices=list(range(20, 40)), config=IAUConfig(calibrate_on="forget-rows"))
     passed = forced.report.diagnostics["shift_test"]["passed"]
     assert passed or forced.memory.calibration is None
 
 
 def test_a_remembered_answer_does_not_override_the_configuration(trainer_of):
     trainer = trainer_of()
-    trainer.unlearn(row_indices=[3, 4, 5])
+    trainer.unlearn(forget_indices=[3, 4, 5])
     known = trainer.memory.calibration
     low, high = known["damping"] * 3, known["damping"] * 30
-    found = trainer.unlearn(row_indices=[13, 14], config=IAUConfig(damping_range=(low, high))).report
+    found = trainer.unlearn(forget_indices=[13, 14], config=IAUConfig(damping_range=(low, high))).report
     assert found.diagnostics["calibration"]["source"] == "proxies"
     assert low <= found.diagnostics["calibration"]["damping"] <= high
     found = trainer.unlearn(
-        row_indices=list(range(20, 60)), config=IAUConfig(calibrate_on="forget-rows", walk=False)
+        forget_indices=list(range(20, 60)), config=IAUConfig(calibrate_on="forget-rows", multi_step=False)
     ).report
     assert found.diagnostics["calibration"]["source"] == "forget rows"
 
 
 def test_a_finish_weight_needs_a_gradient_sum(scene, trainer_of):
     memory = replace(scene.memory, gradient_sum=None, gradient_sum_kind="none")
-    with pytest.raises(MissingMemoryError, match=r"finish_weight=0\.01"):
+    with pytest.raises(MissingMemoryError, match=r"retain_weight=0\.01"):
         trainer_of(memory=memory).unlearn(
-            row_indices=RANDOM, config=IAUConfig(length=0.1, damping=1, finish_weight=0.01)
+            forget_indices=RANDOM, config=IAUConfig(scale=0.1, damping=1, retain_weight=0.01)
         )
 
 
 def test_a_given_step_that_is_too_long_is_shortened_and_says_so(trainer_of):
-    config = IAUConfig(length=100.0, damping=0.1, max_relative_step=0.05)
-    report = trainer_of().unlearn(row_indices=RANDOM, config=config).report
+    config = IAUConfig(scale=100.0, damping=0.1, max_relative_step=0.05)
+    report = trainer_of().unlearn(forget_indices=RANDOM, config=config).report
     assert report.diagnostics["relative_step_norm"] == pytest.approx(0.05, rel=0.01)  # of the weights moved
-    assert report.diagnostics["calibration"]["length"] < 100.0
-    assert report.verdict != SAFE and any("max_relative_step" in reason for reason in report.diagnostics["reasons"])
+    assert report.diagnostics["calibration"]["scale"] < 100.0
+    assert report.verdict != OK and any("max_relative_step" in reason for reason in report.diagnostics["reasons"])
 
 
 @pytest.mark.parametrize("held_out", ["with held-out rows", "without"])
@@ -292,7 +297,7 @@ def test_what_a_given_step_costs_retained_rows_is_seen(scene, trainer_of, held_o
     """They are looked at before the step, too, though nothing is calibrated on them."""
     trainer = trainer_of() if held_out == "with held-out rows" else trainer_of(eval_dataset=None)
     report = trainer.unlearn(
-        row_indices=RANDOM, config=IAUConfig(length=6.0, damping=0.1, max_relative_step=2.0)
+        forget_indices=RANDOM, config=IAUConfig(scale=6.0, damping=0.1, max_relative_step=2.0)
     ).report
     lost = report.diagnostics["retained_accuracy_lost"]
     assert lost > 0.1
@@ -301,16 +306,16 @@ def test_what_a_given_step_costs_retained_rows_is_seen(scene, trainer_of, held_o
 
 
 def test_a_given_length_holds_without_held_out_rows(trainer_of):
-    report = trainer_of(eval_dataset=None).unlearn(row_indices=[5], config=IAUConfig(length=0.003)).report
+    report = trainer_of(eval_dataset=None).unlearn(forget_indices=[5], config=IAUConfig(scale=0.003)).report
     assert report.calibrated is False
-    assert report.diagnostics["calibration"]["length"] == 0.003
+    assert report.diagnostics["calibration"]["scale"] == 0.003
 
 
 def test_given_values_are_taken_and_nothing_is_tried(scene, trainer_of, monkeypatch):
     monkeypatch.setattr("hf_iau.methods.iau.trial.TrialRunner.run", lambda *_: pytest.fail("a trial was run"))
     trainer = trainer_of()
-    config = IAUConfig(length=0.2, damping=0.5, finish_weight=0.01)
-    result = trainer.unlearn(row_indices=RANDOM, config=config)
+    config = IAUConfig(scale=0.2, damping=0.5, retain_weight=0.01)
+    result = trainer.unlearn(forget_indices=RANDOM, config=config)
     assert result.report.diagnostics["calibration"]["source"] == "given"
     from hf_iau.data import ModelRowLoss
     from hf_iau.memory.gradient_sum import sum_row_gradients
@@ -320,7 +325,7 @@ def test_given_values_are_taken_and_nothing_is_tried(scene, trainer_of, monkeypa
     exact = scene.memory.gradient_sum
     numerator = {n: 0.2 * forget.tensors[n] - 0.01 * exact[n] for n in exact}
     step = {n: s / 960 for n, s in scene.memory.curvature.solve(numerator, 0.5).items()}
-    trainer.unlearn(row_indices=RANDOM, config=config)
+    trainer.unlearn(forget_indices=RANDOM, config=config)
     for name, change in step.items():
         moved = scene.model.get_parameter(name).detach() - scene.state[name]
         torch.testing.assert_close(moved, change.float(), rtol=1e-4, atol=1e-6)
@@ -329,9 +334,9 @@ def test_given_values_are_taken_and_nothing_is_tried(scene, trainer_of, monkeypa
 def test_held_out_rows_that_were_trained_on_are_refused(scene, trainer_of):
     mixed = scene.train.take(np.arange(400))
     with pytest.raises(RequestError, match="training rows"):
-        trainer_of(eval_dataset=mixed).unlearn(row_indices=RANDOM)
+        trainer_of(eval_dataset=mixed).unlearn(forget_indices=RANDOM)
     with pytest.raises(CalibrationError, match="at least 100"):
-        trainer_of(eval_dataset=scene.held_out.take(np.arange(60))).unlearn(row_indices=RANDOM)
+        trainer_of(eval_dataset=scene.held_out.take(np.arange(60))).unlearn(forget_indices=RANDOM)
 
 
 def test_near_duplicates_among_retained_rows_are_reported(scene, trainer_of):
@@ -344,7 +349,7 @@ def test_near_duplicates_among_retained_rows_are_reported(scene, trainer_of):
     train = Rows(inputs, scene.train.labels)
     scene.model.load_state_dict(scene.state)
     memory = gather(scene.model, train, config=GatherConfig(gradient_sum="none", batch_size=128, progress=False))
-    report = trainer_of(train_dataset=train, memory=memory).unlearn(row_indices=list(range(30))).report
+    report = trainer_of(train_dataset=train, memory=memory).unlearn(forget_indices=list(range(30))).report
     assert report.diagnostics["near_duplicates"]["similar"] >= 25
     assert any("near-duplicates" in sentence for sentence in report.warnings)
 
@@ -361,10 +366,10 @@ def test_a_kept_copy_of_a_forgotten_row_can_be_forgotten_later(scene, trainer_of
     options = GatherConfig(gradient_sum="none", batch_size=128, progress=False)
     memory = gather(scene.model, train, config=options)
     trainer = trainer_of(train_dataset=train, memory=memory)
-    given = IAUConfig(length=0.01, damping=0.1)
-    trainer.unlearn(row_indices=[3], config=given)
+    given = IAUConfig(scale=0.01, damping=0.1)
+    trainer.unlearn(forget_indices=[3], config=given)
     assert trainer.gather(options).n_rows == 1199
-    trainer.unlearn(row_indices=[600], config=given)
+    trainer.unlearn(forget_indices=[600], config=given)
     assert trainer.gather(options).n_rows == 1198
     with pytest.raises(RequestError, match="already forgotten"):
-        trainer.unlearn(row_indices=[600], config=given)
+        trainer.unlearn(forget_indices=[600], config=given)

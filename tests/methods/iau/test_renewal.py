@@ -17,7 +17,7 @@ from hf_iau.data import ModelRowLoss, RowSource
 from hf_iau.errors import ConfigError
 from hf_iau.methods.iau.curvature_renewal import renew_curvature, renewal_settings
 
-GIVEN = IAUConfig(length=1.0, damping=0.1)
+GIVEN = IAUConfig(scale=1.0, damping=0.1)
 GONE, NEXT = list(range(16)), list(range(16, 40))
 
 
@@ -27,7 +27,7 @@ def after_one_request(folder: Path, config: GatherConfig = WITH_CURVATURE) -> Un
     held_out = plain_rows(120, seed=1)
     trainer.eval_dataset = type(trainer.train_dataset).from_list(held_out, features=trainer.train_dataset.features)
     trainer.gather(config)
-    trainer.unlearn(row_indices=GONE, config=GIVEN)
+    trainer.unlearn(forget_indices=GONE, config=GIVEN)
     assert trainer.memory.path_since_curvature == trainer.memory.relative_path > 1e-3
     return trainer
 
@@ -69,10 +69,10 @@ def test_a_request_renews_what_is_far_away_and_the_memory_keeps_it(tmp_path: Pat
     trainer = after_one_request(tmp_path)
     before, path = trainer.memory, trainer.memory.relative_path
     kept = {name: tensor.clone() for name, tensor in factors(before).items()}
-    near = trainer.unlearn(row_indices=NEXT, config=IAUConfig(renew_curvature=2.0 * path), dry_run=True).report
+    near = trainer.unlearn(forget_indices=NEXT, config=IAUConfig(renew_curvature=2.0 * path), dry_run=True).report
     assert not near.diagnostics["curvature"]["renewed"] and "curvature" not in near.seconds
     assert trainer.memory is before
-    result = trainer.unlearn(row_indices=NEXT, config=IAUConfig(renew_curvature=0.5 * path))
+    result = trainer.unlearn(forget_indices=NEXT, config=IAUConfig(renew_curvature=0.5 * path))
     assert result.report.diagnostics["curvature"]["renewed"] and result.report.seconds["curvature"] > 0
     assert result.memory is not None and not same(result.memory, before)
     assert result.memory.curvature_path == path
@@ -90,7 +90,7 @@ def test_rows_that_are_out_have_no_part_in_it(tmp_path: Path) -> None:
     trainer = after_one_request(tmp_path)
     model = trainer.model
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    result = trainer.unlearn(row_indices=NEXT, config=IAUConfig(renew_curvature=0.0))
+    result = trainer.unlearn(forget_indices=NEXT, config=IAUConfig(renew_curvature=0.0))
     rows = trainer.train_dataset.select([i for i in range(200) if i not in GONE + NEXT])
     model.load_state_dict(weights)
     fresh = gather(model, rows, data_collator=collator(torch.float64), config=WITH_CURVATURE)
@@ -112,7 +112,7 @@ def test_else_the_old_one_serves(tmp_path: Path, case: str) -> None:
         memory.settings["curvature"] = "adam"
     elif case == "of another version":
         memory.settings["what_is_this"] = 1
-    request = {"row_indices": NEXT}
+    request = {"forget_indices": NEXT}
     if case == "few rows":
         request["retain_dataset"] = trainer.train_dataset.select(range(100, 180))
     if case == "no rows":
@@ -133,6 +133,6 @@ def test_nothing_is_renewed_before_the_weights_have_moved(tmp_path: Path) -> Non
     trainer = make_trainer(tmp_path, "plain", rows=plain_rows(60), dtype=torch.float64)
     trainer.gather(WITH_CURVATURE)
     trainer.eval_dataset = None
-    report = trainer.unlearn(row_indices=GONE, config=IAUConfig(renew_curvature=0.0)).report
+    report = trainer.unlearn(forget_indices=GONE, config=IAUConfig(renew_curvature=0.0)).report
     assert not report.diagnostics["curvature"]["renewed"]
     assert np.isfinite(report.diagnostics["step_norm"])

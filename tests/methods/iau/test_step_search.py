@@ -26,7 +26,7 @@ from hf_iau.methods.iau.step_search import (
     _first_guess,
     _power,
     calibrate,
-    find_length,
+    find_scale,
     finish,
     standard_error_of_auc,
 )
@@ -38,15 +38,15 @@ def rows_of(dataset, name="rows"):
     return RowSource(dataset, default_data_collator, batch_size=512, name=name)
 
 
-def directions_of(scene, rows, finish_sum=None):
+def directions_of(scene, rows, correction_sum=None):
     total = sum_row_gradients(scene.model, ModelRowLoss(), rows)
-    return Directions(scene.memory.curvature, total.tensors, finish_sum, scene.memory.n_targets - total.n_targets)
+    return Directions(scene.memory.curvature, total.tensors, correction_sum, scene.memory.n_targets - total.n_targets)
 
 
 def test_finishing_has_a_damping_of_its_own(scene, runner):
     """(k − c)·(C+λ)⁻¹Σ_f − c·(C+λ_c)⁻¹Σ_r, where λ is below λ_c; else one λ for both."""
     curvature, exact, forget = scene.memory.curvature, scene.memory.gradient_sum, runner.directions.forget_sum
-    directions = Directions(curvature, forget, exact, 900, finish_damping=0.1)
+    directions = Directions(curvature, forget, exact, 900, retain_damping=0.1)
     retained = {name: exact[name].double() - forget[name].double() for name in exact}
     first, second = curvature.solve(forget, 0.001), curvature.solve(retained, 0.1)
     for name, change in directions.step(0.7, 0.001, 0.02).items():
@@ -62,7 +62,7 @@ def test_finishing_has_a_damping_of_its_own(scene, runner):
 
 
 @pytest.fixture
-def runner(scene):
+def trial_runner(scene):
     scene.model.load_state_dict(scene.state)
     forget = rows_of(scene.train.take(np.arange(300)))
     return TrialRunner(scene.model, directions_of(scene, forget), forget, rows_of(scene.held_out))
@@ -119,17 +119,17 @@ def test_a_failing_trial_restores_the_weights(scene, runner, monkeypatch):
 def test_the_length_found_is_the_root_of_a_fine_grid(runner):
     start = runner.run(0.0, 0.1)
     assert start.criterion > 0.05  # the network has memorised
-    trial, reached, _ = find_length(runner, 0.1, 0.0, start=start, tolerance=0.005, max_relative_step=0.5)
+    trial, reached, _ = find_scale(runner, 0.1, 0.0, start=start, tolerance=0.005, max_relative_step=0.5)
     assert reached and abs(trial.criterion) <= 0.005
-    grid = [runner.run(float(k), 0.1) for k in np.geomspace(trial.length / 4, trial.length * 4, 17)]
-    signs = [t.length for t in grid if t.criterion > 0]
-    assert max(signs, default=0.0) <= trial.length * 1.4
-    assert min(t.length for t in grid if t.criterion < 0) >= trial.length / 1.4
+    grid = [runner.run(float(k), 0.1) for k in np.geomspace(trial.scale / 4, trial.scale * 4, 17)]
+    signs = [t.scale for t in grid if t.criterion > 0]
+    assert max(signs, default=0.0) <= trial.scale * 1.4
+    assert min(t.scale for t in grid if t.criterion < 0) >= trial.scale / 1.4
 
 
 def test_the_step_stays_within_its_bound(runner):
     start = runner.run(0.0, 0.1)
-    trial, reached, _ = find_length(runner, 0.1, 0.0, start=start, tolerance=1e-6, max_relative_step=0.01)
+    trial, reached, _ = find_scale(runner, 0.1, 0.0, start=start, tolerance=1e-6, max_relative_step=0.01)
     assert not reached
     assert all(t.relative_step <= 0.01 * (1 + 1e-6) for t in runner.trials)
     assert trial.relative_step == pytest.approx(0.01, rel=1e-3)
@@ -139,10 +139,10 @@ def test_a_step_that_ruins_the_held_out_rows_is_too_long():
     """The criterion vanishes at k = 1, but the held-out loss has risen by 30 % at k = 0.3 already."""
 
     fake = Response(lambda k: 0.1 * (1 - k), loss=lambda k: 1.0 + k)
-    trial, reached, _ = find_length(
+    trial, reached, _ = find_scale(
         fake, 0.1, 0.0, start=fake.run(0.0, 0.1), tolerance=0.005, max_relative_step=0.5, guess=0.9
     )
-    assert not reached and 0.1 < trial.length <= 0.3
+    assert not reached and 0.1 < trial.scale <= 0.3
 
 
 @pytest.mark.parametrize("power", [0.5, 0.85, 1.0, 1.6])
@@ -152,11 +152,11 @@ def test_a_length_that_is_too_short_is_raised_by_a_power_law(power):
     fake = Response(lambda k: 0.1 * (1 - (k / 0.8) ** power))
     start = fake.run(0.0, 0.1)
     first = 0.8 * 0.45 ** (1 / power)  # brings 45 % of what is missing
-    _, reached, length = find_length(
+    _, reached, scale = find_scale(
         fake, 0.1, 0.0, start=start, tolerance=1e-3, max_relative_step=0.5, guess=first, trials=3
     )
     if power <= 1.0:  # else the second step, along a line, goes too far
-        assert reached and length == pytest.approx(0.8, rel=1e-3)
+        assert reached and scale == pytest.approx(0.8, rel=1e-3)
 
 
 def test_the_power_law_of_what_steps_bring():
@@ -177,19 +177,19 @@ def test_the_length_returned_is_nearer_than_the_tolerance(guess):
     """What a step brings is a power of k with exponent 0.85; a trial within 0.01 of 0.1 ends the search."""
 
     fake = Response(lambda k: 0.1 * (1 - (k / 0.8) ** 0.85), longest=0.81)
-    trial, reached, length = find_length(
+    trial, reached, scale = find_scale(
         fake, 0.1, 0.0, start=fake.run(0.0, 0.1), tolerance=0.01, max_relative_step=0.5, guess=guess
     )
     assert reached and abs(trial.criterion) <= 0.01
-    assert length == pytest.approx(0.8, rel=0.015) and length <= 0.81
+    assert scale == pytest.approx(0.8, rel=0.015) and scale <= 0.81
 
 
 def test_a_length_that_is_not_reached_is_the_trials_own():
     fake = Response(lambda k: 0.1 * (1 - k / 0.8), longest=0.5)
-    trial, reached, length = find_length(
+    trial, reached, scale = find_scale(
         fake, 0.1, 0.0, start=fake.run(0.0, 0.1), tolerance=0.005, max_relative_step=0.5, guess=0.3
     )
-    assert not reached and trial.length == length == 0.5
+    assert not reached and trial.scale == scale == 0.5
 
 
 def test_a_step_is_looked_at_once_by_runners_that_share_what_they_saw(scene, runner, monkeypatch):
@@ -213,8 +213,8 @@ def test_calibration_is_downhill_in_the_held_out_loss_and_cheap(runner):
     assert len(runner.trials) <= 20
     on_target = [t for t in runner.trials if abs(t.criterion) <= found.tolerance]
     chosen = min(on_target, key=lambda t: t.held_out_loss)
-    assert found.damping == chosen.damping and found.length == pytest.approx(chosen.length, rel=0.25)
-    there = runner.run(found.length, found.damping)
+    assert found.damping == chosen.damping and found.scale == pytest.approx(chosen.scale, rel=0.25)
+    there = runner.run(found.scale, found.damping)
     assert abs(there.criterion) <= abs(chosen.criterion) + 0.001
 
 
@@ -248,7 +248,7 @@ def test_calibration_finds_its_way_on_an_analytic_response():
         fake, source="x", damping=None, damping_range=(1e-4, 10.0), max_relative_step=0.5, start=fake.run(0.0, 1.0)
     )
     assert found.damping == pytest.approx(0.01)
-    assert found.length == pytest.approx(2.0, rel=0.01)
+    assert found.scale == pytest.approx(2.0, rel=0.01)
 
 
 def test_a_row_without_targets_does_not_spoil_the_criterion(scene):
@@ -281,7 +281,7 @@ def test_the_first_guess_counts_tokens_and_not_texts():
     runner = TrialRunner(
         model, Directions(memory.curvature, total.tensors, None, rest, total.n_targets), forget, unseen
     )
-    start = runner.outset(predict_rows(model, forget), predict_rows(model, unseen))
+    start = runner.baseline_trial(predict_rows(model, forget), predict_rows(model, unseen))
     rise = runner.directions.slope(0.1) / total.n_targets
     k = 1e-3 / rise
     assert (runner.run(k, 0.1).target_loss - start.target_loss) / k == pytest.approx(rise, rel=0.05)
@@ -311,8 +311,8 @@ def test_luck_of_the_draw_is_taken_out(scene):
                 runner.offset = start.criterion - advantage
                 start = runner.run(0.0, 0.1)
                 assert start.criterion == pytest.approx(advantage)
-            trial, *_ = find_length(runner, 0.1, 0.0, start=start, tolerance=0.005, max_relative_step=0.9)
-            lengths[corrected][name] = trial.length
+            trial, *_ = find_scale(runner, 0.1, 0.0, start=start, tolerance=0.005, max_relative_step=0.9)
+            lengths[corrected][name] = trial.scale
     spread = {corrected: abs(math.log(found["easy"] / found["hard"])) for corrected, found in lengths.items()}
     assert spread[True] < spread[False]
 
@@ -330,19 +330,19 @@ def test_finishing_repairs_the_held_out_loss_and_no_more(scene):
     done = finish(
         own,
         found,
-        before=own.outset(None, predict_rows(scene.model, rows_of(scene.held_out))),
-        finish_weights=(0.003, 0.01, 0.03, 0.1),
+        before=own.baseline_trial(None, predict_rows(scene.model, rows_of(scene.held_out))),
+        retain_weights=(0.003, 0.01, 0.03, 0.1),
         max_relative_step=0.5,
     )
-    plain = done.finish_curve[1]["held_out_loss"]
+    plain = done.step_curve[1]["held_out_loss"]
     assert done.held_out_loss <= plain
     assert done.held_out_loss_before == pytest.approx(start.held_out_loss)
-    weights = [t["finish_weight"] for t in done.finish_curve[2:]]
+    weights = [t["retain_weight"] for t in done.step_curve[2:]]
     if done.held_out_loss_before < plain and weights:
         # Either every weight helped or stopped helping on the way, or the loss of before was met by interpolation.
         met = done.held_out_loss == pytest.approx(done.held_out_loss_before, rel=0.02)
         assert met or weights == sorted(weights)
-    assert done.finish_weight == 0.0 or done.finish_weight in weights
+    assert done.retain_weight == 0.0 or done.retain_weight in weights
 
 
 def test_finishing_stops_at_the_loss_of_before():
@@ -365,12 +365,12 @@ def test_finishing_stops_at_the_loss_of_before():
         fake,
         Calibration(0.5, 0.1, 0.0, source="proxies"),
         before=fake.run(0.0, 0.1),
-        finish_weights=(0.003, 0.03, 0.1),
+        retain_weights=(0.003, 0.03, 0.1),
         max_relative_step=0.5,
     )
-    assert done.finish_weight == pytest.approx(0.01)
+    assert done.retain_weight == pytest.approx(0.01)
     assert done.held_out_loss == pytest.approx(1.0)
-    assert done.length == pytest.approx(0.51)  # Σ_D holds Σ_f too
+    assert done.scale == pytest.approx(0.51)  # Σ_D holds Σ_f too
 
 
 def test_finishing_does_not_learn_the_forget_rows_again(scene):
@@ -379,18 +379,18 @@ def test_finishing_does_not_learn_the_forget_rows_again(scene):
     kept, rows = rows_of(scene.train.take(np.arange(300, 1200))), rows_of(scene.train.take(np.arange(300)))
     directions = directions_of(scene, rows, scene.memory.gradient_sum)
     own = TrialRunner(scene.model, directions, None, rows_of(scene.held_out), criterion=lambda *_: 0.0)
-    before = own.outset(None, predict_rows(scene.model, rows_of(scene.held_out)))
+    before = own.baseline_trial(None, predict_rows(scene.model, rows_of(scene.held_out)))
     found = Calibration(0.2, 0.1, 0.0, source="forget rows")
     weights = (0.003, 0.01, 0.03)
-    done = finish(own, found, before=before, finish_weights=weights, max_relative_step=0.5)
-    assert done.finish_weight > 0.0
+    done = finish(own, found, before=before, retain_weights=weights, max_relative_step=0.5)
+    assert done.retain_weight > 0.0
     retained = sum_row_gradients(scene.model, ModelRowLoss(), kept)
     against = Directions(scene.memory.curvature, directions.forget_sum, retained.tensors, directions.remaining)
-    step = directions.step(done.length, done.damping, done.finish_weight)
-    for name, change in against.step(0.2, 0.1, done.finish_weight).items():
+    step = directions.step(done.scale, done.damping, done.retain_weight)
+    for name, change in against.step(0.2, 0.1, done.retain_weight).items():
         assert torch.allclose(step[name], change, rtol=0, atol=1e-4 * float(change.abs().max()))
-    kept_length = finish(own, found, before=before, finish_weights=weights, max_relative_step=0.5, keep_length=True)
-    assert kept_length.length == 0.2
+    kept_scale = finish(own, found, before=before, retain_weights=weights, max_relative_step=0.5, keep_scale=True)
+    assert kept_scale.scale == 0.2
 
 
 def test_rows_that_look_no_better_known_than_held_out_ones():
@@ -398,15 +398,15 @@ def test_rows_that_look_no_better_known_than_held_out_ones():
 
     fake = Response(lambda k: -0.02, target_loss=1.1)
     start = fake.run(0.0, 0.1)
-    trial, reached, _ = find_length(fake, 0.1, 0.0, start=start, tolerance=0.005, max_relative_step=0.5, guess=0.1)
-    assert not reached and 0.0 <= trial.length <= 0.1
+    trial, reached, _ = find_scale(fake, 0.1, 0.0, start=start, tolerance=0.005, max_relative_step=0.5, guess=0.1)
+    assert not reached and 0.0 <= trial.scale <= 0.1
 
 
 @pytest.mark.parametrize("damping_range", [(0.2, 0.4), (0.3, 0.5), (1e-3, 10.0)])
 def test_the_range_of_damping_is_kept(runner, damping_range):
     start = runner.run(0.0, damping_range[0])
     found = calibrate(
-        runner, source="x", damping=None, damping_range=damping_range, max_relative_step=0.5, length=0.01, start=start
+        runner, source="x", damping=None, damping_range=damping_range, max_relative_step=0.5, scale=0.01, start=start
     )
     assert damping_range[0] <= found.damping <= damping_range[1]
 
@@ -428,8 +428,8 @@ def test_a_given_finish_weight_is_kept():
         found = Calibration(0.5, 0.1, 0.0, source="proxies")
         fake = Fake(slope)
         before = fake.run(0.0, 0.1)
-        done = finish(fake, found, before=before, finish_weights=(), max_relative_step=0.5, finish_weight=0.02)
-        assert done.finish_weight == 0.02 and done.held_out_loss == pytest.approx(1.1 + slope * 0.02)
+        done = finish(fake, found, before=before, retain_weights=(), max_relative_step=0.5, retain_weight=0.02)
+        assert done.retain_weight == 0.02 and done.held_out_loss == pytest.approx(1.1 + slope * 0.02)
 
 
 def test_a_ruinous_step_is_halved(scene):
@@ -442,11 +442,11 @@ def test_a_ruinous_step_is_halved(scene):
         runner,
         Calibration(limit, 10.0, 0.0, source="proxies"),
         before=runner.run(0.0, 10.0),
-        finish_weights=(),
+        retain_weights=(),
         max_relative_step=0.5,
     )
     assert done.halvings >= 1 and not done.reached
-    assert done.length == pytest.approx(limit / 2**done.halvings)
+    assert done.scale == pytest.approx(limit / 2**done.halvings)
 
 
 def test_standard_error_of_auc_by_simulation():
@@ -520,7 +520,7 @@ def test_the_outset_is_the_trial_of_no_step(scene):
     rows, held_out = rows_of(scene.train.take(np.arange(300))), rows_of(scene.held_out)
     looks = predict_rows(scene.model, rows), predict_rows(scene.model, held_out)
     plain, lucky = (TrialRunner(scene.model, directions_of(scene, rows), rows, held_out) for _ in range(2))
-    start, found = plain.run(0.0, 1.0), plain.outset(*looks)
+    start, found = plain.run(0.0, 1.0), plain.baseline_trial(*looks)
     assert found == start
-    assert lucky.outset(*looks, 0.07).criterion == 0.07 == lucky.trials[0].criterion
+    assert lucky.baseline_trial(*looks, 0.07).criterion == 0.07 == lucky.trials[0].criterion
     assert lucky.run(0.0, 1.0).criterion == pytest.approx(0.07)

@@ -23,17 +23,17 @@ from hf_iau.methods.iau.directions import Directions
 from hf_iau.methods.iau.multi_step import (
     ARRIVED,
     DEAR,
-    Walk,
+    MultiStep,
     _lengthen,
     drift,
     push_gradient,
-    walk,
+    run_multi_step,
     watched_rows,
     weighted_gradient,
 )
-from hf_iau.methods.iau.targets import Shortfall
+from hf_iau.methods.iau.targets import ForgetTargets
 from hf_iau.methods.iau.trial import TrialRunner
-from hf_iau.methods.iau.verdict import CHECK, SAFE
+from hf_iau.methods.iau.verdict import CHECK, OK
 from hf_iau.methods.step import step_norm
 
 # The module; the package has a function of the same name.
@@ -52,7 +52,7 @@ def memorised() -> Scene:
     torch.manual_seed(0)
     train, held_out, test = draw(1200, 1), draw(800, 2), draw(800, 3)
     model = fit(Classifier(), train, epochs=90, seed=0)
-    memory = gather(model, train, config=GatherConfig(gradient_sum="exact", batch_size=128, progress=False))
+    memory = gather(model, train, config=GatherConfig(gradient_sum="full", batch_size=128, progress=False))
     return Scene(model, train, held_out, test, memory, {k: v.clone() for k, v in model.state_dict().items()})
 
 
@@ -62,17 +62,17 @@ def scene(memorised) -> Scene:
     return memorised
 
 
-def walked(scene, *, forget=FORGET, batch_size=512, **options) -> Walk:
+def walked(scene, *, forget=FORGET, batch_size=512, **options) -> MultiStep:
     model, rows = scene.model, rows_of(scene.train.take(forget), batch_size)
     known, held_out = rows_of(scene.train.take(KEPT), batch_size), rows_of(scene.held_out)
-    shortfall = Shortfall.of(*(predict_rows(model, source) for source in (rows, known, held_out)))
-    return walk(
+    forget_targets = ForgetTargets.of(*(predict_rows(model, source) for source in (rows, known, held_out)))
+    return run_multi_step(
         model,
         scene.memory.curvature,
         rows,
         known,
         held_out,
-        shortfall,
+        forget_targets,
         names=list(scene.memory.parameters),
         **{"max_relative_step": 0.5, **options},
     )
@@ -115,8 +115,8 @@ def test_a_push_is_the_weighted_gradient_by_the_losses_of_the_same_pass(scene, b
         source, names = rows_of(rows, batch_size), list(scene.memory.parameters)
         targets = np.random.default_rng(0).uniform(0.0, 2.0, 20)
         targets[3] = np.nan
-        shortfall = Shortfall(targets, 1.0, 1.0)
-        found, losses = push_gradient(model, source, shortfall, names)
+        forget_targets = ForgetTargets(targets, 1.0, 1.0)
+        found, losses = push_gradient(model, source, forget_targets, names)
         assert np.allclose(losses, predict_rows(model, source).loss, rtol=0, atol=1e-12)
         p = np.exp(-losses)
         weights = [
@@ -142,8 +142,8 @@ def test_a_push_of_tokens_is_that_of_a_loop_over_rows_and_tokens(batch_size, col
     unseen, seen = predict_rows(model, held_out), predict_rows(model, source)
     # As if held-out rows were known much worse, so that there is something to do.
     unseen = dataclasses.replace(unseen, token_losses=1.5 * unseen.token_losses)
-    shortfall = Shortfall.of(seen, seen, unseen)
-    found, losses = push_gradient(model, source, shortfall, names)
+    forget_targets = ForgetTargets.of(seen, seen, unseen)
+    found, losses = push_gradient(model, source, forget_targets, names)
     assert np.allclose(losses, seen.token_losses, rtol=0, atol=1e-12, equal_nan=True)
     expected = {name: torch.zeros_like(model.get_parameter(name)) for name in names}
     for number, row in enumerate(rows):
@@ -154,7 +154,7 @@ def test_a_push_of_tokens_is_that_of_a_loop_over_rows_and_tokens(batch_size, col
         assert np.isnan(losses[number][len(each) :]).all()
         loss = torch.zeros((), dtype=torch.float64)
         for token, value in enumerate(each):
-            odds, goal = float(value.detach().expm1()), float(np.expm1(shortfall.targets[number, token]))
+            odds, goal = float(value.detach().expm1()), float(np.expm1(forget_targets.targets[number, token]))
             missing = max(1 / (1 + odds ** (1 / 16)) - 1 / (1 + goal ** (1 / 16)), 0.0)
             loss = loss + missing * (1 + odds) / odds * value / len(each)  # 1/(1−p) = (1 + odds)/odds
         if len(each):
@@ -286,12 +286,12 @@ def test_the_point_told_of_is_the_step_returned(scene):
     path = walked(scene)
     known, held_out = rows_of(scene.train.take(KEPT)), rows_of(scene.held_out)
     forget = rows_of(scene.train.take(FORGET))
-    shortfall = Shortfall.of(*(predict_rows(scene.model, source) for source in (forget, known, held_out)))
+    forget_targets = ForgetTargets.of(*(predict_rows(scene.model, source) for source in (forget, known, held_out)))
     assert path.curve[path.steps - 1]["criterion"] == path.remaining
     with torch.no_grad():
         for name, change in path.step.items():
             scene.model.get_parameter(name).copy_(scene.state[name].double() + change)
-    assert path.remaining == pytest.approx(shortfall.remaining(predict_rows(scene.model, forget).loss), abs=1e-6)
+    assert path.remaining == pytest.approx(forget_targets.remaining(predict_rows(scene.model, forget).loss), abs=1e-6)
     assert path.held_out_loss == pytest.approx(predict_rows(scene.model, held_out).mean_loss, rel=1e-6)
 
 
@@ -314,16 +314,16 @@ def test_a_first_step_that_would_take_rows_past_their_targets_is_made_shorter(sc
     few = np.random.default_rng(5).choice(1200, 40, replace=False)
     rows = rows_of(scene.train.take(few))
     known, held_out = rows_of(scene.train.take(KEPT)), rows_of(scene.held_out)
-    shortfall = Shortfall.of(*(predict_rows(scene.model, source) for source in (rows, known, held_out)))
+    forget_targets = ForgetTargets.of(*(predict_rows(scene.model, source) for source in (rows, known, held_out)))
 
-    def past_their_targets(path: Walk) -> float:
+    def past_their_targets(path: MultiStep) -> float:
         """Mean of what rows are known worse than they should be, sorted against sorted."""
         with torch.no_grad():
             for name, change in path.step.items():
                 scene.model.get_parameter(name).copy_(scene.state[name].double() + change)
-        now = np.sort(shortfall.known(predict_rows(scene.model, rows).loss))
+        now = np.sort(forget_targets.known(predict_rows(scene.model, rows).loss))
         scene.model.load_state_dict(scene.state)
-        return float(np.maximum(np.sort(shortfall.known(shortfall.targets)) - now, 0.0).mean())
+        return float(np.maximum(np.sort(forget_targets.known(forget_targets.targets)) - now, 0.0).mean())
 
     monkeypatch.setattr(WALK, "_STRIDE", 0.12)
     careful = walked(scene, forget=few)
@@ -342,11 +342,11 @@ def test_where_the_forget_rows_are_looked_at_does_not_matter(scene, monkeypatch)
     for near in (0.0, 1e9):
         monkeypatch.setattr(WALK, "_NEAR", near)
         paths.append(walked(scene))
-    together, apart = paths
-    assert together.reached and together.steps == apart.steps > 2
-    assert together.forget is None and apart.forget is not None
-    assert together.remaining == pytest.approx(apart.remaining, abs=1e-5)
-    for name, change in together.step.items():
+    sync_errors, apart = paths
+    assert sync_errors.reached and sync_errors.steps == apart.steps > 2
+    assert sync_errors.forget is None and apart.forget is not None
+    assert sync_errors.remaining == pytest.approx(apart.remaining, abs=1e-5)
+    for name, change in sync_errors.step.items():
         assert torch.allclose(change, apart.step[name], rtol=0, atol=1e-4 * float(change.abs().max()))
 
 
@@ -368,9 +368,11 @@ def test_nothing_known_nothing_walked(scene):
     """Rows that are known worse than held-out rows already."""
     model, rows = scene.model, rows_of(scene.held_out)
     found = predict_rows(model, rows)
-    shortfall = Shortfall(np.zeros(len(found)), 1.0, 1.0)
+    forget_targets = ForgetTargets(np.zeros(len(found)), 1.0, 1.0)
     names = list(scene.memory.parameters)
-    path = walk(model, scene.memory.curvature, rows, rows, rows, shortfall, names=names, max_relative_step=0.5)
+    path = run_multi_step(
+        model, scene.memory.curvature, rows, rows, rows, forget_targets, names=names, max_relative_step=0.5
+    )
     assert path.steps == 0 and not path.curve and unchanged(scene)
 
 
@@ -378,7 +380,7 @@ def test_a_memorised_request_arrives_and_costs_little_where_one_step_does_not(sc
     """One step of any length at the same damping, as dear as the walk, leaves more of the way."""
     model, rows, held_out = scene.model, rows_of(scene.train.take(FORGET)), rows_of(scene.held_out)
     known = predict_rows(model, rows_of(scene.train.take(KEPT)))
-    shortfall = Shortfall.of(predict_rows(model, rows), known, predict_rows(model, held_out))
+    forget_targets = ForgetTargets.of(predict_rows(model, rows), known, predict_rows(model, held_out))
     path = walked(scene)
     before = predict_rows(model, held_out).mean_loss
     assert path.reached and path.remaining <= ARRIVED
@@ -389,7 +391,7 @@ def test_a_memorised_request_arrives_and_costs_little_where_one_step_does_not(sc
     left = []
     for k in np.geomspace(0.01, 1.0, 20) * runner.longest(path.damping, 0.5):
         if runner.run(k, path.damping).held_out_loss <= path.held_out_loss:
-            left.append(shortfall.remaining(runner.look([rows], k, path.damping)[0].loss))
+            left.append(forget_targets.remaining(runner.look([rows], k, path.damping)[0].loss))
     assert min(left, default=1.0) > path.remaining + 0.05
     runner_state = all(torch.equal(v, scene.model.state_dict()[n]) for n, v in scene.state.items())
     assert runner_state
@@ -413,11 +415,18 @@ def test_models_of_tokens_are_walked_alike(family, monkeypatch):
     memory = gather(model, RowList(train), data_collator=pad_right(), config=GatherConfig(progress=False))
     forget, known, unseen = source(train[:20]), source(train[20:]), source(held_out)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    shortfall = Shortfall.of(*(predict_rows(model, rows) for rows in (forget, known, unseen)))
-    assert shortfall.at_start > 0 and shortfall.lead_at_start > 0.05
+    forget_targets = ForgetTargets.of(*(predict_rows(model, rows) for rows in (forget, known, unseen)))
+    assert forget_targets.at_start > 0 and forget_targets.lead_at_start > 0.05
     monkeypatch.setattr(WALK, "MOST_STEPS", 15)
-    path = walk(
-        model, memory.curvature, forget, known, unseen, shortfall, names=list(memory.parameters), max_relative_step=0.5
+    path = run_multi_step(
+        model,
+        memory.curvature,
+        forget,
+        known,
+        unseen,
+        forget_targets,
+        names=list(memory.parameters),
+        max_relative_step=0.5,
     )
     # The attack on whole rows is the last to give way, and what the token classifier learned is as true of held-out rows.
     now = predict_rows(model, forget).token_losses
@@ -426,9 +435,9 @@ def test_models_of_tokens_are_walked_alike(family, monkeypatch):
             model.get_parameter(name).add_(change.to(before[name]))
     after = predict_rows(model, forget).token_losses
     model.load_state_dict(before)
-    assert path.remaining == pytest.approx(shortfall.remaining(after), abs=1e-4)
+    assert path.remaining == pytest.approx(forget_targets.remaining(after), abs=1e-4)
     assert path.remaining < (0.6 if family == "gpt2" else 0.9)
-    assert shortfall.mean(after) < (0.2 if family == "gpt2" else 0.9) * shortfall.mean(now)
+    assert forget_targets.mean(after) < (0.2 if family == "gpt2" else 0.9) * forget_targets.mean(now)
     assert path.held_out_loss < 1.1 * predict_rows(model, unseen).mean_loss
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -459,9 +468,9 @@ def test_a_regression_is_walked_and_told_of_without_accuracies(tmp_path, monkeyp
     memory = gather(model, train, config=GatherConfig(batch_size=128, progress=False))
     state = {name: value.clone() for name, value in model.state_dict().items()}
     trainer = Scene(model, train, held_out, held_out, memory, state).trainer(tmp_path)
-    report = trainer.unlearn(row_indices=np.arange(60)).report
+    report = trainer.unlearn(forget_indices=np.arange(60)).report
     found = report.diagnostics
-    assert found["calibration"]["source"] == "walk" and found["calibration"]["criterion"] < 0.5
+    assert found["calibration"]["source"] == "multi-step" and found["calibration"]["criterion"] < 0.5
     assert found["retained_accuracy_lost"] is None and found["accuracy_lead_of_forget_rows"] is None
     assert "warnings" not in found
     assert not any("accuracy" in reason or "predicted" in reason for reason in found["reasons"])
@@ -474,30 +483,35 @@ def fake_walk(monkeypatch, loss_of, *, remaining):
     """A walk that goes nowhere and says what it is told to."""
     seen = []
 
-    def pretend(model, curvature, forget, retained, held_out, shortfall, *, names, damping, **options):
+    def pretend(model, curvature, forget, retained, held_out, forget_targets, *, names, damping, **options):
         step = {name: torch.zeros_like(model.get_parameter(name), dtype=torch.float64) for name in names}
         before = predict_rows(model, held_out).mean_loss
         seen.append(damping)
         reached = remaining <= ARRIVED
         known = predict_rows(model, options["known"])
-        return Walk(step, damping, 1, reached, remaining, loss_of(before), 0.0, [{"damping": damping}], known=known)
+        return MultiStep(
+            step, damping, 1, reached, remaining, loss_of(before), 0.0, [{"damping": damping}], known=known
+        )
 
-    monkeypatch.setattr("hf_iau.methods.iau.multi_step_choice.walk", pretend)
+    monkeypatch.setattr("hf_iau.methods.iau.multi_step_choice.run_multi_step", pretend)
     monkeypatch.setattr("hf_iau.methods.iau.multi_step_choice._LEFT", -1.0)  # no step is good enough
     return seen
 
 
 def test_a_walk_that_costs_more_than_a_step_is_not_taken(scene, tmp_path, monkeypatch):
     seen = fake_walk(monkeypatch, lambda before: 10.0 * before, remaining=0.0)
-    report = scene.trainer(tmp_path).unlearn(row_indices=FORGET).report
-    assert seen and report.diagnostics["calibration"]["source"] != "walk"
-    assert "walk" not in report.diagnostics
+    report = scene.trainer(tmp_path).unlearn(forget_indices=FORGET).report
+    assert seen and report.diagnostics["calibration"]["source"] != "multi_step"
+    assert "multi_step" not in report.diagnostics
 
 
 def test_a_walk_that_gets_less_far_than_a_step_is_not_taken(scene, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_iau.methods.iau.multi_step_choice.TOO_MUCH_LOST", 1.0)
     seen = fake_walk(monkeypatch, lambda before: 0.0, remaining=5.0)
-    assert scene.trainer(tmp_path).unlearn(row_indices=FORGET).report.diagnostics["calibration"]["source"] != "walk"
+    assert (
+        scene.trainer(tmp_path).unlearn(forget_indices=FORGET).report.diagnostics["calibration"]["source"]
+        != "multi_step"
+    )
     assert seen
 
 
@@ -505,8 +519,8 @@ def test_a_walk_that_gets_less_far_is_taken_where_the_step_ruins_the_retained_ro
     """A ruined model may be near to any target."""
     fake_walk(monkeypatch, lambda before: 0.0, remaining=0.9)
     monkeypatch.setattr("hf_iau.methods.iau.multi_step_choice.TOO_MUCH_LOST", -1.0)
-    report = scene.trainer(tmp_path).unlearn(row_indices=FORGET).report
-    assert report.diagnostics["calibration"]["source"] == "walk" and report.verdict == CHECK
+    report = scene.trainer(tmp_path).unlearn(forget_indices=FORGET).report
+    assert report.diagnostics["calibration"]["source"] == "multi-step" and report.verdict == CHECK
     assert any("90% of its way left" in reason for reason in report.diagnostics["reasons"])
 
 
@@ -514,15 +528,15 @@ def test_a_walk_that_gets_less_far_is_taken_where_the_step_ruins_the_retained_ro
 def test_a_step_that_ruins_the_retained_rows_is_halved_where_no_walk_is_taken(scene, tmp_path, monkeypatch, rows):
     fake_walk(monkeypatch, lambda before: 10.0 * before, remaining=0.0)
     monkeypatch.setattr("hf_iau.methods.iau.decision.TOO_MUCH_LOST", 1.0)
-    whole = scene.trainer(tmp_path).unlearn(row_indices=rows).report
+    whole = scene.trainer(tmp_path).unlearn(forget_indices=rows).report
     scene.model.load_state_dict(scene.state)
     lost = whole.diagnostics["retained_accuracy_lost"]
     assert lost > 0 and whole.diagnostics["calibration"]["halvings"] == 0
     monkeypatch.setattr("hf_iau.methods.iau.decision.TOO_MUCH_LOST", lost)
-    report = scene.trainer(tmp_path).unlearn(row_indices=rows).report
+    report = scene.trainer(tmp_path).unlearn(forget_indices=rows).report
     found, before = report.diagnostics["calibration"], whole.diagnostics["calibration"]
     assert 1 <= found["halvings"] <= 4 and not found["reached"]
-    for name in ("length", "finish_weight", "relative_step"):
+    for name in ("scale", "retain_weight", "relative_step"):
         assert found[name] == pytest.approx(before[name] * 0.5 ** found["halvings"], rel=1e-5)
     known = rows_of(scene.train.take(np.setdiff1d(np.arange(1200), rows)))
     end = predict_rows(scene.model, known).accuracy
@@ -537,53 +551,57 @@ def test_a_step_that_ruins_the_retained_rows_is_halved_where_no_walk_is_taken(sc
 def test_a_walk_is_reported_as_one_and_not_remembered_as_a_step(scene, tmp_path, monkeypatch):
     fake_walk(monkeypatch, lambda before: 0.0, remaining=0.0)
     trainer = scene.trainer(tmp_path)
-    result = trainer.unlearn(row_indices=FORGET)
+    result = trainer.unlearn(forget_indices=FORGET)
     found = result.report.diagnostics["calibration"]
-    assert found["source"] == "walk" and found["lengths"] == [] and found["criterion"] == 0.0
-    assert result.report.diagnostics["walk"]["steps"] == 1
-    assert result.report.diagnostics["walk"]["one_step"]["source"] in ("forget rows", "proxies")
+    assert found["source"] == "multi-step" and found["scales"] == [] and found["criterion"] == 0.0
+    assert result.report.diagnostics["multi_step"]["steps"] == 1
+    assert result.report.diagnostics["multi_step"]["one_step"]["source"] in ("forget rows", "proxies")
     assert result.memory.calibration is None
 
 
 def test_a_remembered_answer_does_not_hide_that_one_step_is_not_enough(scene, tmp_path, monkeypatch):
     """It may have been found on a request too small to be walked."""
     seen = fake_walk(monkeypatch, lambda before: 0.0, remaining=0.0)
-    known = {"length": 0.01, "damping": 0.1, "finish_weight": 0.0, "source": "proxies", "relative_path": 0.0}
+    known = {"scale": 0.01, "damping": 0.1, "retain_weight": 0.0, "source": "proxies", "relative_path": 0.0}
     trainer = scene.trainer(tmp_path, memory=dataclasses.replace(scene.memory, calibration=known))
-    result = trainer.unlearn(row_indices=FORGET)
-    assert seen and result.report.diagnostics["walk"]["one_step"]["source"] == "remembered"
+    result = trainer.unlearn(forget_indices=FORGET)
+    assert seen and result.report.diagnostics["multi_step"]["one_step"]["source"] == "remembered"
     assert result.report.diagnostics["accuracy_lead_of_forget_rows"] is not None
     assert result.memory.calibration == known
 
 
 def test_a_walk_keeps_to_a_damping_that_was_given(scene, tmp_path, monkeypatch):
     seen = fake_walk(monkeypatch, lambda before: 0.0, remaining=0.0)
-    scene.trainer(tmp_path).unlearn(row_indices=FORGET, config=IAUConfig(damping=0.5))
+    scene.trainer(tmp_path).unlearn(forget_indices=FORGET, config=IAUConfig(damping=0.5))
     assert seen == [0.5]
 
 
-@pytest.mark.parametrize("config", [IAUConfig(walk=False), IAUConfig(length=0.01), IAUConfig(finish_weight=0.01)])
+@pytest.mark.parametrize("config", [IAUConfig(multi_step=False), IAUConfig(scale=0.01), IAUConfig(retain_weight=0.01)])
 def test_no_walk_when_it_is_switched_off_or_the_step_is_given(scene, tmp_path, monkeypatch, config):
-    monkeypatch.setattr("hf_iau.methods.iau.multi_step_choice.walk", lambda *_, **__: pytest.fail("walked"))
+    monkeypatch.setattr(
+        "hf_iau.methods.iau.multi_step_choice.run_multi_step", lambda *_, **__: pytest.fail("took many steps")
+    )
     monkeypatch.setattr("hf_iau.methods.iau.multi_step_choice._LEFT", -1.0)
-    scene.trainer(tmp_path).unlearn(row_indices=FORGET, config=config)
+    scene.trainer(tmp_path).unlearn(forget_indices=FORGET, config=config)
 
 
 def test_rows_unlike_others_are_not_walked(scene, tmp_path, monkeypatch):
     """Of two of the four classes: a retrained model would not treat them as held-out rows of all classes."""
-    monkeypatch.setattr("hf_iau.methods.iau.multi_step_choice.walk", lambda *_, **__: pytest.fail("walked"))
+    monkeypatch.setattr(
+        "hf_iau.methods.iau.multi_step_choice.run_multi_step", lambda *_, **__: pytest.fail("took many steps")
+    )
     monkeypatch.setattr("hf_iau.methods.iau.multi_step_choice._LEFT", -1.0)
     odd = np.flatnonzero(scene.train.labels.numpy() < 2)[:100]
-    report = scene.trainer(tmp_path).unlearn(row_indices=odd).report
+    report = scene.trainer(tmp_path).unlearn(forget_indices=odd).report
     assert not report.diagnostics["shift_test"]["passed"]
 
 
 def test_through_the_trainer_a_memorised_model_forgets(scene, tmp_path):
-    report = scene.trainer(tmp_path).unlearn(row_indices=FORGET, test_dataset=scene.test).report
-    assert report.diagnostics["calibration"]["source"] == "walk"
+    report = scene.trainer(tmp_path).unlearn(forget_indices=FORGET, test_dataset=scene.test).report
+    assert report.diagnostics["calibration"]["source"] == "multi-step"
     assert abs(report.after["mia_auc_test"] - 0.5) < 0.3 * (report.before["mia_auc_test"] - 0.5)
     drift_ = report.after["held_out_loss"] / report.before["held_out_loss"] - 1.0
-    assert drift_ <= DEAR or report.verdict != SAFE
+    assert drift_ <= DEAR or report.verdict != OK
 
 
 def test_directions_are_not_made_again_for_a_shorter_stride(scene, monkeypatch):
