@@ -9,7 +9,8 @@ from typing import Any
 
 from hf_iau.deletion.journal import Journal
 from hf_iau.deletion.milestones import passed
-from hf_iau.methods.context import ForgetContext, MethodOutcome
+from hf_iau.methods.context import ForgetContext
+from hf_iau.methods.outcome import MethodOutcome
 from hf_iau.utils.jsonable import jsonable
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,9 @@ from torch import Tensor
 from hf_iau.data.row_loss import describe_function
 from hf_iau.errors import ConfigError, MissingMemoryError, RequestError
 from hf_iau.memory.gradient_sum import GradientSum, sum_row_gradients
-from hf_iau.methods.context import ForgetContext, MethodOutcome
+from hf_iau.methods.context import ForgetContext
 from hf_iau.methods.gradients import add_weight_decay
+from hf_iau.methods.outcome import MethodOutcome
 
 
 @runtime_checkable

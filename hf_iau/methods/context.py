@@ -204,31 +204,3 @@ def remaining_positions(
         else:
             kept.append(position)
     return kept
-
-
-@dataclass
-class MethodOutcome:
-    """What a method tells about its work, beside the changed weights.
-
-    Attributes:
-        forget_sum: Σ_f at the old weights, float64, where the method took one step along it. Without it the gradient
-            sum of the memory is dropped: it cannot be moved along with the weights.
-        forget_targets: targets of the forget rows; counted by the caller where None.
-        keeps_memory: False where the weights were made anew, so that no memory describes them.
-        diagnostics: JSON for the report.
-        calibrated: whether the step was calibrated; None for methods that do not calibrate.
-        verdict: "ok", "check" or "retrain", where the method judges.
-        warnings: sentences for people.
-        calibration: what to remember for later requests.
-        memory: of the weights that the request found, where the method renewed it; else None.
-    """
-
-    forget_sum: dict[str, Tensor] | None = None
-    forget_targets: int | None = None
-    keeps_memory: bool = True
-    diagnostics: dict[str, Any] = field(default_factory=dict)
-    calibrated: bool | None = None
-    verdict: str | None = None
-    warnings: list[str] = field(default_factory=list)
-    calibration: dict[str, Any] | None = None
-    memory: GradientMemory | None = None

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from hf_iau.errors import ConfigError
 from hf_iau.methods.base import check_gradient_difference, forget_and_retain_sums, register_method
-from hf_iau.methods.context import ForgetContext, MethodOutcome
+from hf_iau.methods.context import ForgetContext
+from hf_iau.methods.outcome import MethodOutcome
 from hf_iau.methods.step import apply_step, step_norm
 from hf_iau.utils.config_checks import is_finite
 

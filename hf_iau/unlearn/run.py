@@ -22,7 +22,8 @@ from hf_iau.evaluation.measurement import Measurement, measure_model
 from hf_iau.memory.fingerprints import package_versions
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.methods.base import UnlearningMethod, config_values
-from hf_iau.methods.context import ForgetContext, MethodOutcome
+from hf_iau.methods.context import ForgetContext
+from hf_iau.methods.outcome import MethodOutcome
 from hf_iau.report.card import UnlearningCard
 from hf_iau.report.report import UnlearningReport
 from hf_iau.trainer.output import UnlearnOutput

@@ -6,7 +6,8 @@ from typing import Any
 
 from hf_iau.errors import RequestError
 from hf_iau.memory.memory import GradientMemory
-from hf_iau.methods.context import ForgetContext, MethodOutcome
+from hf_iau.methods.context import ForgetContext
+from hf_iau.methods.outcome import MethodOutcome
 from hf_iau.methods.step import first_order_rise, moved_gradient_sum, step_norm, weights_norm
 from hf_iau.unlearn.sync import non_finite_parameter
 from hf_iau.unlearn.transaction import WeightTransaction

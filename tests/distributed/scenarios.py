@@ -40,9 +40,10 @@ from hf_iau.errors import IAUError, MissingMemoryError
 from hf_iau.memory.fingerprints import weights_fingerprint
 from hf_iau.memory.gradient_sum import sum_row_gradients
 from hf_iau.memory.keys import find_key
-from hf_iau.methods.context import ForgetContext, MethodOutcome
+from hf_iau.methods.context import ForgetContext
 from hf_iau.methods.iau.multi_step import MultiStep, run_multi_step
 from hf_iau.methods.iau.targets import ForgetTargets
+from hf_iau.methods.outcome import MethodOutcome
 
 TIMEOUT = 6  # seconds of the process group, where a process is to be missed
 GIVEN = IAUConfig(scale=0.1, damping=1.0, retain_weight=0.01)

@@ -54,9 +54,10 @@ from hf_iau.distributed import (
 from hf_iau.errors import IAUError, ParallelError
 from hf_iau.memory.gradient_sum import sum_row_gradients
 from hf_iau.methods.base import find_method
-from hf_iau.methods.context import ForgetContext, MethodOutcome
+from hf_iau.methods.context import ForgetContext
 from hf_iau.methods.iau.multi_step import MultiStep, run_multi_step
 from hf_iau.methods.iau.targets import ForgetTargets
+from hf_iau.methods.outcome import MethodOutcome
 
 GIVEN = IAUConfig(scale=0.1, damping=0.05, retain_weight=0.01)  # finished with a damping of its own
 

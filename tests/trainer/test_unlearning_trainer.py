@@ -40,7 +40,8 @@ from hf_iau.data.model_mode import placed_on
 from hf_iau.errors import IAUError, MemoryFileError, MissingMemoryError, RequestError, StaleMemoryError
 from hf_iau.methods.base import _METHODS
 from hf_iau.methods.baselines.retrain import RetrainConfig
-from hf_iau.methods.context import ForgetContext, MethodOutcome
+from hf_iau.methods.context import ForgetContext
+from hf_iau.methods.outcome import MethodOutcome
 from hf_iau.unlearn import run as serving
 from hf_iau.unlearn import update_memory as moved_memory
 

@@ -16,7 +16,8 @@ from hf_iau.data.targets import IGNORED_LABEL
 from hf_iau.methods.base import register_method
 from hf_iau.methods.baselines.epochs import EpochsConfig, batches_of, descend, mean_loss, shuffled
 from hf_iau.methods.baselines.outputs import check_task
-from hf_iau.methods.context import ForgetContext, MethodOutcome
+from hf_iau.methods.context import ForgetContext
+from hf_iau.methods.outcome import MethodOutcome
 
 
 @dataclass(frozen=True)

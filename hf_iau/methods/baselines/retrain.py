@@ -15,7 +15,8 @@ from hf_iau.data import RowSource
 from hf_iau.errors import RequestError
 from hf_iau.methods.base import register_method
 from hf_iau.methods.baselines.start import StartConfig, check_alike, check_start, copy_weights, initial_model
-from hf_iau.methods.context import ForgetContext, MethodOutcome
+from hf_iau.methods.context import ForgetContext
+from hf_iau.methods.outcome import MethodOutcome
 
 # What a Trainer subclass may override that changes how it trains, and that a plain Trainer would not repeat.
 _NOT_REPEATED = ("create_optimizer", "create_scheduler", "get_train_dataloader", "_get_train_sampler")

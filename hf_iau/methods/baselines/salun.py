@@ -14,7 +14,8 @@ from hf_iau.methods.base import register_method
 from hf_iau.methods.baselines.epochs import EpochsConfig, trained_parameters
 from hf_iau.methods.baselines.outputs import check_task
 from hf_iau.methods.baselines.random_labels import learn_other_labels
-from hf_iau.methods.context import ForgetContext, MethodOutcome
+from hf_iau.methods.context import ForgetContext
+from hf_iau.methods.outcome import MethodOutcome
 from hf_iau.utils.config_checks import check_number
 
 

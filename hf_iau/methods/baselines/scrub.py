@@ -14,7 +14,8 @@ from hf_iau.errors import ConfigError
 from hf_iau.methods.base import register_method
 from hf_iau.methods.baselines.epochs import EpochsConfig, descend, shuffled
 from hf_iau.methods.baselines.outputs import Student, Teacher, check_task, divergence
-from hf_iau.methods.context import ForgetContext, MethodOutcome
+from hf_iau.methods.context import ForgetContext
+from hf_iau.methods.outcome import MethodOutcome
 from hf_iau.utils.config_checks import check_number
 
 

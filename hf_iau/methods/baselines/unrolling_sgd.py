@@ -10,7 +10,8 @@ from hf_iau.memory.gradient_sum import sum_row_gradients
 from hf_iau.methods.base import register_method
 from hf_iau.methods.baselines.epochs import trained_parameters
 from hf_iau.methods.baselines.start import StartConfig, check_alike, check_start, initial_model
-from hf_iau.methods.context import ForgetContext, MethodOutcome
+from hf_iau.methods.context import ForgetContext
+from hf_iau.methods.outcome import MethodOutcome
 from hf_iau.methods.step import apply_step, step_norm
 from hf_iau.utils.config_checks import check_number
 

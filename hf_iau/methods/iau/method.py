@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from hf_iau.errors import MissingMemoryError
 from hf_iau.methods.base import register_method
-from hf_iau.methods.context import ForgetContext, MethodOutcome
+from hf_iau.methods.context import ForgetContext
 from hf_iau.methods.gradients import correction_sum, has_correction_sum, objective_sum
 from hf_iau.methods.iau.config import IAUConfig
 from hf_iau.methods.iau.curvature_renewal import with_near_curvature
@@ -19,6 +19,7 @@ from hf_iau.methods.iau.plan import calibrate_on_proxies
 from hf_iau.methods.iau.reference import choose_reference
 from hf_iau.methods.iau.requirements import check_calibratable
 from hf_iau.methods.iau.verdict import assess
+from hf_iau.methods.outcome import MethodOutcome, StepRecord
 from hf_iau.methods.step import weights_norm
 
 
@@ -92,6 +93,16 @@ class IAU:
         return MethodOutcome(
             forget_sum=forget.tensors,
             forget_targets=forget.n_targets,
+            step=StepRecord(
+                calibration.source,
+                # Many steps are not described by these.
+                *(
+                    (None,) * 3
+                    if decision.path is not None
+                    else (calibration.scale, calibration.damping, calibration.retain_weight)
+                ),
+                reasons=reasons,
+            ),
             diagnostics={
                 "forget_gradient_norm": forget.norm(),
                 "calibration": calibration.to_dict(),
