@@ -93,15 +93,12 @@ class IAU:
         return MethodOutcome(
             forget_sum=forget.tensors,
             forget_targets=forget.n_targets,
-            step=StepRecord(
-                calibration.source,
-                # Many steps are not described by these.
-                *(
-                    (None,) * 3
-                    if decision.path is not None
-                    else (calibration.scale, calibration.damping, calibration.retain_weight)
-                ),
-                reasons=reasons,
+            step=(
+                StepRecord(
+                    calibration.source, calibration.scale, calibration.damping, calibration.retain_weight, reasons
+                )
+                if decision.path is None
+                else StepRecord(calibration.source, reasons=reasons)
             ),
             diagnostics={
                 "forget_gradient_norm": forget.norm(),
