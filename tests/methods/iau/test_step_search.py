@@ -62,7 +62,7 @@ def test_finishing_has_a_damping_of_its_own(scene, runner):
 
 
 @pytest.fixture
-def trial_runner(scene):
+def runner(scene):
     scene.model.load_state_dict(scene.state)
     forget = rows_of(scene.train.take(np.arange(300)))
     return TrialRunner(scene.model, directions_of(scene, forget), forget, rows_of(scene.held_out))
