@@ -20,12 +20,15 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from transformers import TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 
 from hf_iau.report.report import UnlearningReport
 from hf_iau.trainer.callback import IAUCallback
 from hf_iau.trainer.unlearning_trainer import UnlearningTrainer
+from hf_iau.utils.optional import require
+
+require("sklearn", "The demonstration's handwritten digits")
+from sklearn.datasets import load_digits  # noqa: E402
 
 
 @dataclass(frozen=True)
