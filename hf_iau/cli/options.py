@@ -6,6 +6,7 @@ PyTorch, Transformers or Datasets, so that `--help` and every refusal of an argu
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
+from typer.models import OptionInfo
 
 from hf_iau.cli.condition import parse_condition
 from hf_iau.cli.files import check_model, check_rows, local_folder, read_ids
@@ -40,7 +42,7 @@ SeedOption = Annotated[int, typer.Option("--seed", help="Seed of samples.", min=
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The model, the rows it was trained on, and how both are read."""
+    """The model and its rows."""
 
     model: Annotated[str, typer.Argument(help="The fine-tuned model or PEFT adapter: a folder, or a name on the Hub.")]
     train: Annotated[
@@ -79,7 +81,10 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class GatherOptions:
-    """What is gathered; defaults are those of `GatherConfig`."""
+    """What is gathered.
+
+    The defaults are those of `hf_iau.GatherConfig`.
+    """
 
     gradient_sum: Annotated[str, typer.Option(help="full, sampled or none.")] = "sampled"
     curvature: Annotated[str, typer.Option(help="ekfac, diagonal, identity or none.")] = "ekfac"
@@ -115,7 +120,7 @@ class ForgetOptions:
 
 @dataclass(frozen=True)
 class ComparisonOptions:
-    """Other rows and models that the report looks at."""
+    """Other rows and models to measure."""
 
     held_out: Annotated[
         str | None,
@@ -254,11 +259,15 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameters(group: Any) -> Iterator[inspect.Parameter]:
+    """The group's fields as parameters; in `--help` they stand together under the group's docstring."""
     hints = get_type_hints(group, include_extras=True)
     for field in fields(group):
+        hint, info = hints[field.name].__origin__, copy.copy(hints[field.name].__metadata__[0])
+        if isinstance(info, OptionInfo):
+            info.rich_help_panel = str(group.__doc__).splitlines()[0].removesuffix(".")
         yield inspect.Parameter(
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=inspect.Parameter.empty if field.default is MISSING else field.default,
-            annotation=hints[field.name],
+            annotation=Annotated[hint, info],
         )
