@@ -32,6 +32,7 @@ Result = TypeVar("Result")
 
 NAME = "simulated"
 DEVICE = f"{NAME}:0"
+_WITHOUT_DEVICE = {int, float, bool, str, type(None), torch.dtype, torch.layout, torch.memory_format, torch.device}
 _CHOICE = "ACCELERATE_TORCH_DEVICE"  # by which Accelerate and the Trainer can be told their device
 
 aten = torch.ops.aten
@@ -240,12 +241,14 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return args[0]
     if base in ("_local_scalar_dense", "equal", "nonzero") or to_cpu:
         MODULE.synchronising(base)
-    _check_devices(func, base, args, kwargs)
     wrappers: dict[int, SimulatedTensor] = {}
-    plain_args, plain_kwargs = _unwrapped(args, wrappers), _unwrapped(kwargs, wrappers)
+    others: list[Any] = []
+    plain_args, plain_kwargs = _unwrapped(args, wrappers, others), _unwrapped(kwargs, wrappers, others)
+    if others:
+        _check_devices(func, base, args, kwargs)
     with MODULE.own_random_numbers() if torch.Tag.nondeterministic_seeded in func.tags else contextlib.nullcontext():
         result = func(*plain_args, **plain_kwargs)
-    for wrapper in wrappers.values():
+    for wrapper in wrappers.values() if func._schema.is_mutable else ():
         if wrapper.size() != wrapper.held.size():
             raise NotImplementedError(f"the simulation does not know how {func} changes a tensor's shape in place")
     return result if to_cpu else _wrapped(result, wrappers)
@@ -255,14 +258,20 @@ def _plain(tensor: Any) -> Any:
     return tensor.held if isinstance(tensor, SimulatedTensor) else tensor
 
 
-def _unwrapped(value: Any, wrappers: dict[int, SimulatedTensor]) -> Any:
-    if isinstance(value, SimulatedTensor):
+def _unwrapped(value: Any, wrappers: dict[int, SimulatedTensor], others: list[Any]) -> Any:
+    """`value` with CPU tensors in place of the device's; what else has a device is noted in `others`."""
+    kind = type(value)
+    if kind is SimulatedTensor or (kind not in _WITHOUT_DEVICE and isinstance(value, SimulatedTensor)):
         wrappers[id(value.held)] = value
         return value.held
+    if kind in _WITHOUT_DEVICE:
+        return value
     if isinstance(value, (list, tuple)):
-        return type(value)(_unwrapped(item, wrappers) for item in value)
+        return kind(_unwrapped(item, wrappers, others) for item in value)
     if isinstance(value, dict):
-        return {key: _unwrapped(item, wrappers) for key, item in value.items()}
+        return {key: _unwrapped(item, wrappers, others) for key, item in value.items()}
+    if isinstance(value, (Tensor, torch.Generator)):
+        others.append(value)
     return value
 
 

@@ -135,7 +135,7 @@ def test_beside_a_living_optimizer(case: str, tmp_path: Path) -> None:
             if requests:
                 found.append(highest(lambda: trainer.unlearn(forget_indices=FORGET, config=GIVEN).revert()))
                 if length == LONG and not settings:
-                    found.append(highest(lambda: trainer.unlearn(forget_indices=MANY, config=IAUConfig())))
+                    found.append(highest(lambda: trainer.unlearn(forget_indices=MANY, config=IAUConfig(damping=0.1))))
         return ends.training, found
 
     training, offloaded = peaks(OFFLOADED, requests=True)
