@@ -133,6 +133,8 @@ def _stop(processes: list[BaseProcess]) -> None:
 
 def main(program: str, folder: str, *jobs: str) -> None:
     """Import `program`, then fork for each job."""
+    import torch.distributed  # noqa: F401  # once, before the processes that serve stores are forked
+
     sys.path[:0] = [str(TESTS), str(Path(program).parent)]
     module = importlib.import_module(Path(program).stem)
     gc.collect()

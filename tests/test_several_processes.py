@@ -23,7 +23,7 @@ def works(folder: Path) -> str:
 
 
 def test_a_function_that_hangs_fails_alone(tmp_path: Path) -> None:
-    found = run_in_processes(Path(__file__), tmp_path, "hangs_in_one:2", "works:2", limit=10)
+    found = run_in_processes(Path(__file__), tmp_path, "hangs_in_one:2", "works:2", limit=5)
     ended, hung = found["hangs_in_one:2"]
     assert (ended["error"], ended["result"]) == (None, 1)
     assert hung["error"] == "TimeoutError"

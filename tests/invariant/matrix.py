@@ -34,10 +34,16 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 BATCH_SIZES = (1, 3, 8)
 ACCUMULATIONS = (1, 4)
 PADDINGS = ("longest", "fixed")
-SETTINGS = [
-    "-".join(str(part) for part in setting)
-    for setting in itertools.product(DTYPES, BATCH_SIZES, ACCUMULATIONS, PADDINGS)
-]
+CHOICES = (tuple(DTYPES), BATCH_SIZES, ACCUMULATIONS, PADDINGS)
+SETTINGS = ["-".join(map(str, setting)) for setting in itertools.product(*CHOICES)]
+
+
+def settings_of(processes: int) -> list[str]:
+    """Every setting for one process; for several the half in which each value of one choice meets each of another."""
+    if processes == 1:
+        return SETTINGS
+    places = itertools.product(*(range(len(choice)) for choice in CHOICES))
+    return [setting for setting, place in zip(SETTINGS, places, strict=True) if sum(place) % 2 == 0]
 
 
 def collator(padding: str) -> Collator:
@@ -101,8 +107,8 @@ def run(setting: str, folder: Path) -> tuple[dict[str, Tensor], dict[str, float]
 
 
 def matrix(folder: Path) -> None:
-    """Every setting with the processes that there are."""
-    for setting in SETTINGS:
+    """The settings that belong to the number of processes that there are."""
+    for setting in settings_of(get_world_size()):
         tensors, figures = run(setting, folder / "trainer")
         if is_main_process():
             save_file(tensors, folder / f"{setting}.safetensors")

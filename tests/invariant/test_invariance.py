@@ -1,8 +1,9 @@
-"""The same memory, factors and forgetting under every number of processes, batch size, accumulation and padding."""
+"""The same memory, factors and forgetting whatever the number of processes, batch size, accumulation and padding."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], t
             json.loads((folder / f"matrix-{world}" / f"{setting}.json").read_text()),
         )
         for world in WORLDS
-        for setting in matrix.SETTINGS
+        for setting in matrix.settings_of(world)
     }
 
 
@@ -54,6 +55,14 @@ def norm(vector: dict[str, Tensor]) -> float:
 
 def initial_weights() -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in build("bert", num_hidden_layers=1).named_parameters()}
+
+
+def test_every_pair_of_choices_meets_in_several_processes() -> None:
+    half = {tuple(setting.split("-")) for setting in matrix.settings_of(2)}
+    assert len(half) == len(matrix.SETTINGS) // 2 and half < {tuple(s.split("-")) for s in matrix.settings_of(1)}
+    for one, other in itertools.combinations(range(len(matrix.CHOICES)), 2):
+        pairs = itertools.product(map(str, matrix.CHOICES[one]), map(str, matrix.CHOICES[other]))
+        assert {(setting[one], setting[other]) for setting in half} == set(pairs)
 
 
 @pytest.mark.parametrize("which", ["train", "forget"])
