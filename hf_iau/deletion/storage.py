@@ -21,7 +21,7 @@ from hf_iau.deletion.journaled_method import STEP
 from hf_iau.deletion.ledger import LEDGER_NAME, Ledger, LedgerEntry
 from hf_iau.deletion.milestones import passed
 from hf_iau.deletion.queue import QUEUE_NAME, RequestQueue
-from hf_iau.deletion.receipt import certificate
+from hf_iau.deletion.receipt import render_receipt
 from hf_iau.deletion.termination import Termination
 from hf_iau.distributed import full_parameters
 from hf_iau.errors import IAUError, StorageError
@@ -167,7 +167,7 @@ class RequestStorage:
         )
         write_text_atomically(private / LEDGER_NAME, text)
         (private / CERTIFICATE_FOLDER).mkdir(mode=PRIVATE_FOLDER)
-        write_text_atomically(private / CERTIFICATE_FOLDER / f"{entry.number:05d}.md", certificate(entry))
+        write_text_atomically(private / CERTIFICATE_FOLDER / f"{entry.number:05d}.md", render_receipt(entry))
         return entry
 
     def _weight_files(self, request: str) -> tuple[list[str], list[str]]:
