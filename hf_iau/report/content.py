@@ -60,6 +60,8 @@ def reasons(report: Values) -> list[str]:
 
 def deed(report: Values) -> str:
     """What was done to the weights, as one sentence."""
+    if not report["counts"]["forget_rows"]:
+        return "No weight was changed."
     words = explanations.METHODS.get(report["method"])
     if "multi_step" in report["diagnostics"]:
         words = explanations.MULTI_STEP
@@ -110,11 +112,15 @@ def shared(report: Values) -> dict[str, Any]:
         "report": report,
         "request": request(report),
         "reasons": reasons(report),
-        "meaning": explanations.VERDICTS.get(report["verdict"]),
+        "meaning": explanations.VERDICTS.get(report["verdict"]) if report["counts"]["forget_rows"] else None,
         "deed": deed(report),
         "step": step(report),
         "counts": counts(report),
-        "four_figures": explanations.FOUR_FIGURES,
+        "four_figures": [
+            words
+            for key, words in explanations.FOUR_FIGURES.items()
+            if any(figures.get(key) is not None for figures in columns(report).values())
+        ],
         "comparison": comparison(report),
         "intervals": tables.intervals(columns(report)),
         "differences": tables.differences(report["gap"]),
@@ -127,7 +133,7 @@ def shared(report: Values) -> dict[str, Any]:
         "unseen_rows": {"test": "test", "held_out": "held-out", None: None}[compared_with(report)],
         "standard_error": standard_error(report),
         "minimum_rows": MINIMUM_ROWS_FOR_PER_ROW_FIGURES,
-        "guaranteed": explanations.GUARANTEED,
+        "guaranteed": explanations.GUARANTEED if report["counts"]["forget_rows"] else (),
         "not_guaranteed": explanations.not_guaranteed(report["calibrated"]),
         "number": tables.number,
     }

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-FOUR_FIGURES: tuple[tuple[str, str, str, str], ...] = (
-    (
+FOUR_FIGURES: dict[str, tuple[str, str, str, str]] = {
+    "forget_accuracy": (
         "FA",
         "forget accuracy",
-        "share of the rows to forget that the model predicts correctly",
+        "share of the labels (or tokens) of the rows to forget that the model predicts correctly",
         "near the retrained model, not the lowest: a model that never saw the rows still gets many of them right",
     ),
-    (
+    "retain_accuracy": (
         "RA",
         "retain accuracy",
-        "the same share of the training rows that stay",
+        "the same share for the training rows that stay",
         "near the retrained model: a fall is damage",
     ),
-    (
+    "test_accuracy": (
         "TA",
         "test accuracy",
-        "the same share of rows that the model was never trained on",
+        "the same share for rows that the model was never trained on",
         "near the retrained model: a fall is damage",
     ),
-    (
+    "mia_auc": (
         "MIA",
         "membership inference attack",
         "how often an attacker who sees losses finds a row to forget more like a training row than an unseen row is; "
@@ -29,8 +29,8 @@ FOUR_FIGURES: tuple[tuple[str, str, str, str], ...] = (
         "near the retrained model, not the lowest (about 50 % where the rows to forget are like any others): far below "
         "it they stand out again",
     ),
-)
-"""Abbreviation, name, meaning and good direction of the four figures that the mean gap averages."""
+}
+"""Abbreviation, name, meaning and good place of the four figures that the mean gap averages, by their key."""
 
 COUNTS: dict[str, str] = {
     "forget_rows": "rows to forget",

@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
-from hf_iau.report import charts, content, tables
+from hf_iau.report import charts, content, explanations, tables
 from hf_iau.report.histograms import Panels
 
 
@@ -51,8 +51,8 @@ def markdown_page(report: content.Values, histogram: str | None = None, missing:
         if values[name] is not None:
             values[name] = tables.markdown(values[name]) if name != "intervals" or len(values[name]) > 1 else None
     values["curves"] = {name: tables.markdown(table) for name, table in values["curves"].items()}
-    figures = [["", "figure", "what it says", "where it should be"], *(list(row) for row in values["four_figures"])]
-    values["four_figures"] = tables.markdown(figures)
+    figures = [["", "figure", "what it says", "where it should be"], *map(list, values["four_figures"])]
+    values["four_figures"] = tables.markdown(figures, words=True) if len(figures) > 1 else None
     return _template_text("report.md.jinja", values | {"histogram": histogram, "missing": missing})
 
 
@@ -69,12 +69,7 @@ def html_page(report: content.Values, losses: Panels | None = None, image: bytes
         image: a PNG of the histograms, for a report whose row losses are gone.
     """
     columns = content.columns(report)
-    names = {
-        "forget_accuracy": "FA, forget accuracy, %",
-        "retain_accuracy": "RA, retain accuracy, %",
-        "test_accuracy": "TA, test accuracy, %",
-        "mia_auc": "MIA, membership attack, %",
-    }
+    names = {key: f"{short}, {name}, %" for key, (short, name, *_) in explanations.FOUR_FIGURES.items()}
     values = content.shared(report)
     values["intervals"] = {title: spans for title, *spans in values["intervals"][1:]}
     config = tables.values(report["config"])

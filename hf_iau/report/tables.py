@@ -181,11 +181,11 @@ def text(table: Table) -> str:
     return "\n".join(lines)
 
 
-def markdown(table: Table) -> str:
-    """A Markdown table."""
+def markdown(table: Table, words: bool = False) -> str:
+    """A Markdown table; the columns after the first are flush right, or left where they hold `words`."""
     clean = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in table]
     head, *body = clean
-    alignment = [":--", *("--:" for _ in head[1:])]
+    alignment = [":--", *(":--" if words else "--:" for _ in head[1:])]
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, alignment, *body))
 
 

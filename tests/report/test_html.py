@@ -18,6 +18,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from hf_iau.data import TaskKind
 from hf_iau.deletion.ledger import LedgerEntry
 from hf_iau.deletion.receipt import render_receipt, render_receipt_html
 from hf_iau.evaluation.figures import MINIMUM_ROWS_FOR_PER_ROW_FIGURES
@@ -388,6 +389,26 @@ def test_without_matplotlib_the_page_has_the_histograms(
     assert sorted(written) == sorted(tmp_path.iterdir())
     assert "Row losses are drawn in `report.html`" in (tmp_path / "report.md").read_text(encoding="utf-8")
     assert 'class="area' in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_request_of_no_rows_claims_nothing() -> None:
+    report = UnlearningReport("iau", {}, 0, {"forget_rows": 0}, {}, {}, warnings=["The request names no rows."])
+    text = Page(report.to_html()).text
+    assert "No weight was changed." in text and "Nothing was measured." in text and "Verdict: none" in text
+    assert "were changed" not in text and "calibrated" not in text and "What holds" not in text
+
+
+def test_a_regression_has_losses_and_the_attack_alone(models, rows) -> None:
+    regression = {
+        name: Measurement(*(rows(getattr(model, s).loss, kind=TaskKind.REGRESSION) for s in ("forget", "retain")))
+        for name, model in models.items()
+    }
+    text = Page(report_of(regression).to_html()).text
+    assert (
+        "FA: forget accuracy" not in text
+        and "% of loss" in text
+        and "averages the absolute differences of the losses" in text
+    )
 
 
 def test_methods_in_words_are_methods() -> None:
