@@ -31,15 +31,20 @@ def check_same_rows(models: Mapping[str, Measurement]) -> None:
             )
 
 
-def compared(figures: Mapping[str, Figures]) -> dict[str, Any]:
-    """The report's entries `retrained`, `gap`, `gap_before` and `noise_floor`, None for what was not measured.
+def compared(
+    models: Mapping[str, Measurement], figures: Mapping[str, Figures], bootstrap: int, seed: int
+) -> dict[str, Any]:
+    """The report's entries on retrained models, from `retrained` to `agreement`, None for what was not measured.
 
     Args:
-        figures: by the names of `check_same_rows`.
+        models: see `check_same_rows`.
+        figures: of these models.
+        bootstrap: resamples of each interval; 0 for none.
+        seed: of the resampling.
     """
     reference, second = figures.get("retrained"), figures.get("second_retrained")
     if reference is None:
-        return dict.fromkeys(("retrained", "gap", "gap_before", "noise_floor"))
+        return dict.fromkeys(("retrained", "gap", "gap_before", "noise_floor", "agreement"))
     return {
         "retrained": reference.to_dict(),
         "gap": gap(figures["after"], reference).to_dict(),
@@ -47,6 +52,7 @@ def compared(figures: Mapping[str, Figures]) -> dict[str, Any]:
         "noise_floor": None
         if second is None
         else {"figures": second.to_dict(), "gap": gap(second, reference).to_dict()},
+        "agreement": _agreements(models["after"], models["retrained"], bootstrap, seed),
     }
 
 
@@ -66,16 +72,8 @@ def row_counts(measurement: Measurement) -> dict[str, int | None]:
     }
 
 
-def agreements(after: Measurement, retrained: Measurement, bootstrap: int, seed: int) -> dict[str, Any] | None:
-    """Likeness of predictions by set of rows, as dictionaries of `hf_iau.evaluation.Agreement`.
-
-    None where no probabilities were kept.
-
-    Args:
-        after, retrained: of the same rows.
-        bootstrap: resamples of each interval; 0 for none.
-        seed: of the resampling.
-    """
+def _agreements(after: Measurement, retrained: Measurement, bootstrap: int, seed: int) -> dict[str, Any] | None:
+    """`hf_iau.evaluation.Agreement` dictionaries by set of rows; None where no probabilities were kept."""
     found = {}
     for split in ("forget", "retain", "held_out", "test"):
         a, b = getattr(after, split), getattr(retrained, split)
@@ -120,8 +118,16 @@ def measurement_warnings(
     return found
 
 
-def losses_to_draw(measurement: Measurement) -> dict[str, np.ndarray]:
-    """Row losses, shape `(rows,)`, of the forget rows and of enough unseen rows, by the set's name."""
+def losses_to_draw(models: Mapping[str, Measurement]) -> dict[str, dict[str, np.ndarray]]:
+    """Row losses, shape `(rows,)`, of the forget rows and of enough unseen rows, by model and set.
+
+    Args:
+        models: see `check_same_rows`; the second retrained model is left out.
+    """
+    return {name: _losses(model) for name, model in models.items() if name != "second_retrained"}
+
+
+def _losses(measurement: Measurement) -> dict[str, np.ndarray]:
     losses = {"forget rows": measurement.forget.loss}
     unseen = measurement.unseen
     if unseen is not None and rows_with_targets(unseen) >= MINIMUM_ROWS_FOR_PER_ROW_FIGURES:

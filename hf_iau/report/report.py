@@ -21,7 +21,6 @@ from hf_iau.memory.files import write_public_atomically
 from hf_iau.report import content, pages, tables
 from hf_iau.report.histograms import loss_histograms
 from hf_iau.report.measured import (
-    agreements,
     check_same_rows,
     compared,
     losses_to_draw,
@@ -146,8 +145,7 @@ class UnlearningReport:
             counts=jsonable(row_counts(before) | dict(counts or {})),
             before=jsonable(figures["before"].to_dict()),
             after=jsonable(figures["after"].to_dict()),
-            **jsonable(compared(figures)),
-            agreement=None if retrained is None else jsonable(agreements(after, retrained, bootstrap, seed)),
+            **jsonable(compared(given, figures, bootstrap, seed)),
             seconds=jsonable(seconds or {}),
             peak_memory_bytes=jsonable(peak_memory_bytes or {}),
             diagnostics=jsonable(diagnostics or {}),
@@ -157,9 +155,7 @@ class UnlearningReport:
             calibrated=calibrated,
         )
         if not report.per_row_suppressed:
-            report._losses = {
-                name: losses_to_draw(model) for name, model in given.items() if name != "second_retrained"
-            }
+            report._losses = losses_to_draw(given)
         return report
 
     @property
