@@ -24,6 +24,8 @@ PAGES = (ROOT / "docs" / "results.md", ROOT / "README.md")
 
 DIFFERENCES = {"RA": "retain_accuracy", "FA": "forget_accuracy", "TA": "test_accuracy", "MIA": "mia_auc"}
 
+UNBROKEN = "\N{NO-BREAK SPACE}"
+
 Value = float | list[float] | str | None
 """A number, `[mean, standard deviation]`, Markdown, or nothing."""
 
@@ -61,7 +63,7 @@ class Column:
         return f"{round(value, self.digits) + 0.0:{sign},.{self.digits}f}".replace("-", "−")
 
     def _spread(self, mean: float, deviation: float) -> str:
-        return f"{self._number(mean)} ± {deviation:.{self.digits}f}"
+        return f"{self._number(mean)}{UNBROKEN}±{UNBROKEN}{deviation:.{self.digits}f}"
 
 
 def table(result: dict[str, Any]) -> str:

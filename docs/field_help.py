@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import re
 from typing import Any
 
 import griffe
+
+GROUP = re.compile(r"^(Parameters that control [^\n]*):\n\s+(\S[^\n]*(?:\n\s+\S[^\n]*)*)$", re.MULTILINE)
+"""A group of options in a configuration's docstring: its name, and below it, indented, the options."""
 
 
 class FieldHelp(griffe.Extension):
@@ -24,3 +28,13 @@ class FieldHelp(griffe.Extension):
                     attr.docstring = griffe.Docstring(str(words.value), parent=attr)
         if "default" in settings:
             attr.value = ast.unparse(settings["default"])
+
+    def on_class_instance(self, *, cls: griffe.Class, **_: Any) -> None:
+        """Groups of options become lines of their own, for they are no section that the reader knows."""
+        if cls.docstring is not None:
+            cls.docstring.value = GROUP.sub(_line, cls.docstring.value)
+
+
+def _line(group: re.Match[str]) -> str:
+    options = ", ".join(f"`{name.strip(' .')}`" for name in re.sub(r"\s+", " ", group[2]).split(","))
+    return f"*{group[1]}*: {options}.\n"

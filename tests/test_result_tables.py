@@ -50,7 +50,7 @@ def test_values_are_printed_with_signs_spreads_and_real_minus_signs() -> None:
     assert table({"columns": columns, "rows": rows, "hardware": "One core.", "command": "run"}).splitlines() == [
         "| method | TA | gap |",
         "|---|---|---|",
-        "| a | −0.4 ± 1.3 | **1.00** |",
+        "| a | −0.4\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}1.3 | **1.00** |",
         "| b | 0.0 | – |",
         "| c | +1,234.5 | – |",
         "",
