@@ -30,7 +30,7 @@ from hf_iau.utils.jsonable import json_text
 
 
 class ExitCode(IntEnum):
-    """What scripts can rely on; documented in docs/command_line.md."""
+    """What scripts can rely on; documented in docs/how_to/command_line.md."""
 
     OK = 0
     UNEXPECTED = 1

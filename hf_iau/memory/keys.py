@@ -110,6 +110,6 @@ def say_that_there_is_no_key() -> None:
     """Once a process: what is not kept without a key."""
     logger.warning(
         "%s is not set, so no row fingerprints are kept with the memory: a later process cannot tell which rows were "
-        "trained on or forgotten, and there is no ledger. See docs/requests.md.",
+        "trained on or forgotten, and there is no ledger. See docs/deletion.md.",
         KEY_VARIABLE,
     )

@@ -445,7 +445,7 @@ class UnlearningTrainer(Trainer):
         """As in `Trainer`: weights, configuration and the model card are uploaded, `_iau/` is not.
 
         The memory that belongs to the weights is saved beside them first. Earlier revisions of the repository keep the
-        forgotten rows; see docs/publishing.md for how to take them away before.
+        forgotten rows; see docs/how_to/publish.md for how to take them away before.
 
         Raises:
             PublishError: no token, no access, no connection, or a memory lies where it would be uploaded.
