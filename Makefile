@@ -7,8 +7,12 @@ STAMP := $(VENV)/.installed
 
 # The interpreter that creates the virtual environment: the first one that runs,
 # is Python 3.11 or newer, and can make an environment with pip in it.
-PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+
+# What is installed into .venv, and the versions of it.
+EXTRAS ?= dev
+CONSTRAINTS ?= constraints.txt
 
 # Test processes run side by side; 0 runs the tests in one process.
 PYTEST_WORKERS ?= 2
@@ -22,7 +26,7 @@ else
 TEST_ENV := env OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 endif
 
-.PHONY: help install demo test lint typecheck clean
+.PHONY: help install demo docs test lint typecheck clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -33,13 +37,16 @@ $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer, with venv, is required (set PYTHON=...)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt torch
-	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+$(STAMP): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
 	@touch $@
 
 demo: $(STAMP) ## Run the demonstration; results go to outputs/demo
 	$(BIN)/python examples/demo.py --output_dir outputs/demo
+
+docs: $(STAMP) ## Build the documentation into outputs/site; a broken link is an error
+	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 test: $(STAMP) ## Run the tests (PYTEST_WORKERS=2, PYTEST_ARGS=)
 	@$(TEST_ENV) $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)

@@ -4,7 +4,7 @@ Runs offline in less than three minutes on two CPU cores:
 
     python examples/demo.py --output_dir outputs/demo
 
-The demonstration itself is `hf_iau/demo.py`, so that `hf-iau demo` runs it without a clone.
+The demonstration itself is `hf_iau/cli/demo.py`, so that `hf-iau demo` runs it without a clone.
 """
 
 from __future__ import annotations

@@ -42,7 +42,8 @@ from transformers import (
 )
 
 from hf_iau import GatherConfig, IAUCallback, IAUConfig, IAUPaperConfig, IAUReleasedConfig, UnlearningTrainer
-from hf_iau.cli.task_rows import encode_labels, label_names, load_files, read_ids
+from hf_iau.cli.files import read_ids
+from hf_iau.cli.task_rows import encode_labels, label_names, load_files
 
 logger = logging.getLogger(__name__)
 

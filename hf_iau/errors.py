@@ -73,3 +73,7 @@ class PublishError(IAUError):
 
 class ParallelError(IAUError, RuntimeError):
     """The processes of a run have come apart, or one of them failed or is gone."""
+
+
+class MissingPackageError(IAUError, ImportError):
+    """A package that only some users need is not installed; the message names the extra that brings it."""

@@ -20,12 +20,12 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from transformers import TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 
 from hf_iau.report.report import UnlearningReport
 from hf_iau.trainer.callback import IAUCallback
 from hf_iau.trainer.unlearning_trainer import UnlearningTrainer
+from hf_iau.utils.optional import require
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,9 @@ def load_rows(setting: Setting, seed: int) -> tuple[datasets.Dataset, datasets.D
     Held-out rows were collected like the training rows, wrong labels included: calibration needs rows that differ from
     training rows in one thing only, that the model never saw them.
     """
+    require("sklearn", "The demonstration")
+    from sklearn.datasets import load_digits
+
     random = np.random.default_rng(seed)
     digits = load_digits()
     order = random.permutation(len(digits.target))
@@ -142,8 +145,8 @@ def explain(report: UnlearningReport, setting: Setting) -> str:
         [
             f"Before: the model gives the wrong label on {percent(before, 'forget_accuracy')} of the "
             f"{setting.forget_rows} rows to forget; it knows them by heart.",
-            f"After one step of unlearning: {percent(after, 'forget_accuracy')}. A model that was retrained without those rows, "
-            f"which is the aim: {percent(retrained, 'forget_accuracy')}.",
+            f"After one step of unlearning: {percent(after, 'forget_accuracy')}. A model that was retrained without those "
+            f"rows, which is the aim: {percent(retrained, 'forget_accuracy')}.",
             f"Correct on the test rows: {percent(before, 'test_accuracy')} before, {percent(after, 'test_accuracy')} "
             f"after, {percent(retrained, 'test_accuracy')} retrained. The labels that stay, wrong ones among them: "
             f"{percent(before, 'retain_accuracy')}, {percent(after, 'retain_accuracy')}, "

@@ -1,8 +1,7 @@
-"""What the commands load: models, rows, requests, memories and settings, as they are named on the command line."""
+"""What the commands load: models, rows, requests and memories, as they are named on the command line."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,13 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from hf_iau.cli.task import KINDS, Task, load_task
-from hf_iau.cli.task_rows import load_rows, read_ids
+from hf_iau.cli.files import read_ids
+from hf_iau.cli.options import ComparisonOptions, ForgetOptions, ModelOptions
+from hf_iau.cli.task import Task, load_task
+from hf_iau.cli.task_rows import load_rows
 from hf_iau.cli.where import rows_where
 from hf_iau.deletion.id_column import rows_of_ids
-from hf_iau.errors import ConfigError, RequestError
+from hf_iau.errors import RequestError
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.memory.memory_files import MEMORY_FOLDER, MEMORY_HEADER
 
@@ -33,38 +34,27 @@ class Loaded:
     test: datasets.Dataset | None
 
 
-def load(
-    model: str,
-    train: str,
-    held_out: str | None,
-    test: str | None,
-    input_column: list[str] | None,
-    label_column: str,
-    max_length: int | None,
-    kind: str | None,
-    trust_remote_code: bool,
-) -> Loaded:
+def load(options: ModelOptions, compare: ComparisonOptions | None = None) -> Loaded:
     """The model, and its rows as it takes them.
 
     Raises:
-        ConfigError: an unknown kind of task.
         RequestError: rows or a model that cannot be loaded.
+        UnsupportedModelError: a model of another kind than the command line serves.
     """
     transformers_logging.set_verbosity_error()
-    if kind is not None and kind not in KINDS:
-        raise ConfigError(f"--task {kind}: choose {', '.join(KINDS[:-1])} or {KINDS[-1]}.")
-    raw = load_rows(train)
-    others = [None if source is None else load_rows(source) for source in (held_out, test)]
+    raw = load_rows(options.train)
+    sources = (None, None) if compare is None else (compare.held_out, compare.test)
+    others = [None if source is None else load_rows(source) for source in sources]
     task = load_task(
-        model,
-        kind=kind,
-        input_columns=tuple(input_column or ()),
-        label_column=label_column,
-        max_length=max_length,
-        trust_remote_code=trust_remote_code,
+        options.model,
+        kind=options.task,  # type: ignore[arg-type]  # one of KINDS
+        input_columns=tuple(options.input_column or ()),
+        label_column=options.label_column,
+        max_length=options.max_length,
+        trust_remote_code=options.trust_remote_code,
     )
-    prepared = [None if rows is None else task.prepare(rows) for rows in others]
-    return Loaded(task, raw, task.prepare(raw), prepared[0], prepared[1])
+    held_out, test = (None if rows is None else task.prepare(rows) for rows in others)
+    return Loaded(task, raw, task.prepare(raw), held_out, test)
 
 
 @dataclass(frozen=True)
@@ -76,58 +66,39 @@ class NamedRows:
     ids: tuple[Any, ...] = ()
 
 
-def request_of(rows: datasets.Dataset, ids_file: Path | None, id_column: str | None, where: str | None) -> NamedRows:
+def request_of(rows: datasets.Dataset, forget: ForgetOptions) -> NamedRows:
     """The rows that the options name.
 
     Raises:
-        RequestError: they name none, or contradict each other.
+        RequestError: they name none, or what is no row.
     """
-    if (ids_file is None) == (where is None):
-        raise RequestError("Say what to forget: either --ids-file or --where.")
-    if where is not None:
-        if id_column is not None:
-            raise RequestError("--id-column goes with --ids-file; --where names its columns itself.")
-        chosen = rows_where(rows, where)
+    if forget.where is not None:
+        chosen = rows_where(rows, forget.where)
         if len(chosen) == 0:
-            raise RequestError(f"No training row meets the condition {where!r}.")
+            raise RequestError(f"No training row meets the condition {forget.where!r}.")
         return NamedRows(chosen)
-    assert ids_file is not None
-    if id_column is None:
-        return NamedRows(np.asarray(read_ids(ids_file), dtype=np.int64))
-    feature = rows.features.get(id_column)
+    assert forget.ids_file is not None
+    if forget.id_column is None:
+        return NamedRows(np.asarray(read_ids(forget.ids_file), dtype=np.int64))
+    feature = rows.features.get(forget.id_column)
     numbers = isinstance(feature, datasets.Value) and "int" in feature.dtype
-    ids = read_ids(ids_file, int if numbers else str)
-    return NamedRows(rows_of_ids(rows, id_column, ids), id_column, tuple(ids))
+    ids = read_ids(forget.ids_file, int if numbers else str)
+    return NamedRows(rows_of_ids(rows, forget.id_column, ids), forget.id_column, tuple(ids))
 
 
-def training_arguments(folder: str, batch_size: int, seed: int, cpu: bool, quiet: bool) -> TrainingArguments:
+def training_arguments(folder: str, options: ModelOptions, quiet: bool) -> TrainingArguments:
     """For a trainer that only forgets."""
     return TrainingArguments(
         output_dir=folder,
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=batch_size,
-        seed=seed,
-        use_cpu=cpu,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        seed=options.seed,
+        use_cpu=options.cpu,
         disable_tqdm=quiet,
         report_to="none",
         remove_unused_columns=True,
-        dataloader_pin_memory=not cpu,
+        dataloader_pin_memory=not options.cpu,
     )
-
-
-def settings_of(text: str | None, option: str) -> dict[str, Any]:
-    """An option's JSON object.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    try:
-        values = json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{option} {text!r} is no JSON ({error}).") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{option} {text!r}: give a JSON object, e.g. '{{\"eta\": 1e-6}}'.")
-    return values
 
 
 def memory_of(home: Path | None, memory: Path | None) -> GradientMemory | None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import json
 import logging
+import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
 import typer
-from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
+from hf_iau.cli.options import DebugOption, JsonOption
 from hf_iau.errors import (
     AlreadyForgottenError,
     IAUError,
@@ -26,7 +29,6 @@ from hf_iau.errors import (
     PublishError,
     StorageError,
 )
-from hf_iau.utils.jsonable import json_text
 
 
 class ExitCode(IntEnum):
@@ -58,26 +60,32 @@ _CODES: tuple[tuple[type[IAUError], ExitCode], ...] = (
 )
 
 
+# As the launchers name a process' number: torchrun and Accelerate, then MPI's.
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+
+
+@dataclass(frozen=True)
 class Output:
-    """Where a command's results go: text or a table for people, or one JSON object on standard output.
+    """What is printed.
 
-    Under `accelerate launch` only the first process prints.
+    Text or a table for people, or one JSON object on standard output. Under `accelerate launch` only the first process prints.
 
-    Args:
+    Attributes:
         as_json: print JSON, and nothing else, on standard output.
         debug: show the traceback of an unexpected error.
     """
 
-    def __init__(self, as_json: bool = False, debug: bool = False) -> None:
-        self.as_json = as_json
-        self.debug = debug
+    as_json: JsonOption = False
+    debug: DebugOption = False
 
     def result(self, values: dict[str, Any], text: str | Table) -> None:
         """Print a command's result, as `values` or as `text`."""
-        if not PartialState().is_main_process:
+        if not _is_first_process():
             return
         if self.as_json:
-            sys.stdout.write(json_text(values))
+            from hf_iau.utils.jsonable import jsonable  # knows tensors, so it imports PyTorch
+
+            _print_json(jsonable(values))
         elif isinstance(text, Table):
             Console().print(text)
         else:
@@ -85,36 +93,51 @@ class Output:
 
     def note(self, text: str) -> None:
         """Tell people something on standard error."""
-        if PartialState().is_main_process:
+        if _is_first_process():
             Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
 
     def failure(self, error: BaseException, message: str, code: ExitCode) -> None:
         """Tell of an error, on standard error and, with `as_json`, on standard output as well."""
-        if not PartialState().is_main_process:
+        if not _is_first_process():
             return
         Console(stderr=True, soft_wrap=True).print(f"Error: {message}", style="red", markup=False, highlight=False)
         if self.as_json:
-            values = {"error": type(error).__name__, "message": message, "exit_code": int(code)}
-            sys.stdout.write(json_text(values))
+            _print_json({"error": type(error).__name__, "message": message, "exit_code": int(code)})
 
 
-@contextlib.contextmanager
-def reported(output: Output) -> Iterator[None]:
-    """Turn the package's errors into a message and an exit code; anything else ends with `ExitCode.UNEXPECTED`."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        try:
-            yield
-        except (typer.Exit, typer.Abort, KeyboardInterrupt):
-            raise
-        except IAUError as error:
-            code = next(code for kind, code in _CODES if isinstance(error, kind))
-            output.failure(error, str(error), code)
-            raise typer.Exit(code) from error
-        except Exception as error:
-            if output.debug:
-                traceback.print_exc()
-            message = f"{type(error).__name__}: {error}" + ("" if output.debug else " (--debug shows where)")
-            output.failure(error, message, ExitCode.UNEXPECTED)
-            raise typer.Exit(ExitCode.UNEXPECTED) from error
+def _is_first_process() -> bool:
+    return next((os.environ[name] for name in _RANKS if name in os.environ), "0") == "0"
+
+
+def _print_json(values: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def reported(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with the package's errors as a message and an exit code; others end with `ExitCode.UNEXPECTED`.
+
+    Its arguments `as_json` and `debug`, as far as it has them, say how errors are told.
+    """
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        output = Output(given.get("as_json", False), given.get("debug", False))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            try:
+                command(**given)
+            except (typer.Exit, typer.Abort, KeyboardInterrupt):
+                raise
+            except IAUError as error:
+                code = next(code for kind, code in _CODES if isinstance(error, kind))
+                output.failure(error, str(error), code)
+                raise typer.Exit(code) from error
+            except Exception as error:
+                if output.debug:
+                    traceback.print_exc()
+                message = f"{type(error).__name__}: {error}" + ("" if output.debug else " (--debug shows where)")
+                output.failure(error, message, ExitCode.UNEXPECTED)
+                raise typer.Exit(ExitCode.UNEXPECTED) from error
+
+    return run

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import datasets
 from peft import PeftConfig, PeftModel
@@ -23,14 +23,13 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from hf_iau.cli.options import Kind
 from hf_iau.cli.task_rows import brief, rows_of_labels
 from hf_iau.data.targets import IGNORED_LABEL
 from hf_iau.errors import RequestError, UnsupportedModelError
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["text", "image", "language"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 _ARCHITECTURES: dict[str, Kind] = {
     "ForSequenceClassification": "text",
     "ForImageClassification": "image",
@@ -239,12 +238,6 @@ def _load_processor(name: str, base: str, kind: Kind, trusted: Mapping[str, bool
         if base == name:
             raise
         return processor_class.from_pretrained(base, **trusted)
-
-
-def local_folder(name: str) -> Path | None:
-    """The folder that a model's name is, or None for a model of the Hub."""
-    path = Path(name)
-    return path if path.is_dir() else None
 
 
 def _not_loaded(what: str, name: str, error: Exception) -> RequestError:

@@ -1,8 +1,7 @@
-"""Rows from files and the Hub, their labels as numbers, and lists of ids."""
+"""Rows from files and the Hub, and their labels as numbers."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,9 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
+from hf_iau.cli.files import ROW_FILES, unreadable_rows
 from hf_iau.errors import RequestError
 
-FILE_LOADERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
-_MAX_IDS_BYTES = 2**30
 _ENCODED = "__encoded_labels__"
 
 
@@ -38,14 +36,11 @@ def load_rows(source: str, *, configuration: str | None = None) -> datasets.Data
             return datasets.Dataset.load_from_disk(str(path))
         if path.is_dir() and not any(path.glob("*.*")):
             return datasets.load_dataset("imagefolder", data_dir=str(path), split=split)
-        if path.suffix.lower() in FILE_LOADERS and (path.is_file() or "/" not in name):
+        if path.suffix.lower() in ROW_FILES and (path.is_file() or "/" not in name):
             return load_files({"rows": name}, split=split.replace("train", "rows", 1))
         return datasets.load_dataset(name, configuration, split=split)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
-        raise RequestError(
-            f"The rows {source!r} cannot be loaded ({brief(error)}). Give a file "
-            f"({', '.join(FILE_LOADERS)}), a folder, or a data set of the Hub, with its split after a colon."
-        ) from error
+        raise unreadable_rows(source, brief(error)) from error
 
 
 def brief(error: Exception) -> str:
@@ -66,10 +61,10 @@ def load_files(files: Mapping[str, str], split: str | None = None) -> Any:
     """
     suffixes = {Path(file).suffix.lower() for file in files.values()}
     suffix = next(iter(suffixes))
-    if len(suffixes) != 1 or suffix not in FILE_LOADERS:
-        raise RequestError(f"Files {', '.join(files.values())}: use one of {', '.join(FILE_LOADERS)} for all.")
+    if len(suffixes) != 1 or suffix not in ROW_FILES:
+        raise RequestError(f"Files {', '.join(files.values())}: use one of {', '.join(ROW_FILES)} for all.")
     extra = {"sep": "\t"} if suffix == ".tsv" else {}
-    return datasets.load_dataset(FILE_LOADERS[suffix], data_files=dict(files), split=split, **extra)
+    return datasets.load_dataset(ROW_FILES[suffix], data_files=dict(files), split=split, **extra)
 
 
 def label_names(column: str, *splits: datasets.Dataset | None) -> list[str]:
@@ -126,37 +121,3 @@ def rows_of_labels(rows: datasets.Dataset, column: str, label2id: Mapping[str, i
             )
         encoded.append(number)
     return rows.add_column(_ENCODED, encoded).remove_columns(column).rename_column(_ENCODED, "labels")
-
-
-def read_ids(path: str | Path, kind: type[int] | type[str] = int) -> list[Any]:
-    """Ids from a file: one a line, or a JSON list.
-
-    Args:
-        path: the file.
-        kind: what they are: whole numbers or texts.
-
-    Raises:
-        RequestError: the file cannot be read, holds no ids, or something that is none.
-    """
-    try:
-        if Path(path).stat().st_size > _MAX_IDS_BYTES:
-            raise RequestError(f"{path} is too large for a list of ids.")
-        text = Path(path).read_text(encoding="utf-8-sig").strip()
-        values = json.loads(text) if text.startswith("[") else [line.strip() for line in text.splitlines()]
-    except (OSError, ValueError, RecursionError) as error:
-        raise RequestError(f"The ids in {path} cannot be read ({error}): write one a line, or a JSON list.") from error
-    ids = []
-    for value in values:
-        if value == "":
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, str)):
-            raise RequestError(f"{path} holds {value!r}, which is no id: write numbers or texts.")
-        try:
-            ids.append(kind(value))
-        except ValueError as error:
-            raise RequestError(
-                f"{path} holds {value!r}, which is no whole number. Name a column by --id-column?"
-            ) from error
-    if not ids:
-        raise RequestError(f"{path} is empty: write ids one a line, or as a JSON list.")
-    return ids

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hf_iau.cli.condition import parse_condition, refused, shortened
 from hf_iau.errors import RequestError
 
-_MAX_LENGTH = 100_000
 _MAX_DEPTH = 50
 _ROW = "__row_number__"
 _COMPARISONS: dict[type[ast.cmpop], str] = {
@@ -23,7 +23,6 @@ _COMPARISONS: dict[type[ast.cmpop], str] = {
     ast.Gt: "__gt__",
     ast.GtE: "__ge__",
 }
-_HELP = "Write comparisons of columns with numbers or texts, `in` with a list, joined by and, or, not."
 
 
 def rows_where(rows: datasets.Dataset, condition: str) -> np.ndarray:
@@ -39,22 +38,16 @@ def rows_where(rows: datasets.Dataset, condition: str) -> np.ndarray:
     Raises:
         RequestError: anything else in the text, unknown columns, or values that cannot be compared.
     """
-    if len(condition) > _MAX_LENGTH:
-        raise RequestError(f"The condition is {len(condition):,} characters long; name rows by an ids file instead.")
-    try:
-        tree = ast.parse(condition.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise RequestError(f"The condition {_short(condition)} cannot be read ({error}). {_HELP}") from error
     reader = _Reader(rows)
-    expression = reader.condition(tree, 0)
+    expression = reader.condition(parse_condition(condition), 0)
     if not reader.columns:
-        raise RequestError(f"The condition {_short(condition)} names no column: the rows have {_columns(rows)}.")
+        raise RequestError(f"The condition {shortened(condition)} names no column: the rows have {_columns(rows)}.")
     table = rows.select_columns(sorted(reader.columns)).with_format("arrow")[:]
     table = table.append_column(_ROW, pa.array(np.arange(len(rows)), pa.int64()))
     try:
         chosen = table.filter(expression)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-        raise RequestError(f"The condition {_short(condition)} does not fit the columns ({error}).") from error
+        raise RequestError(f"The condition {shortened(condition)} does not fit the columns ({error}).") from error
     return np.asarray(chosen[_ROW].to_numpy(), dtype=np.int64)
 
 
@@ -85,19 +78,19 @@ class _Reader:
             return whole
         if isinstance(node, ast.Name) and self.features.get(node.id) == datasets.Value("bool"):
             return pc.field(self.column(node))
-        raise _refused(node)
+        raise refused(node)
 
     def comparison(self, left: ast.expr, operator: ast.cmpop, right: ast.expr) -> pc.Expression:
         names = [node for node in (left, right) if isinstance(node, ast.Name)]
         feature = self.features.get(names[0].id) if names else None
         if isinstance(operator, (ast.Is, ast.IsNot)):
             if not isinstance(left, ast.Name) or not (isinstance(right, ast.Constant) and right.value is None):
-                raise _refused(right)
+                raise refused(right)
             missing = pc.field(self.column(left)).is_null()
             return missing if isinstance(operator, ast.Is) else ~missing
         if isinstance(operator, (ast.In, ast.NotIn)):
             if not isinstance(left, ast.Name) or not isinstance(right, (ast.List, ast.Tuple, ast.Set)):
-                raise _refused(right)
+                raise refused(right)
             values = [self.literal(element, feature) for element in right.elts]
             if not values:
                 raise RequestError(f"The list of values for {left.id!r} is empty: no row is in it.")
@@ -109,7 +102,7 @@ class _Reader:
             return within if isinstance(operator, ast.In) else column.is_valid() & ~within
         method = _COMPARISONS.get(type(operator))
         if method is None or not names:
-            raise _refused(left)
+            raise refused(left)
         return getattr(self.value(left, feature), method)(self.value(right, feature))
 
     def value(self, node: ast.expr, feature: Any) -> pc.Expression:
@@ -132,9 +125,9 @@ class _Reader:
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             node, sign = node.operand, -1
             if not isinstance(node, ast.Constant) or isinstance(node.value, (bool, str)):
-                raise _refused(node)
+                raise refused(node)
         if not isinstance(node, ast.Constant) or not isinstance(node.value, (bool, int, float, str)):
-            raise _refused(node)
+            raise refused(node)
         value = node.value
         if isinstance(feature, datasets.ClassLabel) and isinstance(value, str):
             if value not in feature.names:
@@ -143,17 +136,5 @@ class _Reader:
         return sign * value if sign < 0 else value
 
 
-def _refused(node: ast.expr) -> RequestError:
-    try:
-        text = _short(ast.unparse(node))
-    except RecursionError:
-        text = "So deep an expression"
-    return RequestError(f"{text} is not allowed in a condition. {_HELP}")
-
-
 def _columns(rows: datasets.Dataset) -> str:
     return ", ".join(rows.column_names)
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 80 else text[:77] + "…")

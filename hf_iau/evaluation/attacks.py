@@ -15,8 +15,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 from scipy.stats import bootstrap as scipy_bootstrap
 from scipy.stats import rankdata
-from sklearn.metrics import roc_auc_score, roc_curve
-from sklearn.svm import SVC
 
 from hf_iau.data.predictions import RowPredictions
 from hf_iau.errors import ConfigError, NonFiniteGradientError, RequestError
@@ -30,6 +28,8 @@ from hf_iau.evaluation.intervals import (
     check_resamples,
     true_positive_rate_interval,
 )
+from hf_iau.evaluation.roc import area_under_curve, roc_curve
+from hf_iau.utils.optional import require
 
 AttackScore = Literal["loss", "confidence", "entropy", "modified_entropy", "correctness"]
 
@@ -143,7 +143,7 @@ def attack_auc(members: RowPredictions, non_members: RowPredictions, score: Atta
         NonFiniteGradientError: when the model's loss is NaN.
     """
     inside, outside, _, _ = _both_sides(members, non_members, score)
-    return _auc(inside, outside)
+    return area_under_curve(inside, outside)
 
 
 def attack(
@@ -186,16 +186,15 @@ def score_attack(
         seed: of the resampling.
         dropped: rows left out before, on either side.
     """
-    truth = np.concatenate([np.ones(len(inside)), np.zeros(len(outside))])
     # Every corner of the curve is kept: a dropped collinear one could be the best point below a false positive rate.
-    fpr, tpr, thresholds = roc_curve(truth, np.concatenate([inside, outside]), drop_intermediate=False)
+    fpr, tpr, thresholds = roc_curve(inside, outside)
     low, high = _bootstrap_interval(inside, outside, bootstrap, seed)
     best, one, tenth = (MISSING,) * 3
     if bootstrap:
         best = balanced_accuracy_interval(inside, outside, thresholds[np.argmax(tpr - fpr)])
         one, tenth = (true_positive_rate_interval(inside, outside, level) for level in (0.01, 0.001))
     return AttackResult(
-        auc=_auc(inside, outside),
+        auc=area_under_curve(inside, outside),
         balanced_accuracy=float(np.max(tpr + 1 - fpr) / 2),
         tpr_at_1_percent_fpr=float(tpr[fpr <= 0.01].max()),
         tpr_at_0_1_percent_fpr=float(tpr[fpr <= 0.001].max()),
@@ -271,7 +270,11 @@ def svc_confidence_attack(
 
     Raises:
         RequestError: with fewer than 2 rows with a target on a shadow side, or no such forget row.
+        MissingPackageError: without scikit-learn, which the extra `metrics` brings.
     """
+    require("sklearn", "The SVC attack")
+    from sklearn.svm import SVC
+
     members, non_members, forget = (
         _finite_column(values) for values in (retain_train_conf, held_out_conf, forget_conf)
     )
@@ -321,17 +324,12 @@ def _is_undefined(predictions: RowPredictions, score: AttackScore) -> bool:
     return bool(with_target.any() and np.isnan(values[with_target]).all())
 
 
-def _auc(inside: np.ndarray, outside: np.ndarray) -> float:
-    truth = np.concatenate([np.ones(len(inside)), np.zeros(len(outside))])
-    return float(roc_auc_score(truth, np.concatenate([inside, outside])))
-
-
 def _bootstrap_interval(inside: np.ndarray, outside: np.ndarray, resamples: int, seed: int) -> Interval:
     if not resamples:
         return MISSING
     m, n = len(inside), len(outside)
     if inside.min() > outside.max() or inside.max() < outside.min() or np.ptp(np.concatenate([inside, outside])) == 0:
-        auc = _auc(inside, outside)  # every resample has the same value
+        auc = area_under_curve(inside, outside)  # every resample has the same value
         return auc, auc
 
     # Scores become their place among all distinct scores, so that a resample is two rows of counts, without sorting.

@@ -1,5 +1,9 @@
 """Every measure as an `evaluate` metric: importable from here, and each folder loadable with `evaluate.load`."""
 
+from hf_iau.utils.optional import require
+
+require("evaluate", "Metrics")
+
 from hf_iau.metrics.klom.klom import KLoM
 from hf_iau.metrics.membership_inference.membership_inference import MembershipInference
 from hf_iau.metrics.parameter_distance.parameter_distance import ParameterDistance

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from sklearn.neural_network import MLPClassifier
 
 from hf_iau.data.predictions import RowPredictions
 from hf_iau.errors import RequestError
 from hf_iau.evaluation.attacks import AttackResult, score_attack
 from hf_iau.evaluation.intervals import RESAMPLES, check_resamples, proportion_interval
+from hf_iau.utils.optional import require
 
 MINIMUM_SHADOW_ROWS = 20
 """Rows of each kind, over all shadow models, without which an attacker is not trained."""
@@ -165,7 +165,11 @@ def shadow_model_attack(
     Raises:
         RequestError: without shadow models, with fewer than 20 of their rows of a kind, fewer than 2 forget or unseen
             rows, different numbers of classes, or predictions without probabilities.
+        MissingPackageError: without scikit-learn.
     """
+    require("sklearn", "The shadow-model attack")
+    from sklearn.neural_network import MLPClassifier
+
     check_resamples(bootstrap)
     if not shadows:
         raise RequestError("shadows is empty: give the predictions of at least one shadow model (see `shadow_rows`).")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]  # comes with accelerate
+import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
 

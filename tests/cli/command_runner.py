@@ -7,7 +7,7 @@ from typing import Any
 
 from typer.testing import CliRunner
 
-from hf_iau.cli import app
+from hf_iau.cli.commands import app
 
 ROWS, HELD_OUT = 60, 40
 

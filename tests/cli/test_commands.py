@@ -292,7 +292,7 @@ def test_an_unexpected_error_is_told(gathered: Path, monkeypatch: pytest.MonkeyP
     def fail(*args: Any) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr("hf_iau.cli.commands.audit", fail)
+    monkeypatch.setattr("hf_iau.cli.records.audit", fail)
     values = run_json("audit", tmp_path, code=1)
     assert values == {
         "error": "ZeroDivisionError",

@@ -8,7 +8,8 @@ import datasets
 import pytest
 
 from hf_iau import RequestError
-from hf_iau.cli.task_rows import load_rows, read_ids, rows_of_labels
+from hf_iau.cli.files import read_ids
+from hf_iau.cli.task_rows import load_rows, rows_of_labels
 
 LABELS = {"cat": 0, "dog": 1}
 

@@ -1,0 +1,150 @@
+"""`hf-iau unlearn`."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from hf_iau.cli.inputs import Loaded, NamedRows, load, memory_of, other_model, request_of, training_arguments
+from hf_iau.cli.options import ComparisonOptions, ForgetOptions, MethodOptions, ModelOptions, ResultOptions
+from hf_iau.cli.output import ExitCode, Output
+from hf_iau.memory.files import unmasked
+from hf_iau.memory.memory_files import MEMORY_FOLDER
+from hf_iau.methods.base import method_config
+from hf_iau.methods.iau.verdict import RETRAIN
+from hf_iau.report.card import UnlearningCard
+from hf_iau.report.report import UnlearningReport
+from hf_iau.trainer.unlearning_trainer import UnlearningTrainer, UnlearnOutput
+
+
+def run_unlearn(
+    options: ModelOptions,
+    forget: ForgetOptions,
+    compare: ComparisonOptions,
+    how: MethodOptions,
+    result: ResultOptions,
+    out: Output,
+) -> None:
+    """Make a model forget rows, write what was asked for, and tell of it."""
+    settings = None if how.settings is None else method_config(how.method, how.settings)
+    loaded = load(options, compare)
+    request = request_of(loaded.raw, forget)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = _trainer(options, loaded, request, how, result, scratch, quiet=out.as_json)
+        asked: dict[str, Any] = {
+            "method": how.method,
+            "config": settings,
+            "test_dataset": loaded.test,
+            "retrained_model": _others(options, compare, loaded),
+            "dry_run": result.dry_run,
+        }
+        done = _run_request(trainer, request, asked, result)
+        withheld = result.strict and done.report.verdict == RETRAIN
+        _keep(trainer, done, options.home, result, withheld=withheld)
+        trainer.accelerator.wait_for_everyone()
+        if result.push_to_hub is not None and not result.dry_run and not withheld:
+            trainer.args.hub_model_id = result.push_to_hub
+            trainer.args.output_dir = str(options.home if result.in_place else result.output)
+            trainer.push_to_hub(commit_message=f"Forget {done.report.counts['forget_rows']} rows on request")
+    _tell(done, options.home, result, out, withheld=withheld)
+
+
+def _trainer(
+    options: ModelOptions,
+    loaded: Loaded,
+    request: NamedRows,
+    how: MethodOptions,
+    result: ResultOptions,
+    scratch: str,
+    quiet: bool,
+) -> UnlearningTrainer:
+    """A trainer in the model's own folder, or in an empty one."""
+    home = options.home
+    trainer = UnlearningTrainer(
+        model=loaded.task.model,
+        args=training_arguments(str(home) if result.in_place else scratch, options, quiet=quiet),
+        train_dataset=loaded.train,
+        eval_dataset=loaded.held_out,
+        processing_class=loaded.task.processor,
+        data_collator=loaded.task.collator,
+        memory=None if result.in_place else memory_of(home, how.memory),
+        id_column=request.id_column,
+    )
+    if home is not None and not result.in_place:
+        trainer.unlearning_card = UnlearningCard.of_weights(home / MEMORY_FOLDER, loaded.task.model)
+    return trainer
+
+
+def _others(options: ModelOptions, compare: ComparisonOptions, loaded: Loaded) -> list[Any] | None:
+    """The retrained models to compare with, or None."""
+    models = [other_model(name, loaded.task, options.trust_remote_code) for name in compare.retrained or []]
+    return models or None
+
+
+def _run_request(
+    trainer: UnlearningTrainer, request: NamedRows, asked: dict[str, Any], result: ResultOptions
+) -> UnlearnOutput:
+    asked |= {"save": result.in_place, "request_id": result.request_id}
+    if request.id_column is not None:
+        return trainer.unlearn_by_id(request.ids, **asked)
+    return trainer.unlearn(forget_indices=request.rows, **asked)
+
+
+def _keep(
+    trainer: UnlearningTrainer, done: UnlearnOutput, home: Path | None, result: ResultOptions, *, withheld: bool
+) -> None:
+    """Write the report, and beside it the new model unless it is not wanted."""
+    if not trainer.is_world_process_zero():
+        return
+    if result.output is not None:
+        _write(trainer, done.report, result.output, home, with_model=not result.dry_run and not withheld)
+    elif result.in_place and done.applied:
+        assert home is not None
+        done.report.save(home)
+        trainer.create_model_card()
+
+
+def _write(
+    trainer: UnlearningTrainer, report: UnlearningReport, output: Path, home: Path | None, *, with_model: bool
+) -> None:
+    """Write everything beside `output` and move it into place at the end, so that a crash leaves nothing half done."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+    try:
+        if with_model:
+            if home is not None and (home / "README.md").is_file():
+                shutil.copy(home / "README.md", staged)  # what the model was made of is known from there
+            trainer.save_model(str(staged))
+            trainer.args.output_dir = str(staged)
+            trainer.create_model_card(model_name=output.name)
+        report.save(staged)
+        staged.chmod(unmasked(0o777))
+        staged.replace(output)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+
+
+def _tell(done: UnlearnOutput, home: Path | None, result: ResultOptions, out: Output, *, withheld: bool) -> None:
+    """Print the result, and what is left to do; ends with `ExitCode.RETRAIN` where the model was withheld."""
+    folder = home if result.in_place else result.output
+    values = {
+        "applied": done.applied and not withheld,
+        "output": None if folder is None else str(folder),
+        "ledger_entry": None if done.entry is None else {"number": done.entry.number, "mac": done.entry.mac},
+        "pushed_to": None if result.dry_run or withheld else result.push_to_hub,
+        "report": done.report.to_dict(),
+    }
+    out.result(values, str(done.report) + (f"\n\nWritten to {result.output}" if result.output is not None else ""))
+    if withheld:
+        out.note("--strict: the verdict is `retrain`, so no model was written.")
+        raise typer.Exit(ExitCode.RETRAIN)
+    if result.in_place and not done.applied:
+        out.note("The ledger says that this request was served before: nothing was changed.")
+    elif home is not None and not result.dry_run:
+        known = "Other things" if result.in_place else f"The model in {home}, and other things,"
+        out.note(f"{known} may still know the rows: see `hf-iau audit {home}`.")
