@@ -27,8 +27,9 @@ from hf_iau.memory.fit import check_gatherable, choose_row_loss, default_collato
 from hf_iau.memory.gradient_sum import sum_row_gradients, trainable_parameters
 from hf_iau.methods.iau.config import ENOUGH_FORGET_ROWS, FEWEST_COMPARED_ROWS, IAUConfig
 from hf_iau.methods.iau.curvature_renewal import FEWEST_ROWS
-from hf_iau.methods.iau.multi_step import MOST_STEPS, USUAL_STEPS, MultiStepWork, anchor_rows
-from hf_iau.unlearn.transaction import model_state
+from hf_iau.methods.iau.multi_step import MOST_STEPS, USUAL_STEPS, MultiStepWork
+from hf_iau.methods.iau.multi_step_gradients import reference_size
+from hf_iau.methods.weights import model_state
 from hf_iau.utils.devices import memory_counters, synchronise
 from hf_iau.utils.timing import peak_allocated_bytes
 from hf_iau.utils.vectors import kept_dtype, piece
@@ -74,11 +75,11 @@ class Estimate:
     def table(self) -> list[tuple[str, str]]:
         """Lines of a label and a figure with its unit."""
         lines = [(f"{name.replace('_', ' ')}", f"{size / 2**20:,.1f} MiB") for name, size in self.bytes.items()]
-        walks = {
-            "multi_step": f"walk, {USUAL_STEPS} steps (usual)",
-            "multi_step_at_most": f"walk, {MOST_STEPS} steps (the most)",
+        steps = {
+            "multi_step": f"multi-step, {USUAL_STEPS} steps (usual)",
+            "multi_step_at_most": f"multi-step, {MOST_STEPS} steps (the most)",
         }
-        lines += [(walks.get(name, name.replace("_", " ")), f"{value:,.1f} s") for name, value in self.seconds.items()]
+        lines += [(steps.get(name, name.replace("_", " ")), f"{value:,.1f} s") for name, value in self.seconds.items()]
         lines += [(f"rows: {name.replace('_', ' ')}", f"{count:,}") for name, count in self.rows.items()]
         return lines + [(f"parameters: {name}", f"{count:,}") for name, count in self.coverage.items()]
 
@@ -308,10 +309,10 @@ def _probe(
     free = wishes.scale is None and wishes.retain_weight is None
     if calibrated and wishes.multi_step and free and asked >= FEWEST_COMPARED_ROWS:
         retained = source.select(sample_positions(len(source), min(_RETAINED, rows["training"] - asked), config.seed))
-        anchors = anchor_rows(model, retained)
+        anchors = reference_size(model, retained)
         for name, steps in {"multi_step": USUAL_STEPS, "multi_step_at_most": MOST_STEPS}.items():
             work = MultiStepWork.of(
-                steps, forget=asked, held_out=rows["held_out"], known=len(retained), anchors=anchors
+                steps, forget=asked, held_out=rows["held_out"], retained=len(retained), reference=anchors
             )
             seconds[name] = gradient * work.gradients + forward * work.forwards + solve * work.solves
     if rows["renewal"]:

@@ -48,6 +48,7 @@ from hf_iau.memory.files import unmasked
 from hf_iau.memory.fit import default_collator, describe_memory, gather, keep_input_columns
 from hf_iau.memory.memory_files import MEMORY_FOLDER
 from hf_iau.methods.base import method_config
+from hf_iau.methods.context import ROWS_LOOKED_AT
 from hf_iau.methods.iau.verdict import RETRAIN
 from hf_iau.report import tables
 from hf_iau.report.card import UnlearningCard
@@ -128,7 +129,7 @@ def estimate_command(
         int, typer.Option(help="Rows that the curvature is fitted on.")
     ] = GatherConfig.curvature_rows,
     request_rows: Annotated[int | None, typer.Option(help="Rows of a request; default: a hundredth.", min=1)] = None,
-    held_out_rows: Annotated[int, typer.Option(help="Rows that calibration may look at.", min=0)] = 2000,
+    held_out_rows: Annotated[int, typer.Option(help="Rows that calibration may look at.", min=0)] = ROWS_LOOKED_AT,
     input_column: InputOption = None,
     label_column: LabelOption = "label",
     max_length: LengthOption = None,
@@ -273,7 +274,9 @@ def evaluate_command(
     id_column: IdColumnOption = None,
     where: WhereOption = None,
     retrained: RetrainedOption = None,
-    retained_rows: Annotated[int, typer.Option(help="Retained rows to measure, drawn at random.", min=1)] = 2000,
+    retained_rows: Annotated[
+        int, typer.Option(help="Retained rows to measure, drawn at random.", min=1)
+    ] = ROWS_LOOKED_AT,
     input_column: InputOption = None,
     label_column: LabelOption = "label",
     max_length: LengthOption = None,
