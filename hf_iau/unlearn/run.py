@@ -22,7 +22,7 @@ from hf_iau.evaluation.measurement import Measurement, measure_model
 from hf_iau.memory.fingerprints import package_versions
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.methods.base import UnlearningMethod, config_values
-from hf_iau.methods.context import ForgetContext
+from hf_iau.methods.context import ROWS_LOOKED_AT, ForgetContext
 from hf_iau.methods.outcome import MethodOutcome
 from hf_iau.report.card import UnlearningCard
 from hf_iau.report.report import UnlearningReport
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Rows that a report measures; their accuracy is then good to about one point.
-_MEASURED_RETAINED_ROWS = 2000
-_MEASURED_HELD_OUT_ROWS = 2000
+_MEASURED_RETAINED_ROWS = ROWS_LOOKED_AT
+_MEASURED_HELD_OUT_ROWS = ROWS_LOOKED_AT
 
 Keep = Callable[[ForgetContext, GradientMemory | None, UnlearningReport, UnlearningCard], None]
 """Writes what a request came to: context, memory, report and card, while the changed weights are whole."""

@@ -14,7 +14,7 @@ from hf_iau.curvature import fit_curvature
 from hf_iau.data import ModelRowLoss, RowSource, predict_rows
 from hf_iau.data.rows import row_lengths
 from hf_iau.memory.gradient_sum import sum_row_gradients
-from hf_iau.methods.iau.multi_step import push_gradient, weighted_gradient
+from hf_iau.methods.iau.multi_step_gradients import forget_gradient, weighted_gradient
 from hf_iau.methods.iau.targets import ForgetTargets
 
 
@@ -114,13 +114,13 @@ def test_sums_over_rows_are_those_of_single_rows() -> None:
     each = [sum_row_gradients(model, ModelRowLoss(), single).tensors for single in singles]
     losses = np.array([predict_rows(model, single).loss[0] for single in singles])
     weights = np.linspace(-1.0, 2.0, len(rows))
-    shortfall = ForgetTargets(losses + np.linspace(0.1, 0.5, len(rows)), 1.0, 1.0)
-    pushed, seen = push_gradient(model, source, shortfall, names)
+    forget_targets = ForgetTargets(losses + np.linspace(0.1, 0.5, len(rows)), 1.0, 1.0)
+    forget, seen = forget_gradient(model, source, forget_targets, names)
     np.testing.assert_allclose(seen, losses, rtol=1e-9)
     found = [
         (sum_row_gradients(model, ModelRowLoss(), source).tensors, np.ones(len(rows))),
         (weighted_gradient(model, source, weights, names), weights),
-        (pushed, shortfall.weights(losses)),
+        (forget, forget_targets.weights(losses)),
     ]
     for total, weight in found:
         for name in names:

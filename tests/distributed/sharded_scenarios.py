@@ -55,9 +55,10 @@ from hf_iau.errors import IAUError, ParallelError
 from hf_iau.memory.gradient_sum import sum_row_gradients
 from hf_iau.methods.base import find_method
 from hf_iau.methods.context import ForgetContext
-from hf_iau.methods.iau.multi_step import MultiStep, run_multi_step
+from hf_iau.methods.iau.multi_step import MultiStep, MultiStepResult, MultiStepRows
 from hf_iau.methods.iau.targets import ForgetTargets
 from hf_iau.methods.outcome import MethodOutcome
+from hf_iau.methods.weights import WeightSnapshot
 
 GIVEN = IAUConfig(scale=0.1, damping=0.05, retain_weight=0.01)  # finished with a damping of its own
 
@@ -491,18 +492,18 @@ def walked_on_shards(folder: Path) -> dict[str, Any]:
     model = by_heart(rows)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
 
-    def take(model: nn.Module) -> MultiStep:
+    def take(model: nn.Module) -> MultiStepResult:
         everything = RowSource(as_dataset(rows), pad_right(), batch_size=8)
         curvature = fit_curvature(model, everything)
-        shortfall = ForgetTargets.of(*(predict_rows(model, source) for source in sources))
-        return run_multi_step(model, curvature, *sources, shortfall, names=list(start), max_relative_step=0.5)
+        targets = ForgetTargets.of(*(predict_rows(model, source) for source in sources))
+        return MultiStep(WeightSnapshot.of(model, start), curvature, MultiStepRows(*sources), targets).run()
 
     alone = take(model)
     join()
     path = take(shard(model, [model.hidden]))
     return {
         "steps": [path.steps, alone.steps],
-        "remaining": [path.remaining, alone.remaining],
+        "remaining": [path.share_remaining, alone.share_remaining],
         "distance": relative_distance(whole(path.step), alone.step, _zeros(alone.step)),
         "unchanged": all(torch.equal(full_tensor(p.detach()), start[name]) for name, p in model.named_parameters()),
     }

@@ -1,6 +1,6 @@
 """The search for k, λ and c by what held-out rows look like, with forward passes only.
 
-A retrained model treats forgotten rows like rows it never saw. So k is the length at which the loss attack cannot tell
+A retrained model treats forgotten rows like rows it never saw. So k is the scale at which the loss attack cannot tell
 forgotten from held-out rows (AUC one half), and λ and c are those with the lowest held-out loss. The rows on which this
 is tried must be exchangeable with the held-out ones: random training rows as proxies, or the forget rows themselves
 where they are many and pass a shift test. The step is additive in rows, so its scale carries over.
@@ -17,12 +17,14 @@ from hf_iau.methods.iau.trial import Trial, TrialRunner
 
 # Trials of one search for k: a guess from the first-order response, then interpolation.
 _TRIALS_PER_SCALE = 5
-_TRIALS_AFTER_A_GUESS = 3
+TRIALS_AFTER_A_GUESS = 3
 MOST_HALVINGS = 4
-# A length that was too short is raised at least so much, or the search would creep.
+"""To a sixteenth: a step that is still too long then was not made for this model."""
+# A k that was too small is raised at least so much, or the search would creep.
 _LEAST_FACTOR = 1.05
-MAX_DRIFT = 0.3
-"""A step that raises the held-out loss by more than this share is too long, whatever it forgets."""
+MAX_HELD_OUT_RISE = 0.3
+"""A step that raises the held-out loss by more than this share is too long, whatever it forgets; the verdict on one would be
+"retrain"."""
 
 
 @dataclass
@@ -40,8 +42,8 @@ class Calibration:
         curve: every trial that looked for k and λ, for the report.
         draws: rows of each proxy draw.
         relative_step: ‖Δ‖/‖θ‖ of the request's step.
-        halvings: how often that step was halved to spare the held-out or the retained rows.
-        step_curve: every trial of the request's own step, in which c was chosen; every step of a walk.
+        halvings: how often that step was halved for the sake of the held-out or the retained rows.
+        step_curve: every trial of the request's own step, in which c was chosen; or every step of many.
     """
 
     scale: float
@@ -90,7 +92,7 @@ def find_scale(
     """The k at which the criterion vanishes, by bracketing and interpolation.
 
     Trials end where the criterion is within the tolerance. They come from below, so the k returned is where it vanishes
-    by one more interpolation, which is not tried. Where the held-out loss rises by more than `MAX_DRIFT` before that, the longest step tried that spares it is taken.
+    by one more interpolation, which is not tried. Where the held-out loss rises by more than `MAX_HELD_OUT_RISE` before that, the longest step tried that stays within that budget is taken.
 
     Args:
         runner: tries steps.
@@ -105,7 +107,7 @@ def find_scale(
         The best trial, whether it is within the tolerance, and k: near that trial's, or the trial's own where it is not.
     """
     limit = runner.longest(damping, max_relative_step)
-    ruin = (1.0 + MAX_DRIFT) * start.held_out_loss
+    most = (1.0 + MAX_HELD_OUT_RISE) * start.held_out_loss
     low, low_value = 0.0, start.criterion
     high: float | None = None
     high_value = 0.0
@@ -114,15 +116,15 @@ def find_scale(
     for _ in range(trials):
         trial = runner.run(scale, damping, retain_weight)
         tried.append(trial)
-        spared = trial.held_out_loss <= ruin
-        if spared and abs(trial.criterion) <= tolerance:
+        within_budget = trial.held_out_loss <= most
+        if within_budget and abs(trial.criterion) <= tolerance:
             return trial, True, min(_root(start.criterion, tried), limit)
-        if spared and trial.criterion > 0:
+        if within_budget and trial.criterion > 0:
             if scale >= limit:
                 break
             low, low_value = scale, trial.criterion
         else:
-            high, high_value = scale, min(trial.criterion, -start.criterion if not spared else 0.0)
+            high, high_value = scale, min(trial.criterion, -start.criterion if not within_budget else 0.0)
         if high is None:
             scale = min(scale * min(max(_power(start.criterion, tried), _LEAST_FACTOR), 4.0), limit)
         else:
@@ -132,8 +134,8 @@ def find_scale(
                 scale = math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
             else:
                 scale = share * high
-    sparing = [trial for trial in tried if trial.held_out_loss <= ruin]
-    best = min(sparing, key=lambda trial: abs(trial.criterion)) if sparing else min(tried, key=lambda t: t.scale)
+    affordable = [trial for trial in tried if trial.held_out_loss <= most]
+    best = min(affordable, key=lambda trial: abs(trial.criterion)) if affordable else min(tried, key=lambda t: t.scale)
     return best, False, best.scale
 
 
@@ -230,7 +232,7 @@ def calibrate(
             tolerance=tolerance,
             max_relative_step=max_relative_step,
             guess=guess,
-            trials=_TRIALS_PER_SCALE if guess is None else _TRIALS_AFTER_A_GUESS,
+            trials=_TRIALS_PER_SCALE if guess is None else TRIALS_AFTER_A_GUESS,
         )
         return _Candidate(*found, slope=runner.directions.slope(value))
 
@@ -251,7 +253,7 @@ def calibrate(
     )
 
 
-def finish(
+def add_retain_correction(
     runner: TrialRunner,
     calibration: Calibration,
     *,
@@ -263,7 +265,7 @@ def finish(
 ) -> Calibration:
     """Look at the request's own step: choose c for it, and halve it (up to four times) while it ruins the held-out rows.
 
-    c ("finish the training") repairs what forgetting costs the held-out rows. It is raised only while that helps, and
+    The retain correction repairs what forgetting costs the held-out rows. It is raised only while that helps, and
     not further than to the held-out loss of before (by interpolation): a retrained model is not better trained than
     the original.
 
@@ -274,7 +276,7 @@ def finish(
         retain_weights: c to be tried beside 0, ascending; empty without a gradient sum.
         max_relative_step: longest ‖Δ‖/‖θ‖ allowed.
         retain_weight: keep c at this value.
-        keep_scale: keep k as well; else it grows by c, so that what is finished on is the retained rows alone.
+        keep_scale: keep k as well; else it grows by c, so that the correction is of the retained rows alone.
 
     Returns:
         The calibration with c, the held-out losses and `halvings` filled in.
@@ -284,12 +286,12 @@ def finish(
     given = retain_weight or 0.0
 
     def run(scale: float, weight: float) -> Trial:
-        # Σ_D is of the forget rows too, and c·Σ_D would learn them again: (k + c)·Σ_f − c·Σ_D finishes on the others.
+        # Σ_D is of the forget rows too, and c·Σ_D would learn them again: (k + c)·Σ_f − c·Σ_D corrects with the others alone.
         return runner.run(scale if keep_scale else scale + weight, calibration.damping, weight)
 
     best = run(scale, given)
     halvings = 0
-    while not best.held_out_loss <= (1.0 + MAX_DRIFT) * before.held_out_loss and halvings < MOST_HALVINGS:
+    while not best.held_out_loss <= (1.0 + MAX_HELD_OUT_RISE) * before.held_out_loss and halvings < MOST_HALVINGS:
         halvings += 1
         best = run(scale * 0.5**halvings, given)
     for weight in retain_weights if retain_weight is None else ():
