@@ -28,7 +28,7 @@ from hf_iau.errors import (
 )
 from hf_iau.memory.checker import GradientCheck, check_row_gradients
 from hf_iau.memory.config import GatherConfig
-from hf_iau.memory.fit import gather
+from hf_iau.memory.gathering import gather
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.methods.base import UnlearningMethod, available_methods, register_method
 from hf_iau.methods.iau.config import IAUConfig

@@ -44,8 +44,7 @@ from hf_iau.errors import RequestError
 from hf_iau.evaluation.measurement import measure_model
 from hf_iau.evaluation.retraining_gap import gap
 from hf_iau.memory.config import GatherConfig
-from hf_iau.memory.files import unmasked
-from hf_iau.memory.fit import default_collator, describe_memory, gather, keep_input_columns
+from hf_iau.memory.gathering import default_collator, gather, keep_input_columns, memory_summary
 from hf_iau.memory.memory_files import MEMORY_FOLDER
 from hf_iau.methods.base import method_config
 from hf_iau.methods.iau.verdict import RETRAIN
@@ -53,6 +52,7 @@ from hf_iau.report import tables
 from hf_iau.report.card import UnlearningCard
 from hf_iau.report.report import UnlearningReport
 from hf_iau.trainer.unlearning_trainer import UnlearningTrainer
+from hf_iau.utils.atomic_files import unmasked
 
 app = typer.Typer(
     name="hf-iau",
@@ -111,7 +111,7 @@ def gather_command(
             ),
         )
         memory.save(folder)
-        values = {"memory": str(folder), **describe_memory(memory)}
+        values = {"memory": str(folder), **memory_summary(memory)}
         table = Table("memory", "")
         for name, value in values.items():
             table.add_row(name.replace("_", " "), str(value))

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_iau.curvature.blocks import Block, DiagonalBlock, KroneckerBlock
-from hf_iau.curvature.capture import Capture, parameter_gradients
 from hf_iau.curvature.eigenvectors import (
     divide_and_conquer_bytes,
     eigenvector_bytes,
     eigenvectors,
     spare_for_eigenvectors,
 )
+from hf_iau.curvature.layer_hooks import LayerHooks, parameter_gradients
 from hf_iau.curvature.layers import (
     Call,
     ConvolutionLayer,
@@ -33,7 +33,7 @@ from hf_iau.curvature.layers import (
     sum_of_squares,
 )
 from hf_iau.data import RowLoss, RowSource, predicted_targets
-from hf_iau.data.working import is_narrow
+from hf_iau.data.precision import rounds_to_half
 from hf_iau.distributed import (
     broadcast_,
     get_rank,
@@ -154,7 +154,7 @@ class Fit:
 
     def _capture(
         self,
-        capture: Capture,
+        capture: LayerHooks,
         positions: np.ndarray,
         inputs: dict[str, Any],
         use: Callable[[Layer, list[Call]], None] | None = None,
@@ -231,7 +231,7 @@ class Fit:
         sums: dict[str, dict[str, Tensor]] = {}
         scales: dict[str, float] = {}
         maxima: dict[str, float] = {}
-        with Capture(self.model, layers) as capture:
+        with LayerHooks(self.model, layers) as capture:
             calls = self._capture(capture, positions, inputs)
             unreadable = capture.unreadable
         called = set(calls)
@@ -262,7 +262,7 @@ class Fit:
                     total -= gradient.to(total).square()
             del gradients, gradient  # before the next row has its own
         # Of the whole model: adapters are often wider than the base weights that their gradients pass through.
-        half = is_narrow(self.model)
+        half = rounds_to_half(self.model)
         for layer in layers:
             rounding = (100 * torch.finfo(layer.dtype).eps) ** 2 * largest
             size = sum(layer.parameter(attribute).numel() for attribute in layer.parameters)
@@ -297,7 +297,7 @@ class Fit:
                 with torch.no_grad():
                     self._count(positions, self._loss(positions, inputs)[1])
             return
-        with Capture(self.model, self.plan.layers) as capture:
+        with LayerHooks(self.model, self.plan.layers) as capture:
             for positions, inputs in self._batches("curvature: factors"):
                 cached = len(self.cache)
 
@@ -452,7 +452,7 @@ class Fit:
         if self.cached_rows == len(self.source):
             return
         self.passes = 2
-        with Capture(self.model, self.plan.kronecker) as capture:
+        with LayerHooks(self.model, self.plan.kronecker) as capture:
             for positions, inputs_of_batch in self._batches("curvature: eigenvalues", self.cached_rows):
 
                 def use(layer: Layer, calls: list[Call], n_rows: int = len(positions)) -> None:

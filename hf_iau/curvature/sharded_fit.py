@@ -1,4 +1,4 @@
-"""Fitting the curvature of a model whose parameters are spread over processes, without ever holding all of it."""
+"""Fitting the curvature of a model whose parameters are sharded over processes, without ever holding all of it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from hf_iau.curvature.blocks import Block, DiagonalBlock
-from hf_iau.curvature.capture import Capture
 from hf_iau.curvature.fit import LOOP_ROWS, Fit
+from hf_iau.curvature.layer_hooks import LayerHooks
 from hf_iau.curvature.layers import Call, Layer, LayerPlan, MatrixLayer, sum_of_squared_gradients
-from hf_iau.curvature.spread import Owners, fetch_tensor, spread
+from hf_iau.curvature.sharded_blocks import Owners, fetch_tensor, with_remote_blocks
 from hf_iau.distributed import (
     all_gather_arrays,
     all_reduce_,
@@ -71,7 +71,7 @@ class ShardedFit(Fit):
 
     def _capture(
         self,
-        capture: Capture,
+        capture: LayerHooks,
         positions: np.ndarray,
         inputs: dict[str, Any],
         use: Callable[[Layer, list[Call]], None] | None = None,
@@ -137,7 +137,7 @@ class ShardedFit(Fit):
             if self.owner.is_here(layer.name):
                 self.kronecker_sums[layer.name] = _zeros(layer, self._device_of(layer))[2]
         self.passes = 2
-        with Capture(self.model, self.plan.kronecker) as capture:
+        with LayerHooks(self.model, self.plan.kronecker) as capture:
             for positions, inputs_of_batch in self._batches("curvature: eigenvalues"):
                 calls = self._capture(capture, positions, inputs_of_batch)
                 for layer in self.plan.kronecker:
@@ -238,7 +238,7 @@ class ShardedFit(Fit):
                 own.append(DiagonalBlock(entry.name, {entry.name: whole.to(where)}, reason))
         with sync_errors("the curvature's numbers"):
             self._refuse_overflow(own)
-        return spread(own, self.owner, [*names, *(entry.name for entry in loose)])
+        return with_remote_blocks(own, self.owner, [*names, *(entry.name for entry in loose)])
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

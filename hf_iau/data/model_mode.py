@@ -14,8 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_iau.data.full_precision import full_float32
-from hf_iau.data.working import autocast_dtype
+from hf_iau.data.precision import autocast_dtype, full_float32
 from hf_iau.distributed import sharded_passes
 from hf_iau.utils.devices import generator_state, set_generator_state
 
@@ -28,10 +27,10 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
 
     * every module is in `eval()`: dropout is off and BatchNorm uses its running statistics, so rows are separable;
     * `use_cache` is off in the model's configuration;
-    * parameters that `fully_shard` has spread over processes are gathered a module at a time, and gradients are summed
+    * parameters that `fully_shard` has sharded are gathered a module at a time, and gradients are summed
       exactly (see `sharded_passes`); all processes take the same passes;
     * the autocast wrapper that Accelerate puts around `forward` under bf16/fp16 is set aside, so that the training
-      process and a fresh process compute the same numbers; `working(precision=…)` alone decides;
+      process and a fresh process compute the same numbers; `compute_settings(precision=…)` alone decides;
     * layers with gradient checkpointing still recompute their activations, which Transformers does in training only;
     * code compiled in place (`model.compile()`) is not used;
     * float32 is not rounded to TF32 (see `full_float32`).

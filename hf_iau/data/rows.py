@@ -11,9 +11,9 @@ import datasets
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from hf_iau.data.working import memory_device
+from hf_iau.data.precision import memory_device
 from hf_iau.distributed import get_world_size, is_distributed, is_sharded, shard_range, sync_errors
 from hf_iau.errors import RequestError, UnsupportedModelError
 
@@ -185,7 +185,7 @@ class RowSource:
             for positions, inputs in own if in_order else own.by_length():
                 yield positions, inputs, True
             return
-        most = max(len(shard_range(len(self), number)) for number in range(get_world_size()))
+        most = max(len(shard_range(len(self), rank)) for rank in range(get_world_size()))
         batches = iter(own) if in_order else own.by_length()
         again: tuple[np.ndarray, Batch] | None = None
         for _ in range(-(-most // self.batch_size)):
@@ -364,9 +364,3 @@ def _numbers(value: Any) -> np.ndarray | None:
     if array.dtype.kind == "f":
         return np.ascontiguousarray(array, dtype=np.float32)
     return None
-
-
-def rows_are_deterministic(dataset: Dataset[Any] | datasets.Dataset, probes: int = 4) -> bool:
-    """Whether a few rows read twice have the same content; random transforms (augmentation) do not."""
-    positions = sample_positions(len(dataset), probes, seed=0)  # type: ignore[arg-type]
-    return all(row_bytes(dataset[int(i)]) == row_bytes(dataset[int(i)]) for i in positions)

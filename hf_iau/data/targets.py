@@ -340,7 +340,7 @@ def predicted_targets(model: nn.Module, inputs: Mapping[str, Any]) -> Targets:
     return read_targets(model, model(**given), labels_of(inputs))
 
 
-def look_for_real_labels(model: nn.Module, dataset: Any) -> None:
+def find_real_valued_labels(model: nn.Module, dataset: Any) -> None:
     """Settle by a look at up to 256 rows whether float labels are numbers to be met or indicators of classes.
 
     A model without a `problem_type` does not say it, and a batch whose labels all happen to be 0 or 1 cannot. Once a

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from hf_iau.data.working import Precision
+from hf_iau.data.precision import Precision
 from hf_iau.errors import ConfigError
 from hf_iau.utils.config_checks import check_choice, check_number
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from hf_iau.data import RowLoss, RowSource, evaluation_mode
-from hf_iau.data.working import memory_device
+from hf_iau.data.precision import memory_device
 from hf_iau.distributed import (
     all_gather_arrays,
     all_reduce_,

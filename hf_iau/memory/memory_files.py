@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_iau.errors import MemoryFileError, MemoryMismatchError
-from hf_iau.memory.files import file_digest, sync_folder
+from hf_iau.utils.atomic_files import file_digest, sync_folder
 
 SCHEMA_VERSION = 4
 MEMORY_FOLDER = "_iau"

@@ -19,9 +19,9 @@ from hf_iau.evaluation.intervals import RESAMPLES
 from hf_iau.evaluation.measurement import Measurement, rows_with_targets
 from hf_iau.evaluation.model_agreement import agreement
 from hf_iau.evaluation.retraining_gap import gap
-from hf_iau.memory.files import write_public_atomically
 from hf_iau.report import tables
 from hf_iau.report.histograms import loss_histograms
+from hf_iau.utils.atomic_files import write_public_atomically
 from hf_iau.utils.jsonable import json_text, jsonable
 
 SCHEMA = 2

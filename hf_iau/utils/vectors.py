@@ -18,7 +18,7 @@ ACCELERATOR_PIECE = 2**20
 _BATCHES_PER_FLUSH = 8
 
 
-def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+def storage_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type in which what belongs to a weight of `dtype` is kept: float64 for float64 weights, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -75,7 +75,7 @@ class GradientAccumulator:
         self.pending = 0  # batches in `.grad`
         stays = {name: device is None or is_same_device(p.device, device) for name, p in parameters.items()}
         self._compensated = {
-            name: compensated and p.dtype == kept_dtype(p.dtype) and stays[name] for name, p in parameters.items()
+            name: compensated and p.dtype == storage_dtype(p.dtype) and stays[name] for name, p in parameters.items()
         }
         # Half precision is too coarse for several batches; and the next forward pass may need a moved gradient's room.
         half = any(p.dtype in (torch.float16, torch.bfloat16) for p in parameters.values())
@@ -128,7 +128,7 @@ class GradientAccumulator:
         sums = {}
         for name, parameter in self.parameters.items():
             parameter.grad = None
-            kept = kept_dtype(parameter.dtype)
+            kept = storage_dtype(parameter.dtype)
             if name in self._sums:
                 sums[name] = self._sums.pop(name).to(kept)
             else:

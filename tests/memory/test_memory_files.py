@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from hf_iau import GatherConfig, GradientMemory, MemoryFileError, MemoryMismatchError, gather
 from hf_iau.memory import memory as memory_module
-from hf_iau.memory.files import file_digest, write_atomically, write_public_atomically
 from hf_iau.methods.iau.directions import Directions
 from hf_iau.methods.step import moved_gradient_sum
+from hf_iau.utils.atomic_files import file_digest, write_atomically, write_public_atomically
 
 REFUSED = (MemoryFileError, MemoryMismatchError)
 

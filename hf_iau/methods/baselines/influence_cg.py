@@ -16,7 +16,7 @@ from hf_iau.data.rows import Batch
 from hf_iau.errors import ConfigError, UnsupportedModelError
 from hf_iau.memory.gradient_sum import sum_row_gradients
 from hf_iau.methods.base import register_method
-from hf_iau.methods.baselines.epochs import trained_parameters
+from hf_iau.methods.baselines.training_loop import trained_parameters
 from hf_iau.methods.context import ForgetContext
 from hf_iau.methods.outcome import MethodOutcome
 from hf_iau.methods.step import apply_step, step_norm

@@ -14,15 +14,15 @@ from torch import Tensor
 from hf_iau.data import Targets, TaskKind
 from hf_iau.data.rows import Batch
 from hf_iau.methods.base import register_method
-from hf_iau.methods.baselines.epochs import EpochsConfig, batches_of, descend, endless, mean_loss, shuffled
-from hf_iau.methods.baselines.outputs import Student, Teacher, check_task
+from hf_iau.methods.baselines.teacher_student import Student, Teacher, check_task
+from hf_iau.methods.baselines.training_loop import TrainingLoopConfig, batches_of, descend, endless, mean_loss, shuffled
 from hf_iau.methods.context import ForgetContext
 from hf_iau.methods.outcome import MethodOutcome
 from hf_iau.utils.config_checks import check_number
 
 
 @dataclass(frozen=True)
-class NPOConfig(EpochsConfig):
+class NPOConfig(TrainingLoopConfig):
     """Configuration of `npo`; the defaults are those of the paper on TOFU, with the retain term ("NPO+RT").
 
     Raises:

@@ -12,15 +12,15 @@ from hf_iau.data import TaskKind
 from hf_iau.data.rows import Batch
 from hf_iau.errors import ConfigError
 from hf_iau.methods.base import register_method
-from hf_iau.methods.baselines.epochs import EpochsConfig, descend, shuffled
-from hf_iau.methods.baselines.outputs import Student, Teacher, check_task, divergence
+from hf_iau.methods.baselines.teacher_student import Student, Teacher, check_task, divergence
+from hf_iau.methods.baselines.training_loop import TrainingLoopConfig, descend, shuffled
 from hf_iau.methods.context import ForgetContext
 from hf_iau.methods.outcome import MethodOutcome
 from hf_iau.utils.config_checks import check_number
 
 
 @dataclass(frozen=True)
-class SCRUBConfig(EpochsConfig):
+class SCRUBConfig(TrainingLoopConfig):
     """Configuration of `scrub`; the defaults are those of the public code's large experiments.
 
     Raises:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hf_iau.methods.base import register_method
-from hf_iau.methods.baselines.epochs import trained_parameters
-from hf_iau.methods.baselines.fisher import fisher_diagonal
+from hf_iau.methods.baselines.diagonal_fisher import fisher_diagonal
+from hf_iau.methods.baselines.training_loop import trained_parameters
 from hf_iau.methods.context import ForgetContext
 from hf_iau.methods.outcome import MethodOutcome
 from hf_iau.utils.config_checks import check_number

@@ -8,8 +8,13 @@ from typing import ClassVar
 from hf_iau.errors import RequestError
 from hf_iau.memory.gradient_sum import sum_row_gradients
 from hf_iau.methods.base import register_method
-from hf_iau.methods.baselines.epochs import trained_parameters
-from hf_iau.methods.baselines.start import StartConfig, check_alike, check_start, initial_model
+from hf_iau.methods.baselines.initial_weights import (
+    InitialWeightsConfig,
+    check_initial_weights,
+    check_same_architecture,
+    initial_model,
+)
+from hf_iau.methods.baselines.training_loop import trained_parameters
 from hf_iau.methods.context import ForgetContext
 from hf_iau.methods.outcome import MethodOutcome
 from hf_iau.methods.step import apply_step, step_norm
@@ -17,7 +22,7 @@ from hf_iau.utils.config_checks import check_number
 
 
 @dataclass(frozen=True)
-class UnrollingSGDConfig(StartConfig):
+class UnrollingSGDConfig(InitialWeightsConfig):
     """Configuration of `unrolling-sgd`. None means: as in the trainer's arguments.
 
     Raises:
@@ -54,7 +59,7 @@ class UnrollingSGD:
     def check(self, context: ForgetContext, config: UnrollingSGDConfig) -> None:
         if context.trainer is None:
             raise RequestError(f"method={self.name!r} works through trainer.unlearn() alone: it reads its arguments.")
-        check_start(context, config, self.name)
+        check_initial_weights(context, config, self.name)
 
     def run(self, context: ForgetContext, config: UnrollingSGDConfig) -> MethodOutcome:
         args = context.trainer.args
@@ -67,7 +72,7 @@ class UnrollingSGD:
             epochs = args.max_steps * batch_size / len(context.train)
         with context.timer.phase("gradient"):
             start = initial_model(context, config).to(context.forget.device)
-            check_alike(context.model, start)
+            check_same_architecture(context.model, start)
             forget = sum_row_gradients(
                 start,
                 context.row_loss,

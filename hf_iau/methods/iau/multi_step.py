@@ -38,15 +38,15 @@ from tqdm.auto import tqdm
 
 from hf_iau.curvature import Curvature
 from hf_iau.data import RowPredictions, RowSource, evaluation_mode, predict_rows, predicted_targets
+from hf_iau.data.precision import copy_to_memory_device, memory_device
 from hf_iau.data.predictions import stacked
 from hf_iau.data.rows import sample_positions
 from hf_iau.data.targets import Targets, TaskKind
-from hf_iau.data.working import kept_copy, memory_device
 from hf_iau.distributed import all_gather_arrays, all_reduce_, is_main_process, is_sharded, sync_errors, to_local
 from hf_iau.methods.iau.step_search import MAX_DRIFT
 from hf_iau.methods.iau.targets import ForgetTargets
 from hf_iau.methods.step import Step, step_norm, weights_norm
-from hf_iau.utils.vectors import GradientAccumulator, kept_dtype, pieces
+from hf_iau.utils.vectors import GradientAccumulator, pieces, storage_dtype
 
 DAMPING = 0.1
 """λ of a walk, relative to each layer's mean eigenvalue."""
@@ -141,9 +141,9 @@ def run_multi_step(
         progress: show a progress bar.
         weights: copies of the parameters as they are, by name; made here if None.
     """
-    weights = {name: weights[name] if weights else kept_copy(model.get_parameter(name)) for name in names}
+    weights = {name: weights[name] if weights else copy_to_memory_device(model.get_parameter(name)) for name in names}
     norm = max(weights_norm(model, list(names)), 1e-300)
-    moved: Step = {name: torch.zeros_like(value, dtype=kept_dtype(value.dtype)) for name, value in weights.items()}
+    moved: Step = {name: torch.zeros_like(value, dtype=storage_dtype(value.dtype)) for name, value in weights.items()}
     chosen = sample_positions(len(held_out), watched_rows(len(forget)), 0)
     watched = held_out.select(chosen).keep_batches() if len(chosen) < len(held_out) else held_out.keep_batches()
     looked_at = (looked_at or forget.resized(held_out.batch_size)).keep_batches()
@@ -301,7 +301,9 @@ class _Anchors:
             # From all over the training rows, which may be sorted by class.
             group = rows.select(np.arange(turn, len(rows), turns)).keep_batches()
             with evaluation_mode(model), torch.no_grad():
-                found = [kept_copy(targets.logits) for _, targets, counts in _targets_of(model, group) if counts]
+                found = [
+                    copy_to_memory_device(targets.logits) for _, targets, counts in _targets_of(model, group) if counts
+                ]
             self.groups.append(group)
             self.outputs.append(found)
 

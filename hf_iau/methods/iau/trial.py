@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_iau.data import RowPredictions, RowSource, predict_rows
-from hf_iau.data.working import kept_copy
+from hf_iau.data.precision import copy_to_memory_device
 from hf_iau.evaluation.attacks import attack_auc
 from hf_iau.methods.iau.directions import Directions
 from hf_iau.methods.step import step_norm, weights_norm
@@ -88,7 +88,7 @@ class TrialRunner:
         self._weights_norm = weights_norm(model, self._names)
         parameters = dict(model.named_parameters())
         self._weights = {
-            name: kept_copy(parameters[name]) if weights is None else weights[name] for name in self._names
+            name: copy_to_memory_device(parameters[name]) if weights is None else weights[name] for name in self._names
         }
 
     @property

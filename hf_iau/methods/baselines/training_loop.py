@@ -32,7 +32,7 @@ OPTIMIZERS = ("sgd", "adamw")
 
 
 @dataclass(frozen=True)
-class EpochsConfig:
+class TrainingLoopConfig:
     """Configuration of passes over rows.
 
     Raises:
@@ -121,7 +121,7 @@ def training_mode(context: ForgetContext) -> Iterator[None]:
 
 def descend(
     context: ForgetContext,
-    config: EpochsConfig,
+    config: TrainingLoopConfig,
     items: Callable[[int], Iterable[Item]],
     loss_of: Callable[[Item], Tensor | None],
     *,

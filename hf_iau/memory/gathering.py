@@ -26,14 +26,13 @@ from hf_iau.data import (
     probe_additivity,
     probe_targets,
 )
-from hf_iau.data.adapters import check_adapters
-from hf_iau.data.placement import check_placement
+from hf_iau.data.precision import compute_settings
 from hf_iau.data.row_loss import UserLossFunction
-from hf_iau.data.rows import Collator, refuse_iterable, rows_are_deterministic, sample_positions
-from hf_iau.data.targets import look_for_real_labels
-from hf_iau.data.working import working
-from hf_iau.data.wrappers import unwrapped
-from hf_iau.distributed import SAME_START, assert_same_on_ranks, is_sharded, refuse_wrapped, sharded_passes, sync_errors
+from hf_iau.data.rows import Collator, refuse_iterable, sample_positions
+from hf_iau.data.targets import find_real_valued_labels
+from hf_iau.data.validation import check_before_gathering, check_placement, refuse_wrapped
+from hf_iau.distributed import SAME_START, assert_same_on_ranks, is_sharded, sharded_passes, sync_errors
+from hf_iau.distributed.wrappers import unwrap_model
 from hf_iau.errors import ConfigError, UnsupportedModelError
 from hf_iau.memory.config import GatherConfig
 from hf_iau.memory.fingerprints import data_fingerprint, input_columns, model_fingerprint
@@ -82,7 +81,7 @@ def gather(
         CoupledRowsError: the loss couples rows of a batch.
         NonFiniteGradientError: a row's gradient is NaN or infinite.
     """
-    config, model = config or GatherConfig(), unwrapped(model)
+    config, model = config or GatherConfig(), unwrap_model(model)
     loss = choose_row_loss(
         row_loss=row_loss, compute_loss_func=compute_loss_func, label_smoothing_factor=label_smoothing_factor
     )
@@ -128,7 +127,7 @@ def build_memory(
             "GatherConfig(curvature='adam') reads the optimizer's second moments, which fully_shard has spread over the "
             "processes. Use curvature='ekfac' or 'diagonal'."
         )
-    with sync_errors("gathering"), working(config.precision, config.memory_device), sharded_passes(model):
+    with sync_errors("gathering"), compute_settings(config.precision, config.memory_device), sharded_passes(model):
         return _build_memory(model, source, row_loss, config, optimizer, decay)
 
 
@@ -141,8 +140,8 @@ def _build_memory(
     decay: dict[str, float],
 ) -> GradientMemory:
     check_placement(model)
-    check_gatherable(model, source.dataset)
-    look_for_real_labels(model, source.dataset)
+    check_before_gathering(model, source.dataset)
+    find_real_valued_labels(model, source.dataset)
     parameters = trainable_parameters(model)
     probe_additivity(row_loss, model, source)
     if config.reads_targets:
@@ -270,21 +269,6 @@ def keep_input_columns(model: nn.Module, dataset: Any, name: str) -> Any:
     return dataset.remove_columns([column for column in dataset.column_names if column not in used])
 
 
-def check_gatherable(model: nn.Module, dataset: Any) -> None:
-    """Refuse what has no row gradients, before any compute is spent."""
-    refuse_wrapped(model)
-    check_adapters(model)
-    refuse_iterable(dataset, "training rows")
-    if len(dataset) == 0:
-        raise UnsupportedModelError("The training rows are empty: there is nothing to remember.")
-    if not rows_are_deterministic(dataset):
-        raise UnsupportedModelError(
-            "The training rows change each time they are read (random augmentation in `set_transform` or "
-            "`__getitem__`), so a row has no one gradient. Gather from the rows without augmentation: "
-            "`IAUCallback(dataset=…)` or `hf_iau.gather(model, dataset_without_augmentation)`."
-        )
-
-
 def coupled_weight_decay(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, float]:
     """Parameter name → coefficient of an L2 term that is part of the gradient (SGD, Adam), empty where decoupled."""
     inner = getattr(optimizer, "optimizer", optimizer)
@@ -355,7 +339,7 @@ def _count_targets(model: nn.Module, row_loss: RowLoss, source: RowSource, curva
     return max(1, round(targets * len(source) / len(sample)))
 
 
-def describe_memory(memory: GradientMemory) -> Mapping[str, Any]:
+def memory_summary(memory: GradientMemory) -> Mapping[str, Any]:
     """A few figures about a memory, for logs."""
     return {
         "rows": memory.n_rows,
