@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_iau.curvature import fit_curvature
+from hf_iau.curvature.call_cache import cached_size, usual_cache_bytes
 from hf_iau.curvature.eigenvectors import eigenvector_bytes
-from hf_iau.curvature.fit import LOOP_ROWS, cached_size, usual_cache_bytes
 from hf_iau.curvature.layer_hooks import LayerHooks
 from hf_iau.curvature.layers import LayerPlan, MatrixLayer, plan_layers, spare_bytes
+from hf_iau.curvature.row_loop import LOOP_ROWS
 from hf_iau.data import RowLoss, RowSource, evaluation_mode, predict_rows
 from hf_iau.data.precision import compute_settings
 from hf_iau.data.row_loss import UserLossFunction

@@ -167,7 +167,7 @@ def test_a_device_is_waited_for_once_a_batch(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_device_is_waited_for_once_a_layer_and_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """While covariances are summed: to see which positions are live. The batch itself takes a few reads more."""
     reads = []
-    monkeypatch.setattr("hf_iau.curvature.estimators.LOOP_ROWS", 1)
+    monkeypatch.setattr("hf_iau.curvature.row_loop.LOOP_ROWS", 1)
     monkeypatch.setattr(MODULE, "synchronising", reads.append)
     with simulated_device() as device:
         model, rows = build("bert").to(device), as_dataset(rows_of("bert", 16))

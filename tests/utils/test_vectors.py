@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_iau import vectors
 from hf_iau.distributed import inner_product
+from hf_iau.utils import vectors
 from hf_iau.utils.timing import peak_allocated_bytes
 from hf_iau.utils.vectors import GradientAccumulator, pieces, storage_dtype
 
