@@ -145,7 +145,7 @@ class Curvature:
         return Curvature(self.kind, blocks, n_rows=self.n_rows, n_targets=self.n_targets, details=self.details)
 
     def placed(self, homes: Mapping[str, torch.device]) -> Curvature:
-        """The same curvature with each block on a device of its own, by the blocks' names; itself where all are there."""
+        """The same curvature with each block, by name, on the given device; itself where all are there."""
         moved = {name for name, block in self.blocks.items() if not is_same_device(block.device, homes[name])}
         if not moved:
             return self

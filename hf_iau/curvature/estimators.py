@@ -27,8 +27,9 @@ FisherKind = Literal["true", "empirical"]
 SHARE_OF_TEMPORARIES = 8
 """By how much temporary tensors are smaller where factors are kept on another device than the model's.
 
-Then passes are of half a batch. Beside the weights and whatever else training keeps, training needs room for gradients or a
-batch's activations, whichever are larger, and such a pass half of the latter: half the gradients' bytes are free at least.
+Then passes are of half a batch. Beside the weights and whatever else training keeps, training needs room for gradients
+or a batch's activations, whichever are larger, and such a pass half of the latter: half the gradients' bytes are free
+at least.
 """
 
 
@@ -56,9 +57,10 @@ def fit_curvature(
       and LoRA matrices. With inputs a (extended by a 1 where the bias is trainable) and output gradients g, the bases
       are those of A = Σ a aᵀ and S = Σ g gᵀ, summed over rows, positions and calls (the *expand* setting), and the
       eigenvalues Λ = (1 / targets) Σ_rows (Q_Sᵀ G Q_A)² with G = Σ_positions g aᵀ of a row. Each group of a grouped
-      convolution has factors of its own. Positions whose output gradient is zero (but for rounding) are left out of A too, so
-      padding and unused positions drop out and the factors do not depend on the padding length. Where a convolution has
-      very many positions, evenly spaced rows make the bases (see `factor_sums.BASIS_POSITIONS`), and all rows Λ.
+      convolution has factors of its own. Positions whose output gradient is zero (but for rounding) are left out of A
+      too, so padding and unused positions drop out and the factors do not depend on the padding length. Where a
+      convolution has very many positions, evenly spaced rows make the bases (see `factor_sums.BASIS_POSITIONS`), and
+      all rows Λ.
     * `"diagonal"`: the same without rotation, Λ = (1 / targets) Σ_rows g².
     * `"adam"`: the optimizer's bias-corrected second moment. It belongs to the last step, is clipped, and is at the
       scale of a batch's mean gradient rather than of a row's. The rows are not read.
@@ -85,8 +87,8 @@ def fit_curvature(
         fisher: "true" draws labels from the model, "empirical" uses `row_loss`.
         row_loss: the summed loss; for "empirical" only.
         max_factor_size: largest side of a Kronecker factor; larger layers are diagonal.
-        factor_device: where statistics are kept; each layer's own device if None. If it is not the model's, passes are of
-            half a batch and temporary tensors smaller, so that training's memory on the model's device is enough.
+        factor_device: where statistics are kept; each layer's own device if None. If it is not the model's, passes are
+            of half a batch and temporary tensors smaller, so that training's memory on the model's device is enough.
         cache_bytes: memory for sparing the second pass; 0 forces it. None: as much as the trained weights' gradients
             take (which training holds and a fit does not), at least 24 MiB, less what finding eigenvectors takes.
         optimizer: for "adam".

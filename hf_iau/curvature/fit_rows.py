@@ -1,4 +1,4 @@
-"""The rows of a fit: their batches and losses, how many were seen, and which one is at fault if a number is not finite."""
+"""The rows of a fit: their batches and losses, their number, and which one is at fault if a number is not finite."""
 
 from __future__ import annotations
 
@@ -167,8 +167,8 @@ class FitRows:
                     bad = ~pair[index].isfinite()
                     if bool(bad.any()):
                         raise NonFiniteGradientError(
-                            f"The {what} of layer {name!r} is NaN or infinite{self._for_row(bad, positions)}. Remove or "
-                            "repair such rows, or compute in a wider type (bfloat16 or float32 instead of float16)."
+                            f"The {what} of layer {name!r} is NaN or infinite{self._for_row(bad, positions)}. Remove "
+                            "or repair such rows, or compute in a wider type (bfloat16 or float32 instead of float16)."
                         )
         if not bool(loss.isfinite()):
             places = ", ".join(str(self.start + position) for position in np.sort(positions))

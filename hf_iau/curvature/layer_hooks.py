@@ -61,8 +61,8 @@ class LayerHooks:
 
         Args:
             loss: runs the model forward and returns a scalar.
-            take: is given the calls of a layer as soon as all of them are differentiated, while differentiation goes on,
-                so that those of all layers are not held at once.
+            take: is given the calls of a layer as soon as all of them are differentiated, while differentiation goes
+                on, so that those of all layers are not held at once.
 
         Returns:
             The calls of each layer, by layer name, in the order in which they were differentiated, but for those that

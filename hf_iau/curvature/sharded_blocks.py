@@ -58,8 +58,8 @@ class RemoteBlock(Block):
 
     def apply(self, vector: Mapping[str, Tensor], transform: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         raise ParallelError(
-            f"The curvature of {self.name!r} is held by process {self.owner} alone. Scale through the `Curvature`, in every "
-            "process, which asks the one that holds it."
+            f"The curvature of {self.name!r} is held by process {self.owner} alone. Scale through the `Curvature`, in "
+            "every process, which asks the one that holds it."
         )
 
     def to(self, device: torch.device | str) -> RemoteBlock:

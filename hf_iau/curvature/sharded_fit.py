@@ -103,9 +103,9 @@ class ShardedFitRows(FitRows):
 class ShardedFit(Fit):
     """As `Fit`, but of each layer one process, its owner, holds the statistics.
 
-    After every batch the processes' statistics of one layer after the other are added up at its owner and let go. Owners
-    find the bases of their layers; for Λ, bases are sent around layer by layer in a second pass, and nothing is cached to
-    spare it.
+    After every batch the processes' statistics of one layer after the other are added up at its owner and let go.
+    Owners find the bases of their layers; for Λ, bases are sent around layer by layer in a second pass, and nothing is
+    cached to spare it.
     """
 
     uses_at_once = False  # statistics are sent around, which must not come between the passing of gradients

@@ -134,12 +134,12 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def _configurations(model: nn.Module) -> list[Any]:
     """The distinct configuration objects of a model and its submodules."""
-    found: dict[int, Any] = {}
+    configurations: dict[int, Any] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None and not isinstance(config, dict):
-            found[id(config)] = config
-    return list(found.values())
+            configurations[id(config)] = config
+    return list(configurations.values())
 
 
 class RandomState:
@@ -161,7 +161,7 @@ class RandomState:
 
 
 @contextlib.contextmanager
-def random_state_kept(model: nn.Module) -> Iterator[None]:
+def preserved_random_state(model: nn.Module) -> Iterator[None]:
     """Afterwards, also after an exception, every generator that a forward pass could advance is where it was."""
     state = RandomState(model)
     try:

@@ -1,4 +1,4 @@
-"""In which precision passes over rows are run, and on which device what they add up is kept."""
+"""The precision of passes over rows, and the device of the sums that they make."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ def autocast_dtype() -> torch.dtype | None:
 
 
 def memory_device(default: torch.device | None) -> torch.device | None:
-    """Where something that is kept should lie, if it would otherwise lie on `default`."""
+    """The device of sums and copies of weights that would otherwise lie on `default`."""
     return _CURRENT.get().memory_device or default
 
 
 def copy_to_memory_device(tensor: Tensor) -> Tensor:
-    """A copy of a weight, where such copies are kept."""
+    """A copy of a weight on the memory device; beside the weight where there is none."""
     return tensor.detach().to(memory_device(tensor.device), copy=True)
 
 
 def rounds_to_half(model: nn.Module) -> bool:
-    """Whether passes through `model` round to half precision: by its weights, quantised ones among them, or by autocast."""
+    """Whether passes through `model` round to half precision: by its (perhaps quantised) weights, or by autocast."""
     if autocast_dtype() is not None or getattr(model, "is_quantized", False):
         return True
     return any(p.dtype.itemsize < 4 for p in model.parameters())
@@ -88,8 +88,8 @@ def full_float32() -> Iterator[None]:
     }  # from PyTorch 2.9
     with contextlib.ExitStack() as undo:
         undo.callback(_put_back, before)
-        # Of PyTorch's two interfaces to these settings the older one raises where the newer one disagrees with it. So the
-        # older is set where it can be read, and the newer where that was not enough.
+        # Of PyTorch's two interfaces to these settings the older one raises where the newer one disagrees with it. So
+        # the older is set where it can be read, and the newer where that was not enough.
         _switch_off(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest", undo)
         _switch_off(lambda: backends.cudnn.allow_tf32, _allow_tf32_in_cudnn, False, undo)
         for owner in before:

@@ -88,15 +88,15 @@ class _ScaledRowLoss(RowLoss):
         with torch.no_grad():
             one, two = (float(self._loss(model, inputs, items)) for items in (1, 2))
             whole = float(predicted_targets(model, inputs).losses().sum()) if has_spans(inputs) else one
-        found = []
+        factors: list[float] = []
         if one != 0.0 and np.isfinite(one):
             is_sum = abs(one - 2.0 * two) <= 1e-3 * abs(one)
-            found = [(2.0 if abs(2.0 * one - whole) < abs(one - whole) else 1.0) if is_sum else 0.0]
+            factors = [(2.0 if abs(2.0 * one - whole) < abs(one - whole) else 1.0) if is_sum else 0.0]
         if is_sharded(model):  # so that all take the same passes from here on
-            every = all_gather_arrays({}, {"found": found}, "the scale of the loss")
-            found = [value for _, about in every for value in about["found"]]
-        if found:
-            self._factor[model] = found[0]
+            by_rank = all_gather_arrays({}, {"factors": factors}, "the scale of the loss")
+            factors = [value for _, about in by_rank for value in about["factors"]]
+        if factors:
+            self._factor[model] = factors[0]
 
 
 class ModelRowLoss(_ScaledRowLoss):
@@ -176,8 +176,8 @@ class SmoothedRowLoss(RowLoss):
         labels = inputs.pop("labels", None)
         if labels is None and labels_of(inputs) is not None:
             raise UnsupportedModelError(
-                f"label_smoothing_factor={self.epsilon} is of no effect where rows have {' and '.join(SPAN_LABELS)}: the "
-                "Trainer smooths `labels` alone. Leave it at 0."
+                f"label_smoothing_factor={self.epsilon} is of no effect where rows have {' and '.join(SPAN_LABELS)}: "
+                "the Trainer smooths `labels` alone. Leave it at 0."
             )
         targets = read_targets(model, model(**inputs), labels)
         if targets.kind not in (TaskKind.SINGLE_LABEL, TaskKind.TOKENS):

@@ -1,6 +1,7 @@
-"""May this be served? Every refusal of a model, an adapter, a device, a data set or a loss, before anything is computed.
+"""Every refusal of a model, an adapter, a device, a data set or a loss, before anything is computed.
 
-What a data set needs to be read at all (row numbers and a length) is refused by `RowSource` itself: `rows.refuse_iterable`.
+What a data set needs to be read at all (row numbers and a length) is refused by `RowSource` itself:
+`rows.refuse_iterable`.
 """
 
 from __future__ import annotations
@@ -61,9 +62,9 @@ def check_placement(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise UnsupportedModelError(
-                f"Parameter {name!r} is on the device 'meta': it was offloaded to the CPU or disk (device_map=), or never "
-                "loaded, and has no gradient. Load the model whole: on one device, or with a device_map of accelerators "
-                "that have room for all of it."
+                f"Parameter {name!r} is on the device 'meta': it was offloaded to the CPU or disk (device_map=), or "
+                "never loaded, and has no gradient. Load the model whole: on one device, or with a device_map of "
+                "accelerators that have room for all of it."
             )
         refuse_device(parameter.device.type)
 
@@ -90,8 +91,8 @@ def check_adapters(model: nn.Module) -> None:
         kind, reason = unsupported
         raise UnsupportedModelError(
             f"Adapter {name!r} is of kind {kind}, which is not supported: {reason}. Train LoRA (or one of "
-            f"{', '.join(sorted(SUPPORTED - {'LORA'}))}), or merge it with model.merge_and_unload() and gather from the "
-            "merged model with requires_grad=True on the weights that are to forget."
+            f"{', '.join(sorted(SUPPORTED - {'LORA'}))}), or merge it with model.merge_and_unload() and gather from "
+            "the merged model with requires_grad=True on the weights that are to forget."
         )
     for name, module in model.named_modules() if adapter_owner(model) is not None else ():
         if not isinstance(module, BaseTunerLayer):
@@ -99,8 +100,8 @@ def check_adapters(model: nn.Module) -> None:
         if module.merged:
             raise UnsupportedModelError(
                 f"Adapter {module.merged_adapters[0]!r} is merged into the base weights (layer {name!r}), so its own "
-                "weights have no gradient and moving them would change nothing. Call model.unmerge_adapter(), or, since "
-                "that leaves rounding in the base weights, load base model and adapter anew "
+                "weights have no gradient and moving them would change nothing. Call model.unmerge_adapter(), or, "
+                "since that leaves rounding in the base weights, load base model and adapter anew "
                 "(PeftModel.from_pretrained(base, folder, is_trainable=True))."
             )
         if module.disable_adapters:
@@ -119,7 +120,7 @@ def check_before_gathering(model: nn.Module, dataset: Any) -> None:
     check_adapters(model)
     refuse_iterable(dataset, "training rows")
     if len(dataset) == 0:
-        raise UnsupportedModelError("The training rows are empty: there is nothing to remember.")
+        raise UnsupportedModelError("The training rows are empty: there is nothing to gather.")
     if not rows_are_deterministic(dataset):
         raise UnsupportedModelError(
             "The training rows change each time they are read (random augmentation in `set_transform` or "
@@ -164,9 +165,9 @@ def check_columns(trainer: Trainer, forget: RowSource) -> None:
         others = sorted(set(trainer.label_names) & set(batch))
         if others:
             raise UnsupportedModelError(
-                f"The forget rows have label columns {others} and no `labels`: tasks with label columns of their own are "
-                "not supported, but for question answering (start_positions and end_positions). Rename the column `labels` "
-                "where it is one."
+                f"The forget rows have label columns {others} and no `labels`: tasks with label columns of their own "
+                "are not supported, but for question answering (start_positions and end_positions). Rename the column "
+                "`labels` where it is one."
             )
         raise RequestError(
             f"The forget rows have columns {columns} and no labels, so they have no loss to unlearn. Pass rows "
@@ -188,16 +189,16 @@ def check_same_columns(trainer: Trainer, source: RowSource | None, forget: RowSo
     """Raise `RequestError` for rows beside the forget rows that lack one of their columns."""
     if source is None:
         return
-    row, known = source.dataset[0], forget.dataset[0]
-    if not isinstance(row, Mapping) or not isinstance(known, Mapping):
+    row, forget_row = source.dataset[0], forget.dataset[0]
+    if not isinstance(row, Mapping) or not isinstance(forget_row, Mapping):
         return
-    needed = set(known)
+    needed = set(forget_row)
     if trainer.args.remove_unused_columns:
         trainer._set_signature_columns_if_needed()
         needed &= set(trainer._signature_columns or ())
     if not needed <= set(row):
         raise RequestError(
-            f"The {source.name} have columns {sorted(row)} but the forget rows have {sorted(known)}. Preprocess "
+            f"The {source.name} have columns {sorted(row)} but the forget rows have {sorted(forget_row)}. Preprocess "
             "them alike."
         )
 
@@ -221,8 +222,8 @@ def probe_targets(model: nn.Module, source: RowSource) -> None:
             predicted_targets(model, inputs)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(
-                f"{error} Curvature needs to know what the model predicts; GatherConfig(fisher='empirical') makes do with "
-                "losses, but a request's report does not."
+                f"{error} Curvature needs to know what the model predicts; GatherConfig(fisher='empirical') makes do "
+                "with losses, but a request's report does not."
             ) from error
 
 
@@ -268,7 +269,7 @@ def first_of_each_class(source: RowSource, rows: int = 256) -> list[int]:
     Empty where rows have no one class.
     """
     dataset = source.dataset
-    found: dict[int, int] = {}
+    first: dict[int, int] = {}
     if isinstance(dataset, datasets.Dataset):
         for column in LABEL_COLUMNS:
             if column in dataset.column_names and isinstance(
@@ -283,5 +284,5 @@ def first_of_each_class(source: RowSource, rows: int = 256) -> list[int]:
         if isinstance(label, (Tensor, np.ndarray, np.generic)) and label.ndim == 0:
             label = label.item()
         if isinstance(label, int):
-            found.setdefault(label, int(position))
-    return sorted(found.values())
+            first.setdefault(label, int(position))
+    return sorted(first.values())

@@ -267,8 +267,8 @@ def _refuse_other_sharding(model: nn.Module, parameter: DTensor, name: str) -> N
     split = [placement for placement in parameter.placements if type(placement) is not Replicate]
     if not by_fsdp or len(split) > 1 or any(type(placement) is not Shard for placement in split):
         raise UnsupportedModelError(
-            f"Parameter {name!r} is sharded as {parameter.placements}, which is not what fully_shard (FSDP2) alone does: "
-            "tensor parallelism is not supported. Load the model without tp_plan=, or shard it with fully_shard."
+            f"Parameter {name!r} is sharded as {parameter.placements}, which is not what fully_shard (FSDP2) alone "
+            "does: tensor parallelism is not supported. Load the model without tp_plan=, or shard it with fully_shard."
         )
 
 

@@ -37,7 +37,7 @@ from hf_iau.errors import ConfigError, UnsupportedModelError
 from hf_iau.memory.config import GatherConfig
 from hf_iau.memory.fingerprints import data_fingerprint, input_columns, model_fingerprint
 from hf_iau.memory.gradient_sum import GradientSum, sum_row_gradients, trainable_parameters
-from hf_iau.memory.keys import find_key, say_that_there_is_no_key
+from hf_iau.memory.keys import find_key, warn_without_key
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.memory.row_identity import RowIdentity
 
@@ -55,7 +55,7 @@ def gather(
     optimizer: torch.optim.Optimizer | None = None,
     device: torch.device | str | None = None,
 ) -> GradientMemory:
-    """Make the memory of a model that was trained before this package was known.
+    """Make the memory of a model that was trained without this package.
 
     The model must hold the weights that are to forget, `dataset` the rows it was trained on (without augmentation).
 
@@ -107,7 +107,7 @@ def identify_rows(model: nn.Module, dataset: Any, output_dir: str | Path | None 
     """
     key = find_key(output_dir)
     if key is None:
-        say_that_there_is_no_key()
+        warn_without_key()
         return None
     return RowIdentity.of(key, model, dataset)
 
@@ -124,8 +124,8 @@ def build_memory(
     decay = coupled_weight_decay(model, optimizer)
     if config.curvature == "adam" and is_sharded(model):
         raise UnsupportedModelError(
-            "GatherConfig(curvature='adam') reads the optimizer's second moments, which fully_shard has spread over the "
-            "processes. Use curvature='ekfac' or 'diagonal'."
+            "GatherConfig(curvature='adam') reads the optimizer's second moments, which fully_shard has spread over "
+            "the processes. Use curvature='ekfac' or 'diagonal'."
         )
     with sync_errors("gathering"), compute_settings(config.precision, config.memory_device), sharded_passes(model):
         return _build_memory(model, source, row_loss, config, optimizer, decay)
@@ -259,14 +259,14 @@ def keep_input_columns(model: nn.Module, dataset: Any, name: str) -> Any:
     # A transform set with `set_transform` makes its own columns from the stored ones: leave those alone.
     if dataset.format["type"] == "custom":
         return dataset
-    used = input_columns(model)
-    kept = [column for column in dataset.column_names if column in used]
-    if not kept:
+    accepted = input_columns(model)
+    used_columns = [column for column in dataset.column_names if column in accepted]
+    if not used_columns:
         raise UnsupportedModelError(
             f"None of the columns {dataset.column_names} of the {name} is an argument of {type(model).__name__}."
-            f"forward ({', '.join(sorted(used))}). Tokenize or preprocess the rows first."
+            f"forward ({', '.join(sorted(accepted))}). Tokenize or preprocess the rows first."
         )
-    return dataset.remove_columns([column for column in dataset.column_names if column not in used])
+    return dataset.remove_columns([column for column in dataset.column_names if column not in accepted])
 
 
 def coupled_weight_decay(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, float]:

@@ -29,18 +29,18 @@ from hf_iau.memory.memory_files import (
     SCHEMA_VERSION,
     TENSOR_FILE,
     check_fields,
+    file_order,
     header_digest,
     read_header,
     read_tensors,
+    write_tensors_one_by_one,
 )
 from hf_iau.memory.row_identity import RowIdentity
 from hf_iau.utils.atomic_files import (
     PRIVATE_FOLDER,
     file_digest,
-    file_order,
     sync_folder,
     write_atomically,
-    write_one_by_one,
     write_text_atomically,
 )
 
@@ -54,7 +54,7 @@ _NOT_PLAIN = ("parameters", "gradient_sum", "curvature", "row_identity")
 
 @dataclass
 class GradientMemory:
-    """What is remembered of one model and its training rows.
+    """What is stored of one model and its training rows.
 
     A memory is personal data: two versions of it differ by about the forgotten rows' gradient. It is written with mode
     0600 into a folder that `push_to_hub` never uploads.
@@ -64,8 +64,8 @@ class GradientMemory:
         n_rows: training rows that are still in.
         n_targets: their targets (rows of a classifier, tokens of a language model).
         label_counts: class → rows, for single-label rows; None where rows have no one class.
-        gradient_sum: Σ_D of row-loss gradients at these weights, or None; float32 (float64 for float64 parameters, and in
-            older files).
+        gradient_sum: Σ_D of row-loss gradients at these weights, or None; float32 (float64 for float64 parameters, and
+            in older files).
         gradient_sum_kind: "full", "sampled", "first-order" (moved along with the weights) or "none".
         gradient_sum_rows: rows that the sum was made of.
         gradient_sum_error: standard error of a sampled sum, as a Euclidean norm; 0 for an exact one.
@@ -127,8 +127,9 @@ class GradientMemory:
             )
         if now.get("adapters") != self.model.get("adapters", now.get("adapters")):
             raise MemoryMismatchError(
-                f"The memory was gathered with adapter {self.model['adapters']!r} active but {now.get('adapters')!r} is "
-                f"active now: activate the adapter that is to forget (model.set_adapter({self.model['adapters']!r}))."
+                f"The memory was gathered with adapter {self.model['adapters']!r} active but {now.get('adapters')!r} "
+                "is active now: activate the adapter that is to forget "
+                f"(model.set_adapter({self.model['adapters']!r}))."
             )
         if now["weights"] != self.model["weights"]:
             raise StaleMemoryError(
@@ -223,8 +224,8 @@ class GradientMemory:
         sums = {name: tensors[f"{_SUM_PREFIX}{name}"] for name in self.gradient_sum or {}}
         curvature = None
         if self.curvature is not None:
-            kept = {name: t for name, t in tensors.items() if not name.startswith((_SUM_PREFIX, _IDENTITY_PREFIX))}
-            curvature = Curvature.from_tensors(kept, self.curvature.metadata())
+            rest = {name: t for name, t in tensors.items() if not name.startswith((_SUM_PREFIX, _IDENTITY_PREFIX))}
+            curvature = Curvature.from_tensors(rest, self.curvature.metadata())
         return dataclasses.replace(self, gradient_sum=sums or None, curvature=curvature)
 
     def sharded_like(self, model: nn.Module) -> GradientMemory:
@@ -309,8 +310,8 @@ class GradientMemory:
     def save(self, directory: str | Path) -> Path:
         """Write the memory into `directory` (made if missing): tensors first, then the header that names them.
 
-        A crash in between leaves the older memory readable. Returns the header's path. One that is sharded over processes
-        is saved by all of them together: one tensor after the other comes to process 0, which writes the same files.
+        A crash in between leaves the older memory readable. Returns the header's path. One that is sharded is
+        saved by all ranks together: one tensor after the other comes to rank 0, which writes the same files.
         """
         folder = Path(directory)
         if self.is_sharded:
@@ -354,7 +355,7 @@ class GradientMemory:
 
         def write_tensors(path: Path) -> None:
             if self.is_sharded:
-                write_one_by_one(path, tensors, self._fetched(), _FILE_METADATA)
+                write_tensors_one_by_one(path, tensors, self._fetched(), _FILE_METADATA)
             else:
                 plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
                 save_file(plain, path, metadata=_FILE_METADATA)

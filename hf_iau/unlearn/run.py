@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 
 from hf_iau.data import RowSource
-from hf_iau.data.model_mode import placed_on, random_state_kept
+from hf_iau.data.model_mode import placed_on, preserved_random_state
 from hf_iau.data.precision import compute_settings, memory_device
 from hf_iau.data.trainer_rows import model_of, optional_rows
 from hf_iau.data.validation import check_same_columns
@@ -135,7 +135,7 @@ def serving_conditions(trainer: UnlearningTrainer, method: UnlearningMethod) -> 
     sharded = getattr(method, "works_on_shards", False) and is_sharded(model)
     whole = contextlib.nullcontext() if sharded else full_parameters(model)
     # Data sets and collators may draw numbers.
-    with sync_errors("the request"), whole, random_state_kept(model), _working_as_gathered(trainer):
+    with sync_errors("the request"), whole, preserved_random_state(model), _working_as_gathered(trainer):
         yield
 
 

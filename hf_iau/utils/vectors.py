@@ -59,8 +59,8 @@ class GradientAccumulator:
 
     Where sum and gradient are of one type and on one device, what a sum's rounding loses is put back as the parameter's
     `.grad`, to which autograd adds the next gradient (compensated summation, Kahan 1965); the sum is then as exact as
-    one in twice the precision. Elsewhere it is made in float64. There is no sum beside `.grad` for the first few batches,
-    and with sums on another device no `.grad` between batches.
+    one in twice the precision. Elsewhere it is made in float64. There is no sum beside `.grad` for the first few
+    batches, and with sums on another device no `.grad` between batches.
 
     Args:
         parameters: by name; the caller takes care of their `.grad` before and after.
@@ -128,11 +128,11 @@ class GradientAccumulator:
         sums = {}
         for name, parameter in self.parameters.items():
             parameter.grad = None
-            kept = storage_dtype(parameter.dtype)
+            dtype = storage_dtype(parameter.dtype)
             if name in self._sums:
-                sums[name] = self._sums.pop(name).to(kept)
+                sums[name] = self._sums.pop(name).to(dtype)
             else:
-                nothing = torch.zeros_like(parameter, dtype=kept).detach()
+                nothing = torch.zeros_like(parameter, dtype=dtype).detach()
                 sums[name] = nothing.to(self._device or parameter.device)
         return sums
 

@@ -288,8 +288,8 @@ def test_what_a_request_keeps_lies_on_the_memory_device() -> None:
             accumulator.add()
             assert all(p.grad is None for p in model.parameters())  # no room is taken for them in the next forward pass
         sums = accumulator.finish()
-    assert source._kept is not None
-    kept = [tensor for _, inputs in source._kept for tensor in inputs.values()]
+    assert source._batches is not None
+    kept = [tensor for _, inputs in source._batches for tensor in inputs.values()]
     for tensor in (*kept, *transaction.copies.values(), moved["hidden.weight"], *sums.values()):
         assert tensor.device == elsewhere
     assert all(p.grad is None for p in model.parameters())

@@ -114,7 +114,7 @@ def ignorant_teacher(context: ForgetContext) -> Teacher:
                 drawn += 1
     if not drawn:
         raise UnsupportedModelError(
-            f"method='bad-teacher' draws the parameters of {type(context.model).__name__} anew, and none of its modules "
-            "has reset_parameters()."
+            f"method='bad-teacher' draws the parameters of {type(context.model).__name__} anew, and none of its "
+            "modules has reset_parameters()."
         )
     return teacher

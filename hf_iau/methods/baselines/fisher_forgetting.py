@@ -39,7 +39,7 @@ class FisherForgettingConfig:
 
 @register_method
 class FisherForgetting:
-    """θ_i ← θ_i + √(α·min(1/F_i, cut)) · N(0, 1), with F the diagonal Fisher matrix of the retained rows. Needs those."""
+    """θ_i ← θ_i + √(α·min(1/F_i, cut)) · N(0, 1), with F the diagonal Fisher matrix of D_r. Needs the retained rows."""
 
     name: ClassVar[str] = "fisher-forgetting"
     config_class: ClassVar[type] = FisherForgettingConfig

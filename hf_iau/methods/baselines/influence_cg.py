@@ -1,4 +1,4 @@
-"""`influence-cg`: one Newton step to the optimum without the forget rows, its linear system solved by conjugate gradients."""
+"""`influence-cg`: one Newton step to the optimum without the forget rows, solved by conjugate gradients."""
 
 from __future__ import annotations
 
@@ -54,8 +54,7 @@ class InfluenceCGConfig:
         check_number(self, "damping", at_least=0)
         check_number(self, "scale", at_least=0)
         check_choice(self, "curvature", ("gauss-newton", "hessian"))
-        if self.curvature_rows is not None:
-            check_number(self, "curvature_rows", at_least=1, whole=True)
+        check_number(self, "curvature_rows", at_least=1, whole=True, optional=True)
         check_number(self, "iterations", at_least=1, whole=True)
         check_number(self, "tolerance", at_least=0)
 
@@ -79,8 +78,8 @@ class InfluenceCG:
         context.check_retained(self.name)
         if config.curvature == "gauss-newton" and not isinstance(context.row_loss, (ModelRowLoss, SmoothedRowLoss)):
             raise UnsupportedModelError(
-                f"method={self.name!r} knows no Gauss-Newton matrix of the loss {context.row_loss.fingerprint()['kind']}: "
-                "set InfluenceCGConfig(curvature='hessian')."
+                f"method={self.name!r} knows no Gauss-Newton matrix of the loss "
+                f"{context.row_loss.fingerprint()['kind']}: set InfluenceCGConfig(curvature='hessian')."
             )
 
     def run(self, context: ForgetContext, config: InfluenceCGConfig) -> MethodOutcome:

@@ -81,12 +81,13 @@ def weight_files(path: str) -> list[Path]:
         ConfigError: there are none.
     """
     place = Path(path)
-    found = sorted(place.glob("*.safetensors")) if place.is_dir() else [place] if place.is_file() else []
-    if not found or any(file.suffix != ".safetensors" for file in found):
+    files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place] if place.is_file() else []
+    if not files or any(file.suffix != ".safetensors" for file in files):
         raise ConfigError(
-            f"initial_weights={path!r}: give a safetensors file, or a folder with some, as save_pretrained() writes them."
+            f"initial_weights={path!r}: give a safetensors file, or a folder with some, as save_pretrained() writes "
+            "them."
         )
-    return found
+    return files
 
 
 def load_weights(model: nn.Module, path: str) -> None:

@@ -26,7 +26,7 @@ from hf_iau.utils.config_checks import check_number
 
 @dataclass(frozen=True)
 class L1SparseConfig(TrainingLoopConfig):
-    """Configuration of `l1-sparse`: epochs and lr of the public code; γ in the middle of the range that SalUn searches."""
+    """Configuration of `l1-sparse`: epochs and lr of the public code; γ in the middle of SalUn's search range."""
 
     gamma: float = field(
         default=1e-5,

@@ -1,4 +1,4 @@
-"""`npo`: negative preference optimization, gradient ascent that stops pushing a row once it has become improbable."""
+"""`npo`: negative preference optimization, gradient ascent that leaves a row alone once it has become improbable."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class NPOConfig(TrainingLoopConfig):
     optimizer: str = field(default="adamw", metadata={"help": "'adamw', or 'sgd'."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of the optimizer."})
     beta: float = field(
-        default=0.1, metadata={"help": "β: the lower, the longer a row is pushed; towards 0 it is gradient ascent."}
+        default=0.1, metadata={"help": "β: the lower, the longer a row is changed; towards 0 it is gradient ascent."}
     )
     alpha: float = field(default=1.0, metadata={"help": "Weight of the retained rows' loss; 0 for none."})
 
@@ -46,10 +46,10 @@ class NPOConfig(TrainingLoopConfig):
 
 @register_method
 class NPO:
-    """θ ← θ − lr·∇(2/β · mean_f log(1 + (P(row)/P_old(row))^β) + α·L_r), a batch of each a step, for epochs of forget rows.
+    """θ ← θ − lr·∇(2/β · mean_f log(1 + (P(row)/P_old(row))^β) + α·L_r), a batch of each a step.
 
-    P(row) is the probability of all of a row's targets: of the whole answer, for a language model. Needs the retained rows
-    unless α is 0; single-label classification, token classification and language models.
+    P(row) is the probability of all of a row's targets: of the whole answer, for a language model. Needs the retained
+    rows unless α is 0; single-label classification, token classification and language models.
     """
 
     name: ClassVar[str] = "npo"
@@ -94,8 +94,8 @@ class NPO:
                 method=self.name,
                 items_per_epoch=batches_of(context.forget, config.batch_size),
             )
-        kept = 0 if retained is None else len(retained)
-        return MethodOutcome(diagnostics={"retained_rows": kept, "objective_by_epoch": curve})
+        n_retained = 0 if retained is None else len(retained)
+        return MethodOutcome(diagnostics={"retained_rows": n_retained, "objective_by_epoch": curve})
 
 
 def log_likelihood(targets: Targets) -> Tensor:

@@ -1,4 +1,4 @@
-"""`retrain`: train anew without the forget rows. The yardstick of every other method, and the dearest."""
+"""`retrain`: train anew without the forget rows. Every other method is measured against it."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class Retrain:
         if overridden or trainer.restriction_config is not None:
             what = ", ".join(overridden) or "restriction="
             raise RequestError(
-                f"method={self.name!r} trains with a plain Trainer, which would not repeat this trainer's {what}. Train "
-                "on the retained rows yourself."
+                f"method={self.name!r} trains with a plain Trainer, which would not repeat this trainer's {what}. "
+                "Train on the retained rows yourself."
             )
 
     def run(self, context: ForgetContext, config: RetrainConfig) -> MethodOutcome:

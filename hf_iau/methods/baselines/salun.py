@@ -48,8 +48,8 @@ class SalUn:
     name: ClassVar[str] = "salun"
     config_class: ClassVar[type] = SalUnConfig
     citation: ClassVar[str] = (
-        "Fan, Liu, Zhang, Wong, Wei, Liu: SalUn: Empowering Machine Unlearning via Gradient-based Weight Saliency, 2023 "
-        "(arXiv 2310.12508)"
+        "Fan, Liu, Zhang, Wong, Wei, Liu: SalUn: Empowering Machine Unlearning via Gradient-based Weight Saliency, "
+        "2023 (arXiv 2310.12508)"
     )
 
     def check(self, context: ForgetContext, config: SalUnConfig) -> None:

@@ -48,14 +48,13 @@ class SCRUBConfig(TrainingLoopConfig):
         check_number(self, "max_epochs", at_least=0, whole=True)
         if self.max_epochs > self.epochs:
             raise ConfigError(
-                f"SCRUBConfig(max_epochs={self.max_epochs}, epochs={self.epochs}): a max pass is followed by a min pass, "
-                "so give at least as many epochs."
+                f"SCRUBConfig(max_epochs={self.max_epochs}, epochs={self.epochs}): a max pass is followed by a min "
+                "pass, so give at least as many epochs."
             )
         for name in ("alpha", "gamma", "decay_rate"):
             check_number(self, name, at_least=0)
         check_number(self, "temperature", above=0)
-        if self.forget_batch_size is not None:
-            check_number(self, "forget_batch_size", at_least=1, whole=True)
+        check_number(self, "forget_batch_size", at_least=1, whole=True, optional=True)
 
     def learning_rate(self, epoch: int) -> float:
         """The learning rate of an epoch, counted from 0."""

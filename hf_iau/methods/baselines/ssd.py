@@ -68,8 +68,8 @@ class SSD:
         if not dampened:
             most = (n_forget + n_retained) / n_forget
             warnings.append(
-                f"No weight was dampened: no importance to the forget rows is above selection={config.selection:g} times "
-                f"that to all rows. {most:.3g}, rows by forget rows, is the most that it can be."
+                f"No weight was dampened: no importance to the forget rows is above selection={config.selection:g} "
+                f"times that to all rows. {most:.3g}, rows by forget rows, is the most that it can be."
             )
         return MethodOutcome(
             forget_targets=n_forget,

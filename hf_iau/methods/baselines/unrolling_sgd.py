@@ -35,16 +35,14 @@ class UnrollingSGDConfig(InitialWeightsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("lr", "epochs"):
-            if getattr(self, name) is not None:
-                check_number(self, name, above=0)
-        if self.batch_size is not None:
-            check_number(self, "batch_size", at_least=1, whole=True)
+        check_number(self, "lr", above=0, optional=True)
+        check_number(self, "epochs", above=0, optional=True)
+        check_number(self, "batch_size", at_least=1, whole=True, optional=True)
 
 
 @register_method
 class UnrollingSGD:
-    """θ ← θ + (η·m/b)·Σ_f ∇ℓ(θ₀): the first-order term of SGD unrolled from θ₀, its only term that names the forget rows.
+    """θ ← θ + (η·m/b)·Σ_f ∇ℓ(θ₀): the first-order term of SGD unrolled from θ₀, the only one with the forget rows.
 
     Needs the weights that training started from, and SGD: it has no meaning for Adam.
     """
@@ -52,8 +50,8 @@ class UnrollingSGD:
     name: ClassVar[str] = "unrolling-sgd"
     config_class: ClassVar[type] = UnrollingSGDConfig
     citation: ClassVar[str] = (
-        "Thudi, Deza, Chandrasekaran, Papernot: Unrolling SGD: Understanding Factors Influencing Machine Unlearning, 2021 "
-        "(arXiv 2109.13398)"
+        "Thudi, Deza, Chandrasekaran, Papernot: Unrolling SGD: Understanding Factors Influencing Machine Unlearning, "
+        "2021 (arXiv 2109.13398)"
     )
 
     def check(self, context: ForgetContext, config: UnrollingSGDConfig) -> None:
