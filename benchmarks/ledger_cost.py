@@ -31,10 +31,10 @@ from hf_iau import Ledger
 from hf_iau.deletion.journal import Journal, JournalFile
 from hf_iau.deletion.ledger import LedgerEntry
 from hf_iau.deletion.receipt import render_receipt
-from hf_iau.memory.files import write_text_atomically
 from hf_iau.memory.fingerprints import package_versions
 from hf_iau.memory.keys import find_key
 from hf_iau.memory.row_identity import RowIdentity
+from hf_iau.utils.atomic_files import write_text_atomically
 
 GOAL_MILLISECONDS = 100.0
 

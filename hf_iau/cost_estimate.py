@@ -11,19 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from hf_iau.curvature import Curvature, fit_curvature
-from hf_iau.curvature.capture import Capture
+from hf_iau.curvature.call_cache import cached_size, usual_cache_bytes
 from hf_iau.curvature.eigenvectors import eigenvector_bytes
-from hf_iau.curvature.fit import LOOP_ROWS, cached_size, usual_cache_bytes
+from hf_iau.curvature.layer_hooks import LayerHooks
 from hf_iau.curvature.layers import LayerPlan, MatrixLayer, plan_layers, spare_bytes
+from hf_iau.curvature.row_loop import LOOP_ROWS
 from hf_iau.data import RowLoss, RowSource, evaluation_mode, predict_rows
+from hf_iau.data.precision import compute_settings
 from hf_iau.data.row_loss import UserLossFunction
 from hf_iau.data.rows import Collator, sample_positions
-from hf_iau.data.working import working
-from hf_iau.data.wrappers import unwrapped
 from hf_iau.distributed import full_parameters
+from hf_iau.distributed.wrappers import unwrap_model
 from hf_iau.errors import ConfigError
 from hf_iau.memory.config import GatherConfig
-from hf_iau.memory.fit import check_gatherable, choose_row_loss, default_collator, keep_input_columns
+from hf_iau.memory.gathering import check_before_gathering, choose_row_loss, default_collator, keep_input_columns
 from hf_iau.memory.gradient_sum import sum_row_gradients, trainable_parameters
 from hf_iau.methods.context import ROWS_LOOKED_AT
 from hf_iau.methods.iau.config import ENOUGH_FORGET_ROWS, FEWEST_COMPARED_ROWS, IAUConfig
@@ -33,7 +34,7 @@ from hf_iau.methods.iau.multi_step_gradients import reference_size
 from hf_iau.methods.weights import model_state
 from hf_iau.utils.devices import memory_counters, synchronise
 from hf_iau.utils.timing import peak_allocated_bytes
-from hf_iau.utils.vectors import kept_dtype, piece
+from hf_iau.utils.vectors import piece, storage_dtype
 
 PROBE_BATCHES = 3
 # Vectors as large as the trained weights that a request of `iau` holds beside its copy of them: a gradient sum, and its
@@ -128,7 +129,7 @@ def estimate(
         ConfigError: a number of rows is out of range.
         UnsupportedModelError: the model or the rows cannot be gathered from.
     """
-    config, method_config, model = config or GatherConfig(), method_config or IAUConfig(), unwrapped(model)
+    config, method_config, model = config or GatherConfig(), method_config or IAUConfig(), unwrap_model(model)
     source = RowSource(
         keep_input_columns(model, dataset, "training rows"),
         data_collator or default_collator(processing_class),
@@ -136,12 +137,12 @@ def estimate(
         device=device or next(model.parameters()).device,
         name="training rows",
     )
-    check_gatherable(model, source.dataset)
+    check_before_gathering(model, source.dataset)
     rows = _rows(len(source), config, method_config, request_rows, held_out_rows)
     loss = choose_row_loss(
         row_loss=row_loss, compute_loss_func=compute_loss_func, label_smoothing_factor=label_smoothing_factor
     )
-    with working(config.precision, config.memory_device), full_parameters(model):
+    with compute_settings(config.precision, config.memory_device), full_parameters(model):
         plan = plan_layers(model, kronecker=config.curvature == "ekfac", max_factor_size=config.max_factor_size)
         coverage, factors = _factors(model, plan, config)
         probed = _Probe(model, source, loss, config, plan, rows) if probe else None
@@ -199,7 +200,7 @@ def _sizes(
     parameters = trainable_parameters(model)
     weights = sum(t.numel() * t.element_size() for t in model_state(model).values())
     gradients = sum(p.numel() * p.element_size() for p in parameters.values())
-    vector = sum(p.numel() * kept_dtype(p.dtype).itemsize for p in parameters.values())
+    vector = sum(p.numel() * storage_dtype(p.dtype).itemsize for p in parameters.values())
     total = 0 if config.gradient_sum == "none" else vector
     activations = of_batch.activations
     # While the sum is made there are no factors yet, and while the factors are made no gradients. The eigenvalues are
@@ -422,7 +423,7 @@ def _prediction_bytes(model: nn.Module, source: RowSource, batch_size: int | Non
 def _cached_bytes(model: nn.Module, loss: RowLoss, batch: RowSource, plan: LayerPlan) -> int:
     """Bytes of a batch that the curvature's fit would keep to spare its second pass."""
     size = 0
-    with evaluation_mode(model), torch.enable_grad(), Capture(model, plan.layers) as capture:
+    with evaluation_mode(model), torch.enable_grad(), LayerHooks(model, plan.layers) as capture:
         inputs = batch.first_batch()
         calls = capture.run(lambda: loss(model, inputs)[0])
         for layer in plan.kronecker:

@@ -25,12 +25,12 @@ from hf_iau.deletion.receipt import render_receipt
 from hf_iau.deletion.termination import Termination
 from hf_iau.distributed import full_parameters
 from hf_iau.errors import IAUError, StorageError
-from hf_iau.memory.files import PRIVATE_FOLDER, write_text_atomically
 from hf_iau.memory.fingerprints import package_versions, weights_fingerprint
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.memory.memory_files import MEMORY_FOLDER, MEMORY_HEADER, is_memory_file
 from hf_iau.methods.context import ForgetContext
 from hf_iau.report.report import UnlearningReport
+from hf_iau.utils.atomic_files import PRIVATE_FOLDER, write_text_atomically
 from hf_iau.utils.jsonable import jsonable
 
 CERTIFICATE_FOLDER = "certificates"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from hf_iau.data.working import kept_copy
+from hf_iau.data.precision import copy_to_memory_device
 from hf_iau.distributed import to_local
 from hf_iau.utils.vectors import pieces
 
@@ -44,7 +44,9 @@ class WeightSnapshot:
             copies: of the parameters as they are, where there are such copies already; made here if None.
         """
         parameters = dict(model.named_parameters())
-        return cls(model, {name: kept_copy(parameters[name]) if copies is None else copies[name] for name in names})
+        return cls(
+            model, {name: copy_to_memory_device(parameters[name]) if copies is None else copies[name] for name in names}
+        )
 
     def restore(self) -> None:
         """Put every value back, bit for bit."""

@@ -19,11 +19,11 @@ from transformers.modelcard import TASK_MAPPING
 from hf_iau.data.targets import base_model
 from hf_iau.errors import PublishError
 from hf_iau.evaluation.figures import MINIMUM_ROWS_FOR_PER_ROW_FIGURES
-from hf_iau.memory.files import PRIVATE_FOLDER, write_atomically
 from hf_iau.memory.fingerprints import weights_fingerprint
 from hf_iau.report import tables
 from hf_iau.report.pages import markdown_environment
 from hf_iau.report.report import UnlearningReport
+from hf_iau.utils.atomic_files import PRIVATE_FOLDER, write_atomically
 from hf_iau.utils.jsonable import json_text
 
 logger = logging.getLogger(__name__)

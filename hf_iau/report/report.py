@@ -17,7 +17,6 @@ from jinja2 import TemplateError
 from hf_iau.errors import RequestError
 from hf_iau.evaluation.intervals import RESAMPLES
 from hf_iau.evaluation.measurement import Measurement
-from hf_iau.memory.files import write_public_atomically
 from hf_iau.report import content, pages, tables
 from hf_iau.report.histograms import loss_histograms
 from hf_iau.report.measured import (
@@ -27,6 +26,7 @@ from hf_iau.report.measured import (
     measurement_warnings,
     row_counts,
 )
+from hf_iau.utils.atomic_files import write_public_atomically
 from hf_iau.utils.jsonable import json_text, jsonable
 
 SCHEMA = 2

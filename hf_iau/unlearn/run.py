@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 
 from hf_iau.data import RowSource
-from hf_iau.data.model_mode import placed_on, random_state_kept
-from hf_iau.data.trainer_rows import check_same_columns, model_of, optional_rows
-from hf_iau.data.working import memory_device, working
-from hf_iau.data.wrappers import unwrapped
+from hf_iau.data.model_mode import placed_on, preserved_random_state
+from hf_iau.data.precision import compute_settings, memory_device
+from hf_iau.data.trainer_rows import model_of, optional_rows
+from hf_iau.data.validation import check_same_columns
 from hf_iau.distributed import full_parameters, is_main_process, is_sharded, sync_errors
+from hf_iau.distributed.wrappers import unwrap_model
 from hf_iau.errors import IAUError, RequestError
 from hf_iau.evaluation.measurement import Measurement, measure_model
 from hf_iau.memory.fingerprints import package_versions
@@ -134,7 +135,7 @@ def serving_conditions(trainer: UnlearningTrainer, method: UnlearningMethod) -> 
     sharded = getattr(method, "works_on_shards", False) and is_sharded(model)
     whole = contextlib.nullcontext() if sharded else full_parameters(model)
     # Data sets and collators may draw numbers.
-    with sync_errors("the request"), whole, random_state_kept(model), _working_as_gathered(trainer):
+    with sync_errors("the request"), whole, preserved_random_state(model), _working_as_gathered(trainer):
         yield
 
 
@@ -145,7 +146,7 @@ def _working_as_gathered(trainer: UnlearningTrainer) -> contextlib.AbstractConte
     except IAUError:  # raised again where the request is checked
         memory = None
     settings = {} if memory is None else memory.settings
-    return working(settings.get("precision"), settings.get("memory_device"))
+    return compute_settings(settings.get("precision"), settings.get("memory_device"))
 
 
 def checked_models(retrained_model: Any) -> list[nn.Module]:
@@ -187,7 +188,7 @@ def _measured_retrained(
     if models:
         with timer.phase("measure_retrained"):
             for given in models:
-                with placed_on(unwrapped(given), trainer.args.device) as model:
+                with placed_on(unwrap_model(given), trainer.args.device) as model:
                     measured.append(measure_model(model, *rows))
     return measured
 

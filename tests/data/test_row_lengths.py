@@ -96,7 +96,7 @@ def test_kept_batches_come_back_as_they_were(ids: tuple[int, int]) -> None:
     rows = [{"input_ids": [*ids, i % 2], "labels": 1, "weight": 0.5 * i} for i in range(7)]
     fresh = RowSource(RowList(rows), pad_right(), batch_size=3)
     kept = RowSource(RowList(rows), pad_right(), batch_size=3).keep_batches()
-    assert kept._kept is not None and kept._kept[0][1]["labels"].dtype == torch.uint8
+    assert kept._batches is not None and kept._batches[0][1]["labels"].dtype == torch.uint8
     for _ in range(2):
         for (own, inputs), (others, expected) in zip(kept.by_length(), fresh.by_length(), strict=True):
             assert own.tolist() == others.tolist() and inputs.keys() == expected.keys()

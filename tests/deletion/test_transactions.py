@@ -35,11 +35,11 @@ from hf_iau import (
 )
 from hf_iau.deletion import journal as journal_module
 from hf_iau.deletion import milestones, service, storage
-from hf_iau.memory.files import file_digest
 from hf_iau.methods.iau import plan as search
 from hf_iau.methods.iau import run as calibration_run
 from hf_iau.methods.iau.multi_step import MultiStep, MultiStepResult
 from hf_iau.unlearn.transaction import WeightTransaction
+from hf_iau.utils.atomic_files import file_digest
 
 GIVEN = IAUConfig(scale=0.1, damping=1.0)
 ROWS = list(range(1, 32, 2))

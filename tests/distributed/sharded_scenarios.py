@@ -39,7 +39,7 @@ from hf_iau import (
     register_method,
 )
 from hf_iau.curvature import Curvature, fit_curvature
-from hf_iau.curvature.spread import RemoteBlock
+from hf_iau.curvature.sharded_blocks import RemoteBlock
 from hf_iau.data import ModelRowLoss, RowSource, predict_rows
 from hf_iau.data.trainer_rows import model_of
 from hf_iau.distributed import (
@@ -131,7 +131,7 @@ def sharded(folder: Path) -> dict[str, Any]:
     assert all(isinstance(total, DTensor) for total in found.gradient_sum.values())
     found.save(folder / "sharded")
     dist.barrier()
-    whole = found.whole()
+    whole = found.unsharded()
     other = GradientMemory.load(folder / f"alone-{get_rank()}")
     other.model = {**other.model, "weights": found.model["weights"]}  # trained to the same but for rounding
     trainer.unlearning_state.given = found
@@ -395,7 +395,7 @@ def memory_of_shards(folder: Path) -> dict[str, Any]:
     away = [block for block in memory.curvature.blocks.values() if isinstance(block, RemoteBlock)]
     with pytest.raises(ParallelError, match=f"held by process {1 - dist.get_rank()} alone"):
         away[0].apply({}, torch.square)
-    everything = memory.whole()
+    everything = memory.unsharded()
     files = {}
     if is_main_process():
         everything.save(folder / "whole")
@@ -459,7 +459,7 @@ def calibrated_on_shards(folder: Path) -> dict[str, Any]:
     if dist.is_initialized() and dist.get_world_size() > 1:
         memory = trainer.memory
         assert memory is not None
-        assert not memory.is_spread
+        assert not memory.is_sharded
         shard(model, [model.hidden])
     output = trainer.unlearn(forget_indices=list(range(30)))
     assert output.memory is not None
@@ -468,7 +468,7 @@ def calibrated_on_shards(folder: Path) -> dict[str, Any]:
         "calibration": {name: calibration[name] for name in ("scale", "damping", "retain_weight", "source")},
         "after": {name: value for name, value in output.report.after.items() if isinstance(value, float)},
         "weights": _norms(model),
-        "memory": [output.memory.is_spread, output.memory.gradient_sum_kind, output.memory.nbytes()],
+        "memory": [output.memory.is_sharded, output.memory.gradient_sum_kind, output.memory.nbytes()],
         "sum": _norm(whole(output.memory.gradient_sum or {})),
     }
     again = trainer.unlearn(forget_indices=list(range(30, 50)))
@@ -568,7 +568,7 @@ def all_or_nothing_on_shards(folder: Path) -> dict[str, Any]:
     found["gathered"] = [seen["gathered"], sum(p.numel() * p.element_size() for p in model.parameters())]
     found["moved"] = not unchanged()
     assert output.memory is not None
-    found["spread"] = output.memory.is_spread
+    found["spread"] = output.memory.is_sharded
     output.memory.check_model(model)
     output.memory.save(folder / "newer")
     dist.barrier()
@@ -619,7 +619,7 @@ def trained_by_trainer(folder: Path) -> dict[str, Any]:
     model = model_of(trainer)
     memory = trainer.memory
     assert memory is not None
-    found["sharded"] = [trainer.is_fsdp_enabled, is_sharded(model), memory.is_spread]
+    found["sharded"] = [trainer.is_fsdp_enabled, is_sharded(model), memory.is_sharded]
     found["decay"] = sorted(set(memory.weight_decay.values()))
     saved = GradientMemory.load(folder / "trainer")
     saved.check_model(model)

@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_iau.data import RowLoss, RowSource
 from hf_iau.memory.config import GatherConfig
-from hf_iau.memory.fit import estimate_curvature
+from hf_iau.memory.gathering import estimate_curvature
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.methods.context import ForgetContext
 

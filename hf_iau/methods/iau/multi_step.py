@@ -47,7 +47,7 @@ from hf_iau.methods.iau.step_search import MAX_HELD_OUT_RISE
 from hf_iau.methods.iau.targets import ForgetTargets
 from hf_iau.methods.step import Step, step_norm, weights_norm
 from hf_iau.methods.weights import WeightSnapshot
-from hf_iau.utils.vectors import kept_dtype
+from hf_iau.utils.vectors import storage_dtype
 
 DAMPING = 0.1
 """λ of every step, relative to each layer's mean eigenvalue. Settled on image classifiers, see docs/method.md."""
@@ -176,7 +176,7 @@ class MultiStep:
         self.model, self.names = start.model, list(start.copies)
         self._norm = max(weights_norm(self.model, self.names), 1e-300)
         # Where the weights are, and what is known of that place.
-        self._moved: Step = {n: torch.zeros_like(v, dtype=kept_dtype(v.dtype)) for n, v in start.copies.items()}
+        self._moved: Step = {n: torch.zeros_like(v, dtype=storage_dtype(v.dtype)) for n, v in start.copies.items()}
         self._losses: np.ndarray | None = None
         self._direction: Step | None = None
         self._direction_norm = 0.0

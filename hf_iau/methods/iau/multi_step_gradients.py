@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_iau.data import RowSource, evaluation_mode, predicted_targets
+from hf_iau.data.precision import copy_to_memory_device, memory_device
 from hf_iau.data.predictions import stacked
 from hf_iau.data.targets import Targets, TaskKind
-from hf_iau.data.working import kept_copy, memory_device
 from hf_iau.distributed import all_gather_arrays, all_reduce_, is_sharded, sync_errors
 from hf_iau.methods.iau.targets import ForgetTargets
 from hf_iau.utils.vectors import GradientAccumulator
@@ -52,7 +52,9 @@ class RetainReference:
             # From all over the training rows, which may be sorted by class.
             group = rows.select(np.arange(turn, len(rows), turns)).keep_batches()
             with evaluation_mode(model), torch.no_grad():
-                outputs = [kept_copy(targets.logits) for _, targets, counts in _targets_of(model, group) if counts]
+                outputs = [
+                    copy_to_memory_device(targets.logits) for _, targets, counts in _targets_of(model, group) if counts
+                ]
             self.groups.append(group)
             self.outputs.append(outputs)
 

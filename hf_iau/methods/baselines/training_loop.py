@@ -32,7 +32,7 @@ OPTIMIZERS = ("sgd", "adamw")
 
 
 @dataclass(frozen=True)
-class EpochsConfig:
+class TrainingLoopConfig:
     """Configuration of passes over rows.
 
     Raises:
@@ -57,8 +57,7 @@ class EpochsConfig:
         check_choice(self, "optimizer", OPTIMIZERS)
         check_number(self, "momentum", at_least=0, below=1)
         check_number(self, "weight_decay", at_least=0)
-        if self.batch_size is not None:
-            check_number(self, "batch_size", at_least=1, whole=True)
+        check_number(self, "batch_size", at_least=1, whole=True, optional=True)
 
     def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """A fresh optimizer of `parameters`."""
@@ -121,7 +120,7 @@ def training_mode(context: ForgetContext) -> Iterator[None]:
 
 def descend(
     context: ForgetContext,
-    config: EpochsConfig,
+    config: TrainingLoopConfig,
     items: Callable[[int], Iterable[Item]],
     loss_of: Callable[[Item], Tensor | None],
     *,
@@ -166,14 +165,14 @@ def descend(
                     continue
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                for name, kept in (mask or {}).items():
+                for name, may_move in (mask or {}).items():
                     gradient = parameters[name].grad
                     if gradient is not None:
-                        gradient.mul_(kept)
+                        gradient.mul_(may_move)
                 optimizer.step()
                 with torch.no_grad():
-                    for name, kept in (mask or {}).items():  # weight decay moves masked entries too
-                        parameters[name].copy_(torch.where(kept, parameters[name], start[name]))
+                    for name, may_move in (mask or {}).items():  # weight decay moves masked entries too
+                        parameters[name].copy_(torch.where(may_move, parameters[name], start[name]))
                 losses.append(loss.detach())
             if not losses:
                 raise RequestError(f"method={method!r} found no target in any batch (all labels are ignored).")

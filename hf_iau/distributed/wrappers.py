@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrap_model(model: nn.Module) -> nn.Module:
     """The model without torch.compile's, DDP's or DataParallel's wrapper (the last is refused by its caller)."""
     while True:
         inner = getattr(model, "_orig_mod", None)

@@ -1,4 +1,4 @@
-"""Capture: inputs and output gradients of layers, from one forward and one backward pass."""
+"""LayerHooks: inputs and output gradients of layers, from one forward and one backward pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_iau.curvature.layers import Call, Layer
 from hf_iau.errors import UnsupportedModelError
 
 
-class Capture:
+class LayerHooks:
     """Hooks on layers, removed on leaving the context.
 
     Inputs are kept by the hook of the call that they belong to, and a (input, output gradient) pair is recorded when
@@ -41,7 +41,7 @@ class Capture:
         self._handles: list[Any] = []
         self.unreadable: dict[str, str] = {}
 
-    def __enter__(self) -> Capture:
+    def __enter__(self) -> LayerHooks:
         for layer in self.layers:
             self._handles.append(layer.module.register_forward_hook(self._hook(layer), with_kwargs=True))
         return self
@@ -61,8 +61,8 @@ class Capture:
 
         Args:
             loss: runs the model forward and returns a scalar.
-            take: is given the calls of a layer as soon as all of them are differentiated, while differentiation goes on,
-                so that those of all layers are not held at once.
+            take: is given the calls of a layer as soon as all of them are differentiated, while differentiation goes
+                on, so that those of all layers are not held at once.
 
         Returns:
             The calls of each layer, by layer name, in the order in which they were differentiated, but for those that

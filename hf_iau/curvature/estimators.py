@@ -1,4 +1,4 @@
-"""The kinds of curvature, and how each is come by."""
+"""`fit_curvature`: the kinds of curvature, and how each is estimated."""
 
 from __future__ import annotations
 
@@ -10,15 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from hf_iau.curvature.blocks import Block, DiagonalBlock, IdentityBlock
+from hf_iau.curvature.call_cache import usual_cache_bytes
 from hf_iau.curvature.curvature import KINDS, Curvature, CurvatureKind
-from hf_iau.curvature.fit import LOOP_ROWS, Fit, Reduce, usual_cache_bytes
-from hf_iau.curvature.layers import plan_layers
-from hf_iau.curvature.sharded_fit import ShardedFit
+from hf_iau.curvature.factor_sums import Placement
+from hf_iau.curvature.fit import Fit, Reduce
+from hf_iau.curvature.fit_rows import FitRows
+from hf_iau.curvature.layers import LayerPlan, plan_layers
+from hf_iau.curvature.row_loop import looped_positions
+from hf_iau.curvature.sharded_fit import ShardedFit, ShardedFitRows
 from hf_iau.data import RowLoss, RowSource, evaluation_mode
 from hf_iau.distributed import all_reduce_, get_world_size, is_main_process, is_sharded, sync_errors
 from hf_iau.errors import ConfigError, MissingMemoryError, RequestError
 
 FisherKind = Literal["true", "empirical"]
+
+SHARE_OF_TEMPORARIES = 8
+"""By how much temporary tensors are smaller where factors are kept on another device than the model's.
+
+Then passes are of half a batch. Beside the weights and whatever else training keeps, training needs room for gradients
+or a batch's activations, whichever are larger, and such a pass half of the latter: half the gradients' bytes are free
+at least.
+"""
 
 
 def fit_curvature(
@@ -45,9 +57,10 @@ def fit_curvature(
       and LoRA matrices. With inputs a (extended by a 1 where the bias is trainable) and output gradients g, the bases
       are those of A = Σ a aᵀ and S = Σ g gᵀ, summed over rows, positions and calls (the *expand* setting), and the
       eigenvalues Λ = (1 / targets) Σ_rows (Q_Sᵀ G Q_A)² with G = Σ_positions g aᵀ of a row. Each group of a grouped
-      convolution has factors of its own. Positions whose output gradient is zero (but for rounding) are left out of A too, so
-      padding and unused positions drop out and the factors do not depend on the padding length. Where a convolution has
-      very many positions, evenly spaced rows make the bases (see `fit.BASIS_POSITIONS`), and all rows Λ.
+      convolution has factors of its own. Positions whose output gradient is zero (but for rounding) are left out of A
+      too, so padding and unused positions drop out and the factors do not depend on the padding length. Where a
+      convolution has very many positions, evenly spaced rows make the bases (see `factor_sums.BASIS_POSITIONS`), and
+      all rows Λ.
     * `"diagonal"`: the same without rotation, Λ = (1 / targets) Σ_rows g².
     * `"adam"`: the optimizer's bias-corrected second moment. It belongs to the last step, is clipped, and is at the
       scale of a batch's mean gradient rather than of a row's. The rows are not read.
@@ -74,8 +87,8 @@ def fit_curvature(
         fisher: "true" draws labels from the model, "empirical" uses `row_loss`.
         row_loss: the summed loss; for "empirical" only.
         max_factor_size: largest side of a Kronecker factor; larger layers are diagonal.
-        factor_device: where statistics are kept; each layer's own device if None. If it is not the model's, passes are of
-            half a batch and temporary tensors smaller, so that training's memory on the model's device is enough.
+        factor_device: where statistics are kept; each layer's own device if None. If it is not the model's, passes are
+            of half a batch and temporary tensors smaller, so that training's memory on the model's device is enough.
         cache_bytes: memory for sparing the second pass; 0 forces it. None: as much as the trained weights' gradients
             take (which training holds and a fit does not), at least 24 MiB, less what finding eigenvectors takes.
         optimizer: for "adam".
@@ -115,31 +128,17 @@ def fit_curvature(
         raise RequestError(f"row_ids has {len(ids)} numbers for {len(source)} {source.name}: give one a row.")
     if len(source) == 0 and reduce is None:
         raise RequestError(f"There are no {source.name} to fit the curvature to: give at least one row.")
-    total_rows, sharded = len(source), is_sharded(model)
-    if sharded and reduce is not None:
-        raise ConfigError("reduce= is for one part of the rows in one process, and the model is sharded over several.")
-    looped = np.unique(np.linspace(0, len(source) - 1, num=min(LOOP_ROWS, len(source)), dtype=int))
-    start = 0
-    if reduce is None and not sharded:
-        source, start = source.share()
-        ids = ids[start : start + len(source)]
-        looped = looped[(looped >= start) & (looped < start + len(source))] - start
-    plan = plan_layers(model, kronecker=kind == "ekfac", max_factor_size=max_factor_size)
-    fit = (ShardedFit if sharded else Fit)(
+    fit = _prepare_fit(
         model,
         source,
-        start=start,
-        total_rows=total_rows,
-        looped=looped,
-        owners=get_world_size() if reduce is None else 1,
-        plan=plan,
-        row_ids=ids,
+        ids,
+        plan=plan_layers(model, kronecker=kind == "ekfac", max_factor_size=max_factor_size),
         seed=seed,
         row_loss=row_loss if fisher == "empirical" else None,
         factor_device=None if factor_device is None else torch.device(factor_device),
-        cache_bytes=0 if sharded else usual_cache_bytes(model, plan) if cache_bytes is None else cache_bytes,
-        progress=progress and is_main_process(),
-        reduce=reduce or _over_processes,
+        cache_bytes=cache_bytes,
+        progress=progress,
+        reduce=reduce,
     )
     with sync_errors("the curvature"), evaluation_mode(model), torch.enable_grad():
         blocks = fit.run(weight_decay)
@@ -153,6 +152,58 @@ def fit_curvature(
         "passes": fit.passes,
     }
     return Curvature(kind, blocks, n_rows=fit.n_rows, n_targets=fit.n_targets, details=details)
+
+
+def _prepare_fit(
+    model: nn.Module,
+    source: RowSource,
+    ids: np.ndarray,
+    *,
+    plan: LayerPlan,
+    seed: int,
+    row_loss: RowLoss | None,
+    factor_device: torch.device | None,
+    cache_bytes: int | None,
+    progress: bool,
+    reduce: Reduce | None,
+) -> Fit:
+    """A fit of this process's share of the rows; arguments as in `fit_curvature`."""
+    sharded = is_sharded(model)
+    if sharded and reduce is not None:
+        raise ConfigError("reduce= is for one part of the rows in one process, and the model is sharded over several.")
+    total, start, looped = len(source), 0, looped_positions(len(source))
+    if reduce is None and not sharded:
+        source, start = source.share()
+        ids = ids[start : start + len(source)]
+        looped = looped[(looped >= start) & (looped < start + len(source))] - start
+    if sharded:
+        cache_bytes = 0
+    elif cache_bytes is None:
+        cache_bytes = usual_cache_bytes(model, plan)
+    placement = Placement.beside(model, factor_device)
+    if placement.is_apart:
+        source = source.resized(max(1, source.batch_size // 2))
+        for layer in plan.layers:
+            layer.temporary_bytes //= SHARE_OF_TEMPORARIES
+    rows = (ShardedFitRows if sharded else FitRows)(
+        model,
+        source,
+        row_ids=ids,
+        seed=seed,
+        row_loss=row_loss,
+        start=start,
+        total=total,
+        progress=progress and is_main_process(),
+    )
+    return (ShardedFit if sharded else Fit)(
+        rows,
+        plan,
+        placement=placement,
+        cache_bytes=cache_bytes,
+        looped=looped,
+        owners=get_world_size() if reduce is None else 1,
+        reduce=reduce or _over_processes,
+    )
 
 
 def _identity(model: nn.Module) -> Curvature:

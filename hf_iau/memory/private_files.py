@@ -28,9 +28,9 @@ def refuse_private_files(folder: str | Path, ignored: tuple[str, ...] = ()) -> N
     private = sorted(name for name in uploaded if _is_private(Path(name)))
     if private:
         raise PublishError(
-            f"The upload of {root} would publish {len(private)} private files of hf_iau, e.g. {private[0]}: memories and "
-            f"ledgers hold gradients and fingerprints of training rows. Move them out of the folder, or delete them; only "
-            f"{MEMORY_FOLDER}/ at the top of output_dir is left out by the Trainer."
+            f"The upload of {root} would publish {len(private)} private files of hf_iau, e.g. {private[0]}: memories "
+            f"and ledgers hold gradients and fingerprints of training rows. Move them out of the folder, or delete "
+            f"them; only {MEMORY_FOLDER}/ at the top of output_dir is left out by the Trainer."
         )
 
 

@@ -16,7 +16,7 @@ from unlearning_trainers import EXACT, FORGET, WITH_CURVATURE, collator, make_tr
 import hf_iau
 from hf_iau import ConfigError, GatherConfig, GradientMemory, IAUCallback, IAUConfig, check_row_gradients
 from hf_iau.data import ModelRowLoss, RowSource, evaluation_mode
-from hf_iau.data.working import memory_device, working
+from hf_iau.data.precision import compute_settings, memory_device
 from hf_iau.memory.gradient_sum import sum_row_gradients
 from hf_iau.unlearn.transaction import WeightTransaction
 from hf_iau.utils.vectors import GradientAccumulator
@@ -219,7 +219,7 @@ def test_a_request_works_in_the_precision_of_its_memory(tmp_path: Path) -> None:
 
 def test_casts_of_moved_weights_are_not_remembered() -> None:
     model, inputs = plain(), pad_right()(plain_rows(4))
-    with working("bfloat16"), evaluation_mode(model), torch.enable_grad():
+    with compute_settings("bfloat16"), evaluation_mode(model), torch.enable_grad():
         before = model(**inputs)["logits"].detach().clone()
         with torch.no_grad():
             model.output.bias.add_(1.0)
@@ -261,13 +261,13 @@ def test_the_memory_device_is_kept_to(tmp_path: Path, monkeypatch: pytest.Monkey
     assert all(torch.equal(value, results[1][0][name]) for name, value in results[0][0].items())
     assert results[1][1] >= len(results[0][0])  # at least the copy of every weight
     assert memory_device(torch.device("meta")).type == "meta"  # type: ignore[union-attr]
-    with working(memory_device="cpu"):
+    with compute_settings(memory_device="cpu"):
         assert memory_device(torch.device("meta")) == torch.device("cpu")
 
 
 def test_sums_on_the_memory_device() -> None:
     source = RowSource(as_dataset(plain_rows(8)), pad_right(), batch_size=4)
-    with working(memory_device="cpu"):
+    with compute_settings(memory_device="cpu"):
         total = sum_row_gradients(plain(), ModelRowLoss(), source)
     expected = sum_row_gradients(plain(), ModelRowLoss(), source)
     assert all(torch.equal(tensor, expected.tensors[name]) for name, tensor in total.tensors.items())
@@ -278,7 +278,7 @@ def test_sums_on_the_memory_device() -> None:
 def test_what_a_request_keeps_lies_on_the_memory_device() -> None:
     """The device "meta" stands in for another one than the model's."""
     model, elsewhere = plain(), torch.device("meta")
-    with working(memory_device=elsewhere):
+    with compute_settings(memory_device=elsewhere):
         source = RowSource(as_dataset(plain_rows(8)), pad_right(), batch_size=4).keep_batches()
         transaction = WeightTransaction(model, memory_device(None))
         moved = transaction.moved(["hidden.weight"])
@@ -288,8 +288,8 @@ def test_what_a_request_keeps_lies_on_the_memory_device() -> None:
             accumulator.add()
             assert all(p.grad is None for p in model.parameters())  # no room is taken for them in the next forward pass
         sums = accumulator.finish()
-    assert source._kept is not None
-    kept = [tensor for _, inputs in source._kept for tensor in inputs.values()]
+    assert source._batches is not None
+    kept = [tensor for _, inputs in source._batches for tensor in inputs.values()]
     for tensor in (*kept, *transaction.copies.values(), moved["hidden.weight"], *sums.values()):
         assert tensor.device == elsewhere
     assert all(p.grad is None for p in model.parameters())

@@ -17,7 +17,7 @@ from hf_iau.methods.context import ForgetContext
 
 
 @dataclass(frozen=True)
-class StartConfig:
+class InitialWeightsConfig:
     """Where training started. Default: the trainer's own `model_init`.
 
     Raises:
@@ -42,7 +42,7 @@ class StartConfig:
             weight_files(self.initial_weights)
 
 
-def check_start(context: ForgetContext, config: StartConfig, method: str) -> None:
+def check_initial_weights(context: ForgetContext, config: InitialWeightsConfig, method: str) -> None:
     """Raise `RequestError` where nothing says how training started."""
     own = getattr(context.trainer, "model_init", None)
     if config.model_init is None and config.initial_weights is None and own is None:
@@ -53,7 +53,7 @@ def check_start(context: ForgetContext, config: StartConfig, method: str) -> Non
         )
 
 
-def initial_model(context: ForgetContext, config: StartConfig) -> nn.Module:
+def initial_model(context: ForgetContext, config: InitialWeightsConfig) -> nn.Module:
     """The model that training started from; `model_init` is called with the seed of the training arguments."""
     if config.initial_weights is not None:
         model = copy.deepcopy(context.model)
@@ -63,7 +63,7 @@ def initial_model(context: ForgetContext, config: StartConfig) -> nn.Module:
     return config.model_init() if config.model_init is not None else context.trainer.call_model_init()
 
 
-def check_alike(model: nn.Module, fresh: nn.Module) -> None:
+def check_same_architecture(model: nn.Module, fresh: nn.Module) -> None:
     """Raise `RequestError` unless both have the same parameters in the same shapes."""
     shapes, others = ({name: tuple(p.shape) for name, p in m.named_parameters()} for m in (model, fresh))
     if shapes != others:
@@ -81,12 +81,13 @@ def weight_files(path: str) -> list[Path]:
         ConfigError: there are none.
     """
     place = Path(path)
-    found = sorted(place.glob("*.safetensors")) if place.is_dir() else [place] if place.is_file() else []
-    if not found or any(file.suffix != ".safetensors" for file in found):
+    files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place] if place.is_file() else []
+    if not files or any(file.suffix != ".safetensors" for file in files):
         raise ConfigError(
-            f"initial_weights={path!r}: give a safetensors file, or a folder with some, as save_pretrained() writes them."
+            f"initial_weights={path!r}: give a safetensors file, or a folder with some, as save_pretrained() writes "
+            "them."
         )
-    return found
+    return files
 
 
 def load_weights(model: nn.Module, path: str) -> None:

@@ -26,19 +26,18 @@ from hf_iau.data import (
     probe_additivity,
     probe_targets,
 )
-from hf_iau.data.adapters import check_adapters
-from hf_iau.data.placement import check_placement
+from hf_iau.data.precision import compute_settings
 from hf_iau.data.row_loss import UserLossFunction
-from hf_iau.data.rows import Collator, refuse_iterable, rows_are_deterministic, sample_positions
-from hf_iau.data.targets import look_for_real_labels
-from hf_iau.data.working import working
-from hf_iau.data.wrappers import unwrapped
-from hf_iau.distributed import SAME_START, assert_same_on_ranks, is_sharded, refuse_wrapped, sharded_passes, sync_errors
+from hf_iau.data.rows import Collator, refuse_iterable, sample_positions
+from hf_iau.data.targets import find_real_valued_labels
+from hf_iau.data.validation import check_before_gathering, check_placement, refuse_wrapped
+from hf_iau.distributed import SAME_START, assert_same_on_ranks, is_sharded, sharded_passes, sync_errors
+from hf_iau.distributed.wrappers import unwrap_model
 from hf_iau.errors import ConfigError, UnsupportedModelError
 from hf_iau.memory.config import GatherConfig
 from hf_iau.memory.fingerprints import data_fingerprint, input_columns, model_fingerprint
 from hf_iau.memory.gradient_sum import GradientSum, sum_row_gradients, trainable_parameters
-from hf_iau.memory.keys import find_key, say_that_there_is_no_key
+from hf_iau.memory.keys import find_key, warn_without_key
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.memory.row_identity import RowIdentity
 
@@ -56,7 +55,7 @@ def gather(
     optimizer: torch.optim.Optimizer | None = None,
     device: torch.device | str | None = None,
 ) -> GradientMemory:
-    """Make the memory of a model that was trained before this package was known.
+    """Make the memory of a model that was trained without this package.
 
     The model must hold the weights that are to forget, `dataset` the rows it was trained on (without augmentation).
 
@@ -82,7 +81,7 @@ def gather(
         CoupledRowsError: the loss couples rows of a batch.
         NonFiniteGradientError: a row's gradient is NaN or infinite.
     """
-    config, model = config or GatherConfig(), unwrapped(model)
+    config, model = config or GatherConfig(), unwrap_model(model)
     loss = choose_row_loss(
         row_loss=row_loss, compute_loss_func=compute_loss_func, label_smoothing_factor=label_smoothing_factor
     )
@@ -108,7 +107,7 @@ def identify_rows(model: nn.Module, dataset: Any, output_dir: str | Path | None 
     """
     key = find_key(output_dir)
     if key is None:
-        say_that_there_is_no_key()
+        warn_without_key()
         return None
     return RowIdentity.of(key, model, dataset)
 
@@ -125,10 +124,10 @@ def build_memory(
     decay = coupled_weight_decay(model, optimizer)
     if config.curvature == "adam" and is_sharded(model):
         raise UnsupportedModelError(
-            "GatherConfig(curvature='adam') reads the optimizer's second moments, which fully_shard has spread over the "
-            "processes. Use curvature='ekfac' or 'diagonal'."
+            "GatherConfig(curvature='adam') reads the optimizer's second moments, which fully_shard has spread over "
+            "the processes. Use curvature='ekfac' or 'diagonal'."
         )
-    with sync_errors("gathering"), working(config.precision, config.memory_device), sharded_passes(model):
+    with sync_errors("gathering"), compute_settings(config.precision, config.memory_device), sharded_passes(model):
         return _build_memory(model, source, row_loss, config, optimizer, decay)
 
 
@@ -141,8 +140,8 @@ def _build_memory(
     decay: dict[str, float],
 ) -> GradientMemory:
     check_placement(model)
-    check_gatherable(model, source.dataset)
-    look_for_real_labels(model, source.dataset)
+    check_before_gathering(model, source.dataset)
+    find_real_valued_labels(model, source.dataset)
     parameters = trainable_parameters(model)
     probe_additivity(row_loss, model, source)
     if config.reads_targets:
@@ -260,29 +259,14 @@ def keep_input_columns(model: nn.Module, dataset: Any, name: str) -> Any:
     # A transform set with `set_transform` makes its own columns from the stored ones: leave those alone.
     if dataset.format["type"] == "custom":
         return dataset
-    used = input_columns(model)
-    kept = [column for column in dataset.column_names if column in used]
-    if not kept:
+    accepted = input_columns(model)
+    used_columns = [column for column in dataset.column_names if column in accepted]
+    if not used_columns:
         raise UnsupportedModelError(
             f"None of the columns {dataset.column_names} of the {name} is an argument of {type(model).__name__}."
-            f"forward ({', '.join(sorted(used))}). Tokenize or preprocess the rows first."
+            f"forward ({', '.join(sorted(accepted))}). Tokenize or preprocess the rows first."
         )
-    return dataset.remove_columns([column for column in dataset.column_names if column not in used])
-
-
-def check_gatherable(model: nn.Module, dataset: Any) -> None:
-    """Refuse what has no row gradients, before any compute is spent."""
-    refuse_wrapped(model)
-    check_adapters(model)
-    refuse_iterable(dataset, "training rows")
-    if len(dataset) == 0:
-        raise UnsupportedModelError("The training rows are empty: there is nothing to remember.")
-    if not rows_are_deterministic(dataset):
-        raise UnsupportedModelError(
-            "The training rows change each time they are read (random augmentation in `set_transform` or "
-            "`__getitem__`), so a row has no one gradient. Gather from the rows without augmentation: "
-            "`IAUCallback(dataset=…)` or `hf_iau.gather(model, dataset_without_augmentation)`."
-        )
+    return dataset.remove_columns([column for column in dataset.column_names if column not in accepted])
 
 
 def coupled_weight_decay(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, float]:
@@ -355,7 +339,7 @@ def _count_targets(model: nn.Module, row_loss: RowLoss, source: RowSource, curva
     return max(1, round(targets * len(source) / len(sample)))
 
 
-def describe_memory(memory: GradientMemory) -> Mapping[str, Any]:
+def memory_summary(memory: GradientMemory) -> Mapping[str, Any]:
     """A few figures about a memory, for logs."""
     return {
         "rows": memory.n_rows,

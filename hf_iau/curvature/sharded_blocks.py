@@ -25,20 +25,20 @@ Scaling = Callable[[Block, dict[str, Tensor]], dict[str, Tensor]]
 
 
 class RemoteBlock(Block):
-    """What a process knows of a block that another one holds: all but the numbers.
+    """A block that another process holds: all of its description, none of its numbers.
 
     Args:
-        owner: the number of the process that holds it.
-        known: what `_describe` says there.
+        owner: the rank of the process that holds it.
+        description: what `_describe` says there.
     """
 
-    def __init__(self, owner: int, known: Mapping[str, Any]) -> None:
-        super().__init__(known["metadata"]["name"], known["reason"])
-        self.kind = known["metadata"]["kind"]
+    def __init__(self, owner: int, description: Mapping[str, Any]) -> None:
+        super().__init__(description["metadata"]["name"], description["reason"])
+        self.kind = description["metadata"]["kind"]
         self.owner = owner
-        self._known = known
-        self._shapes = {name: tuple(shape) for name, shape in known["shapes"].items()}
-        self.total, self.smallest = known["total"], known["smallest"]
+        self._description = description
+        self._shapes = {name: tuple(shape) for name, shape in description["shapes"].items()}
+        self.total, self.smallest = description["total"], description["smallest"]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -50,16 +50,16 @@ class RemoteBlock(Block):
 
     @property
     def damping_unit(self) -> float:
-        return float(self._known["damping_unit"])
+        return float(self._description["damping_unit"])
 
     @property
     def dtype(self) -> torch.dtype:
-        return _dtype(self._known["dtype"])
+        return _dtype(self._description["dtype"])
 
     def apply(self, vector: Mapping[str, Tensor], transform: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         raise ParallelError(
-            f"The curvature of {self.name!r} is held by process {self.owner} alone. Scale through the `Curvature`, in every "
-            "process, which asks the one that holds it."
+            f"The curvature of {self.name!r} is held by process {self.owner} alone. Scale through the `Curvature`, in "
+            "every process, which asks the one that holds it."
         )
 
     def to(self, device: torch.device | str) -> RemoteBlock:
@@ -67,14 +67,14 @@ class RemoteBlock(Block):
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors without content, on the device "meta"."""
-        stored = self._known["tensors"].items()
+        stored = self._description["tensors"].items()
         return {key: torch.empty(shape, dtype=_dtype(kind), device="meta") for key, (shape, kind) in stored}
 
     def metadata(self) -> dict[str, Any]:
-        return dict(self._known["metadata"])
+        return dict(self._description["metadata"])
 
     def describe(self) -> dict[str, Any]:
-        return dict(self._known["line"])
+        return dict(self._description["line"])
 
 
 class Owners:
@@ -97,7 +97,7 @@ class Owners:
         return self._of[name] == get_rank()
 
 
-def spread(blocks: Iterable[Block], owners: Owners, names: Iterable[str]) -> list[Block]:
+def with_remote_blocks(blocks: Iterable[Block], owners: Owners, names: Iterable[str]) -> list[Block]:
     """All processes' blocks, those of others without their numbers.
 
     Args:
@@ -106,37 +106,37 @@ def spread(blocks: Iterable[Block], owners: Owners, names: Iterable[str]) -> lis
         names: of all blocks, the same in every process.
     """
     own = {block.name: block for block in blocks}
-    about = {name: _describe(block) for name, block in own.items()}
-    known: dict[str, Any] = {}
-    for _, described in all_gather_arrays({}, about, "the curvature's layers"):
-        known |= described
-    found: list[Block] = []
+    own_descriptions = {name: _describe(block) for name, block in own.items()}
+    descriptions: dict[str, Any] = {}
+    for _, described in all_gather_arrays({}, own_descriptions, "the curvature's layers"):
+        descriptions |= described
+    result: list[Block] = []
     for name in names:
-        block = own[name] if owners.is_here(name) else RemoteBlock(owners[name], known[name])
+        block = own[name] if owners.is_here(name) else RemoteBlock(owners[name], descriptions[name])
         block.owner = owners[name]
-        found.append(block)
-    return found
+        result.append(block)
+    return result
 
 
-def keep_own(blocks: Iterable[Block]) -> list[Block]:
+def shard_blocks(blocks: Iterable[Block]) -> list[Block]:
     """Blocks that every process has, each of them now held by one process; those that store nothing stay everywhere."""
     owners = Owners()
-    found: list[Block] = []
+    sharded: list[Block] = []
     for block in blocks:
         stored = block.tensors()
         if not stored:
-            found.append(block)
+            sharded.append(block)
             continue
         owners.assign(block.name, sum(tensor.numel() for tensor in stored.values()))
-        kept: Block = RemoteBlock(owners[block.name], _describe(block))
+        part: Block = RemoteBlock(owners[block.name], _describe(block))
         if owners.is_here(block.name):
-            kept = read_block(block.metadata(), stored)  # a block of its own: the one at hand stays whole
-            kept.owner = owners[block.name]
-        found.append(kept)
-    return found
+            part = read_block(block.metadata(), stored)  # a block of its own: the one at hand stays whole
+            part.owner = owners[block.name]
+        sharded.append(part)
+    return sharded
 
 
-def fetch(block: Block) -> Block:
+def fetch_block(block: Block) -> Block:
     """The whole block, in every process. Called by all of them."""
     if block.owner is None:
         return block

@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_iau.curvature import fit_curvature
 from hf_iau.data import RowSource
 from hf_iau.errors import RequestError
-from hf_iau.methods.baselines.epochs import trained_parameters
+from hf_iau.methods.baselines.training_loop import trained_parameters
 from hf_iau.methods.context import ForgetContext
 
 
