@@ -25,8 +25,8 @@ _LEAST_FACTOR, _LARGEST_FACTOR = 1.05, 4.0
 # The criterion need not come nearer to 0 than a quarter of its standard error, nor than half a point of AUC.
 _SHARE_OF_ERROR, LEAST_TOLERANCE = 0.25, 0.005
 MAX_HELD_OUT_RISE = 0.3
-"""A step that raises the held-out loss by more than this share is too long, whatever it forgets; the verdict on one would be
-"retrain"."""
+"""A step that raises the held-out loss by more than this share is too long, whatever it forgets; the verdict on one
+would be "retrain"."""
 
 
 @dataclass
@@ -35,8 +35,8 @@ class Calibration:
 
     Attributes:
         scale, damping, retain_weight: k, λ (relative) and c.
-        source: "forget rows", "proxies", "class share", "remembered", "given", "uncalibrated" or "multi-step" (many short
-            steps were taken instead of one; `scale` and `retain_weight` are those of the one step not taken).
+        source: "forget rows", "proxies", "class share", "remembered", "given", "uncalibrated" or "multi-step" (many
+            short steps were taken instead of one; `scale` and `retain_weight` are those of the one step not taken).
         reached: whether the criterion was brought within its tolerance.
         criterion: its value at the trial next to the k chosen; `tolerance` and `standard_error` beside it.
         held_out_loss_before, held_out_loss: mean loss of the held-out rows without and with the step.
@@ -107,7 +107,7 @@ def find_scale(
         trials: how many steps may be tried.
 
     Returns:
-        The best trial, whether it is within the tolerance, and k: near that trial's, or the trial's own where it is not.
+        The best trial, whether it is within the tolerance, and k: near that trial's, or else the trial's own.
     """
     limit = runner.longest(damping, max_relative_step)
     most = (1.0 + MAX_HELD_OUT_RISE) * start.held_out_loss
@@ -280,7 +280,7 @@ def add_retain_correction(
     retain_weight: float | None = None,
     keep_scale: bool = False,
 ) -> Calibration:
-    """Look at the request's own step: choose c for it, and halve it (up to four times) while it ruins the held-out rows.
+    """Choose c for the request's own step, and halve it (up to four times) while it ruins the held-out rows.
 
     The retain correction repairs what forgetting costs the held-out rows. It is raised only while that helps, and
     not further than to the held-out loss of before (by interpolation): a retrained model is not better trained than
@@ -303,7 +303,8 @@ def add_retain_correction(
     given = retain_weight or 0.0
 
     def run(scale: float, weight: float) -> Trial:
-        # Σ_D is of the forget rows too, and c·Σ_D would learn them again: (k + c)·Σ_f − c·Σ_D corrects with the others alone.
+        # Σ_D is of the forget rows too, and c·Σ_D would learn them again: (k + c)·Σ_f − c·Σ_D corrects with the others
+        # alone.
         return runner.run(scale if keep_scale else scale + weight, calibration.damping, weight)
 
     best = run(scale, given)
