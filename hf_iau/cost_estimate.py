@@ -38,8 +38,8 @@ from hf_iau.utils.vectors import piece, storage_dtype
 
 PROBE_BATCHES = 3
 # Vectors as large as the trained weights that a request of `iau` holds beside its copy of them: a gradient sum, and its
-# direction or the gradients that it is made of; and further ones where it takes many steps. Counted with the allocator; the
-# tests count again.
+# direction or the gradients that it is made of; and further ones where it takes many steps. Counted with the allocator;
+# the tests count again.
 _VECTORS, _VECTORS_OF_MANY_STEPS = 2, 5
 # Trials that a request of one step takes (5 to 14 in the benchmarks, 7 as a rule), and solves with the curvature.
 _TRIALS, _SOLVES = 8, 6
@@ -54,14 +54,15 @@ class Estimate:
     Attributes:
         bytes: `weights` (all of the model's), `gradients`, `gradient_sum`, `factors`, `memory` (the two before), what
             autograd keeps for a batch (`activations`), what gathering and a request hold at most beside the weights and
-            the memory (`gathering`, `request`; `multi_step` comes on top where a request takes many steps, `renewal` where it
-            first estimates the curvature anew), and the peak of either with all of these but the two on top
+            the memory (`gathering`, `request`; `multi_step` comes on top where a request takes many steps, `renewal`
+            where it first estimates the curvature anew), and the peak of either with all of these but the two on top
             (`gathering_peak`, `request_peak`). An optimizer that is still alive comes on top.
         seconds: `gradient_sum`, `curvature`, `gather` (the two before) and `unlearn`; where a request takes many
-            steps, `multi_step` comes on top with the usual number of them and `multi_step_at_most` with the most; where it
-            first estimates the curvature anew, because requests have moved the weights far (`IAUConfig(renew_curvature=…)`), `renewal`
-            does; empty without a probe.
-        rows: rows of the training set, of a gradient sum, of the curvature, of its renewal, of a request and of calibration.
+            steps, `multi_step` comes on top with the usual number of them and `multi_step_at_most` with the most; where
+            it first estimates the curvature anew, because requests have moved the weights far
+            (`IAUConfig(renew_curvature=…)`), `renewal` does; empty without a probe.
+        rows: rows of the training set, of a gradient sum, of the curvature, of its renewal, of a request and of
+            calibration.
         coverage: parameters by kind of curvature.
     """
 
@@ -111,8 +112,8 @@ def estimate(
 ) -> Estimate:
     """Expected bytes and seconds of gathering and of one request of `iau`.
 
-    Bytes follow from the model's layers; for seconds and activations a few batches are passed through it. They are those of
-    a process that holds all of the model and the memory, as under DDP; of a sharded model each holds a part.
+    Bytes follow from the model's layers; for seconds and activations a few batches are passed through it. They are
+    those of a process that holds all of the model and the memory, as under DDP; of a sharded model each holds a part.
 
     Args:
         model: the model that is to be gathered from; left as it was found.
@@ -260,7 +261,7 @@ def _factors(model: nn.Module, plan: LayerPlan, config: GatherConfig) -> tuple[d
 
 @dataclass(frozen=True)
 class _CurvatureCost:
-    """Seconds of estimating the curvature, of estimating it anew, and of a division by it; bytes kept for its second pass."""
+    """Seconds of a fit, of one at a renewal and of a division by the curvature; bytes kept for the second pass."""
 
     fit: float = 0.0
     renewal: float = 0.0

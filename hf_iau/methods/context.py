@@ -42,8 +42,8 @@ class ForgetContext:
         forgotten: digests of the rows that earlier requests took out, with how often each occurs.
         forgotten_positions: numbers by which earlier requests named rows; looked at first, and trusted no further.
         trainer: the Trainer that serves the request, for methods that train anew with its settings.
-        weights: copies of the trained parameters as the request finds them, by name, which nothing may change; None where
-            a method has to make its own.
+        weights: copies of the trained parameters as the request finds them, by name, which nothing may change; None
+            where a method has to make its own.
         predicted: what the model makes of some rows at the weights that the request finds, where that was looked at.
         seed, progress, timer: as their names say.
     """

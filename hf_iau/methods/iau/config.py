@@ -41,7 +41,7 @@ class IAUConfig:
     retain_weight: float | None = field(
         default=None,
         metadata={
-            "help": "c, how much of the retain correction is taken along (0 = none): the training's own unfinished step."
+            "help": "c, how much of the retain correction (the training's own unfinished step) to take along; 0: none."
         },
     )
     retain_damping: float = field(
@@ -103,7 +103,8 @@ class IAUConfig:
             raise ConfigError(f"IAUConfig(retain_weights={self.retain_weights}): give finite numbers >= 0, or none.")
         if not self.proxy_rows or any(rows < FEWEST_COMPARED_ROWS for rows in self.proxy_rows):
             raise ConfigError(
-                f"IAUConfig(proxy_rows={self.proxy_rows}): give one or more sizes of at least {FEWEST_COMPARED_ROWS} rows."
+                f"IAUConfig(proxy_rows={self.proxy_rows}): give one or more sizes, each of at least "
+                f"{FEWEST_COMPARED_ROWS} rows."
             )
 
     @property

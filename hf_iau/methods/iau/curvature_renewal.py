@@ -53,7 +53,7 @@ def renew_curvature(
 
 
 def with_near_curvature(context: ForgetContext, memory: GradientMemory, farthest: float | None) -> GradientMemory:
-    """The memory; with its curvature estimated anew where the weights have left it behind and enough retained rows are at hand.
+    """The memory; its curvature is estimated anew where it was left behind and enough retained rows are at hand.
 
     Args:
         context: the request.

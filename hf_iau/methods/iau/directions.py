@@ -63,8 +63,8 @@ class Directions:
     def parts(self, scale: float, damping: float, retain_weight: float) -> Iterator[Step]:
         """Δ = (C+λ)⁻¹(k·Σ_f − c·Σ_D)/n_r, a layer at a time.
 
-        k·Σ_f − c·Σ_D is (k − c)·Σ_f − c·Σ_r, forgetting and the correction by the retained rows; the latter with λ of at
-        least `retain_damping`.
+        k·Σ_f − c·Σ_D is (k − c)·Σ_f − c·Σ_r, forgetting and the correction by the retained rows; the latter with λ of
+        at least `retain_damping`.
         """
         forget = self.at(damping)
         apart = self.retain_damping > damping

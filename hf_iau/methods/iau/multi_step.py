@@ -242,7 +242,7 @@ class MultiStep:
         return not self._is_last(self._losses, seen)
 
     def _find_direction(self) -> bool:
-        """(C+λ)⁻¹ of the forget gradient, and what the last step brought where that is not known yet; False at the end."""
+        """(C+λ)⁻¹ of the forget gradient, and what the last step brought, if that is not known; False at the end."""
         if self._losses is None:
             gradient, self._losses = forget_gradient(self.model, self._forget, self.forget_targets, self.names)
             if self._is_last(self._losses, None):
@@ -282,7 +282,7 @@ class MultiStep:
         return True
 
     def _look_at_forget_rows(self, number: int, held_out_loss: float) -> RowPredictions | None:
-        """After the first step, and where this may be the last; elsewhere the pass of the next gradient looks as well."""
+        """After the first step and where this may be the last; elsewhere the next gradient's pass looks as well."""
         near_the_end = self._expected <= self.settings.near_the_end * ARRIVED
         last = number == self.settings.most_steps - 1
         if self._curve and not (self._is_ruined(held_out_loss) or near_the_end or last):
@@ -381,7 +381,7 @@ def rows_per_step(forget: int) -> int:
 
 
 def lengthen(moved: Step, start: Mapping[str, Tensor], least: float, most_lengthened: float) -> None:
-    """Make the way from `start` to `moved` at least `least` long, in place, but no more than `most_lengthened` times longer.
+    """Make the way from `start` to `moved` at least `least` long, in place; at most `most_lengthened` times longer.
 
     Late in an update the forget and the retain direction nearly cancel; what they leave of a step is in the right
     direction but short.

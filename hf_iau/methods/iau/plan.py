@@ -18,6 +18,7 @@ from hf_iau.methods.iau.reference import choose_reference
 from hf_iau.methods.iau.remembered import remembered_calibration
 from hf_iau.methods.iau.states import InitialState
 from hf_iau.methods.iau.step_search import (
+    LEAST_TOLERANCE,
     TRIALS_AFTER_A_GUESS,
     Calibration,
     calibrate,
@@ -166,7 +167,7 @@ class CalibrationPlan:
             calibration.damping,
             calibration.retain_weight,
             start=start,
-            tolerance=calibration.tolerance or 0.005,
+            tolerance=calibration.tolerance or LEAST_TOLERANCE,
             max_relative_step=self.config.max_relative_step,
             guess=calibration.scale,
             trials=TRIALS_AFTER_A_GUESS,

@@ -1,4 +1,4 @@
-"""What k and λ rest on: the forget rows themselves, proxies, a class's share, or an earlier answer; and what that needs."""
+"""What k and λ rest on: the forget rows themselves, proxies, a class's share, or an earlier answer."""
 
 from __future__ import annotations
 
@@ -119,8 +119,8 @@ def choose_reference(
     label = find_whole_class(context, memory, initial)
     if label is not None:
         warning = (
-            f"Every row of class {label} is to be forgotten. One step cannot remove a class as retraining would: retrain "
-            "if you can."
+            f"Every row of class {label} is to be forgotten. One step cannot remove a class as retraining would: "
+            "retrain if you can."
         )
         return CalibrationReference("class share", whole_class=label, warnings=[warning])
     reference = CalibrationReference("proxies")
@@ -182,8 +182,8 @@ def check_calibratable(context: ForgetContext, config: IAUConfig, memory: Gradie
     if len(context.held_out) < FEWEST_HELD_OUT_ROWS:
         raise CalibrationError(
             f"held_out_dataset has {len(context.held_out)} rows, too few to calibrate with: give at least "
-            f"{FEWEST_HELD_OUT_ROWS} rows that were never trained on ({ROWS_LOOKED_AT:,} are better), or set IAUConfig(scale=…, "
-            "damping=…) yourself."
+            f"{FEWEST_HELD_OUT_ROWS} rows that were never trained on ({ROWS_LOOKED_AT:,} are better), or set "
+            "IAUConfig(scale=…, damping=…) yourself."
         )
     if (
         len(context.forget) < 2

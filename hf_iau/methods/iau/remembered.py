@@ -71,5 +71,6 @@ def _check(earlier: Mapping[str, Any]) -> None:
     numbers += [earlier.get("relative_path", 0.0), *(scales if isinstance(scales, list) else [None])]
     if not all(type(value) in (int, float) and abs(value) < 1e300 for value in numbers):
         raise MemoryFileError(
-            f"The memory's calibration is malformed ({dict(earlier)!r}): it is corrupt. Pass IAUConfig(recalibrate=True)."
+            f"The memory's calibration is malformed ({dict(earlier)!r}): it is corrupt. Pass "
+            "IAUConfig(recalibrate=True)."
         )

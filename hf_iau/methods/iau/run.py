@@ -32,8 +32,8 @@ from hf_iau.methods.step import apply_step, step_norm, weights_norm
 from hf_iau.methods.weights import WeightSnapshot
 
 MOST_REMAINING = 0.15
-"""Many steps are tried where one leaves more than this of the way to the held-out rows. They themselves may leave a tenth;
-so near to that a single step is not worth replacing. Settled on image classifiers, see docs/method.md."""
+"""Many steps are tried where one leaves more than this of the way to the held-out rows. They themselves may leave a
+tenth; so near to that a single step is not worth replacing. Settled on image classifiers, see docs/method.md."""
 SOME_ACCURACY_LOST = 0.03
 """So they are where one step costs retained rows this much accuracy: more than chance among 2,000 rows, and before the
 verdict asks to check."""
@@ -289,8 +289,8 @@ class CalibrationRun:
         return StepRecord(self.step.source, *self._place, reasons)
 
     def to_remember(self) -> dict[str, Any] | None:
-        """What to remember for later requests; one that took many steps says nothing about one step for the next, and one
-        whose step was too long for the retained rows nothing good."""
+        """What to remember for later requests; one that took many steps says nothing about one step for the next, and
+        one whose step was too long for the retained rows nothing good."""
         if self.many is not None:
             return self.plan.memory.calibration
         if self.halved_for_retained:

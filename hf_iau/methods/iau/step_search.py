@@ -20,11 +20,13 @@ _TRIALS_PER_SCALE = 5
 TRIALS_AFTER_A_GUESS = 3
 MOST_HALVINGS = 4
 """To a sixteenth: a step that is still too long then was not made for this model."""
-# A k that was too small is raised at least so much, or the search would creep.
-_LEAST_FACTOR = 1.05
+# A k that was too small is raised at least so much, or the search would creep; and no more, for the power is a guess.
+_LEAST_FACTOR, _LARGEST_FACTOR = 1.05, 4.0
+# The criterion need not come nearer to 0 than a quarter of its standard error, nor than half a point of AUC.
+_SHARE_OF_ERROR, LEAST_TOLERANCE = 0.25, 0.005
 MAX_HELD_OUT_RISE = 0.3
-"""A step that raises the held-out loss by more than this share is too long, whatever it forgets; the verdict on one would be
-"retrain"."""
+"""A step that raises the held-out loss by more than this share is too long, whatever it forgets; the verdict on one
+would be "retrain"."""
 
 
 @dataclass
@@ -33,8 +35,8 @@ class Calibration:
 
     Attributes:
         scale, damping, retain_weight: k, λ (relative) and c.
-        source: "forget rows", "proxies", "class share", "remembered", "given", "uncalibrated" or "multi-step" (many short
-            steps were taken instead of one; `scale` and `retain_weight` are those of the one step not taken).
+        source: "forget rows", "proxies", "class share", "remembered", "given", "uncalibrated" or "multi-step" (many
+            short steps were taken instead of one; `scale` and `retain_weight` are those of the one step not taken).
         reached: whether the criterion was brought within its tolerance.
         criterion: its value at the trial next to the k chosen; `tolerance` and `standard_error` beside it.
         held_out_loss_before, held_out_loss: mean loss of the held-out rows without and with the step.
@@ -92,7 +94,8 @@ def find_scale(
     """The k at which the criterion vanishes, by bracketing and interpolation.
 
     Trials end where the criterion is within the tolerance. They come from below, so the k returned is where it vanishes
-    by one more interpolation, which is not tried. Where the held-out loss rises by more than `MAX_HELD_OUT_RISE` before that, the longest step tried that stays within that budget is taken.
+    by one more interpolation, which is not tried. Where the held-out loss rises by more than `MAX_HELD_OUT_RISE` before
+    that, the longest step tried that stays within that budget is taken.
 
     Args:
         runner: tries steps.
@@ -104,13 +107,11 @@ def find_scale(
         trials: how many steps may be tried.
 
     Returns:
-        The best trial, whether it is within the tolerance, and k: near that trial's, or the trial's own where it is not.
+        The best trial, whether it is within the tolerance, and k: near that trial's, or else the trial's own.
     """
     limit = runner.longest(damping, max_relative_step)
     most = (1.0 + MAX_HELD_OUT_RISE) * start.held_out_loss
-    low, low_value = 0.0, start.criterion
-    high: float | None = None
-    high_value = 0.0
+    bracket = _Bracket(low_value=start.criterion)
     tried: list[Trial] = []
     scale = min(guess if guess is not None else _first_guess(runner, damping, start), limit)
     for _ in range(trials):
@@ -122,21 +123,37 @@ def find_scale(
         if within_budget and trial.criterion > 0:
             if scale >= limit:
                 break
-            low, low_value = scale, trial.criterion
+            bracket.low, bracket.low_value = scale, trial.criterion
         else:
-            high, high_value = scale, min(trial.criterion, -start.criterion if not within_budget else 0.0)
-        if high is None:
-            scale = min(scale * min(max(_power(start.criterion, tried), _LEAST_FACTOR), 4.0), limit)
+            bracket.high = scale
+            bracket.high_value = min(trial.criterion, -start.criterion if not within_budget else 0.0)
+        if bracket.high is None:
+            factor = min(max(_power(start.criterion, tried), _LEAST_FACTOR), _LARGEST_FACTOR)
+            scale = min(scale * factor, limit)
         else:
-            gap = low_value - high_value  # not positive where the rows look no better known than held-out ones at k = 0
-            share = min(max(low_value / gap, 0.1), 0.9) if gap > 0 else 0.1
-            if low > 0.0:
-                scale = math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
-            else:
-                scale = share * high
+            scale = bracket.between()
     affordable = [trial for trial in tried if trial.held_out_loss <= most]
     best = min(affordable, key=lambda trial: abs(trial.criterion)) if affordable else min(tried, key=lambda t: t.scale)
     return best, False, best.scale
+
+
+@dataclass
+class _Bracket:
+    """A k that is too small and, once there is one, a k that is too large, with the criterion there."""
+
+    low_value: float
+    low: float = 0.0
+    high: float | None = None
+    high_value: float = 0.0
+
+    def between(self) -> float:
+        """Where the criterion vanishes along a line; over log k, where both are above 0."""
+        assert self.high is not None
+        gap = self.low_value - self.high_value  # not positive where the rows look like held-out ones at k = 0
+        share = min(max(self.low_value / gap, 0.1), 0.9) if gap > 0 else 0.1
+        if self.low > 0.0:
+            return math.exp(math.log(self.low) + share * (math.log(self.high) - math.log(self.low)))
+        return share * self.high
 
 
 def _power(distance: float, tried: list[Trial]) -> float:
@@ -215,7 +232,7 @@ def calibrate(
         start: the trial of no step at all.
     """
     error = standard_error_of_auc(runner.n_target, len(runner.held_out))
-    tolerance = tolerance if tolerance is not None else max(0.005, 0.25 * error)
+    tolerance = tolerance if tolerance is not None else max(LEAST_TOLERANCE, _SHARE_OF_ERROR * error)
 
     def at(value: float, neighbour: _Candidate | None) -> _Candidate:
         if scale is not None:
@@ -263,7 +280,7 @@ def add_retain_correction(
     retain_weight: float | None = None,
     keep_scale: bool = False,
 ) -> Calibration:
-    """Look at the request's own step: choose c for it, and halve it (up to four times) while it ruins the held-out rows.
+    """Choose c for the request's own step, and halve it (up to four times) while it ruins the held-out rows.
 
     The retain correction repairs what forgetting costs the held-out rows. It is raised only while that helps, and
     not further than to the held-out loss of before (by interpolation): a retrained model is not better trained than
@@ -286,7 +303,8 @@ def add_retain_correction(
     given = retain_weight or 0.0
 
     def run(scale: float, weight: float) -> Trial:
-        # Σ_D is of the forget rows too, and c·Σ_D would learn them again: (k + c)·Σ_f − c·Σ_D corrects with the others alone.
+        # Σ_D is of the forget rows too, and c·Σ_D would learn them again: (k + c)·Σ_f − c·Σ_D corrects with the others
+        # alone.
         return runner.run(scale if keep_scale else scale + weight, calibration.damping, weight)
 
     best = run(scale, given)
@@ -294,18 +312,10 @@ def add_retain_correction(
     while not best.held_out_loss <= (1.0 + MAX_HELD_OUT_RISE) * before.held_out_loss and halvings < MOST_HALVINGS:
         halvings += 1
         best = run(scale * 0.5**halvings, given)
-    for weight in retain_weights if retain_weight is None else ():
-        if best.held_out_loss <= before.held_out_loss:
-            break
-        tried = run(scale * 0.5**halvings, weight)
-        if not tried.held_out_loss < best.held_out_loss or tried.relative_step > max_relative_step:
-            break
-        if tried.held_out_loss < before.held_out_loss:
-            share = (best.held_out_loss - before.held_out_loss) / (best.held_out_loss - tried.held_out_loss)
-            between = best.retain_weight + share * (weight - best.retain_weight)
-            best = run(scale * 0.5**halvings, between)
-            break
-        best = tried
+    if retain_weight is None:
+        best = _raise_retain_weight(
+            lambda weight: run(scale * 0.5**halvings, weight), best, before, retain_weights, max_relative_step
+        )
     return replace(
         calibration,
         scale=best.scale,
@@ -317,6 +327,35 @@ def add_retain_correction(
         reached=calibration.reached and scale >= calibration.scale * (1 - 1e-6) and halvings == 0,
         step_curve=[t.to_dict() for t in (before, *runner.trials[first:])],
     )
+
+
+def _raise_retain_weight(
+    run: Callable[[float], Trial],
+    best: Trial,
+    before: Trial,
+    retain_weights: tuple[float, ...],
+    max_relative_step: float,
+) -> Trial:
+    """The trial with the c that lowers the held-out loss most, but not below that of `before`.
+
+    Args:
+        run: tries a c.
+        best: the trial without one.
+        before: that of no step.
+        retain_weights: c to be tried, ascending.
+        max_relative_step: longest ‖Δ‖/‖θ‖ allowed.
+    """
+    for weight in retain_weights:
+        if best.held_out_loss <= before.held_out_loss:
+            break
+        tried = run(weight)
+        if not tried.held_out_loss < best.held_out_loss or tried.relative_step > max_relative_step:
+            break
+        if tried.held_out_loss < before.held_out_loss:
+            share = (best.held_out_loss - before.held_out_loss) / (best.held_out_loss - tried.held_out_loss)
+            return run(best.retain_weight + share * (weight - best.retain_weight))
+        best = tried
+    return best
 
 
 @dataclass(frozen=True)

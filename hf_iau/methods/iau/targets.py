@@ -1,9 +1,9 @@
 """How much better some rows are known than held-out rows of the same rank: what a multi-step update is to make up for.
 
-Of token prediction every token has a target of its own. A row of text has tokens that are hard to guess (a name, a date) and
-tokens that anyone knows; a mean loss over the row would be reached by making a few tokens impossible while the rest are still
-recited. So a row's counterpart among the held-out rows is looked up by the mean loss, as for any row, and the row's
-tokens get the losses of the counterpart's, the best known token that of the best known.
+Of token prediction every token has a target of its own. A row of text has tokens that are hard to guess (a name, a
+date) and tokens that anyone knows; a mean loss over the row would be reached by making a few tokens impossible while
+the rest are still recited. So a row's counterpart among the held-out rows is looked up by the mean loss, as for any
+row, and the row's tokens get the losses of the counterpart's, the best known token that of the best known.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from hf_iau.methods.iau.step_search import standard_error_of_auc
 
 # τ: between probabilities (1), which hardly see rows that are known for sure, and log-odds, which see nothing else.
 _SOFTNESS = 4.0
-# A language model that knows its texts by heart finds others far less likely than a classifier ever finds a class: where
-# losses of 6 and 12 are all but the same, rows are left that anyone can tell from held-out ones.
+# A language model that knows its texts by heart finds others far less likely than a classifier ever finds a class:
+# where losses of 6 and 12 are all but the same, rows are left that anyone can tell from held-out ones.
 _SOFTNESS_OF_TOKENS = 16.0
 # An attack within so many standard errors of one half may be chance (5 % by a normal distribution).
 _STANDARD_ERRORS = 2.0
@@ -31,8 +31,8 @@ class ForgetTargets:
     """How far some rows are from being known only as well as held-out rows are.
 
     Attributes:
-        targets: float64, the loss T that each row is to reach, `(rows,)`, or each token, `(rows, most tokens of a row)`;
-            NaN where there is none.
+        targets: float64, the loss T that each row is to reach, `(rows,)`, or each token, `(rows, most tokens of a
+            row)`; NaN where there is none.
         loss_scale: losses are divided by it before p = exp(−ℓ/loss_scale); 1 but for regression.
         deficit_at_start: mean deficit at the weights that the targets were made at.
         advantage_at_start: where tokens have the targets, `attack_advantage` there; 0 where that may be chance.
@@ -109,8 +109,8 @@ class ForgetTargets:
     def share_remaining(self, losses: np.ndarray) -> float:
         """What remains of the way, as a share; infinite where a loss is not finite.
 
-        Of tokens the larger share of two: the tokens', and that of the attack on the rows. What remains of each token may be
-        small, and add up over a row to what tells it from any other.
+        Of tokens the larger share of two: the tokens', and that of the attack on the rows. What remains of each token
+        may be small, and add up over a row to what tells it from any other.
         """
         if not np.isfinite(losses[np.isfinite(self.targets)]).all():
             return float("inf")
@@ -120,7 +120,7 @@ class ForgetTargets:
         return max(share, self.attack_advantage(losses) / self.advantage_at_start)
 
     def attack_advantage(self, losses: np.ndarray) -> float:
-        """AUC above one half of the loss attack on rows of tokens, against rows whose mean losses are the targets'; else 0."""
+        """AUC above one half of the loss attack on rows of tokens against rows with their targets' losses; else 0."""
         if losses.ndim == 1:
             return 0.0
         now, then = (means[np.isfinite(means)] for means in (_row_means(losses), _row_means(self.targets)))
@@ -132,8 +132,9 @@ class ForgetTargets:
 def _by_place(losses: np.ndarray, counterparts: np.ndarray) -> np.ndarray:
     """For each row's tokens the losses of its counterpart's tokens at the same place in the order of losses.
 
-    Where the rows differ in length, a token gets the mean over its part of the counterpart's sorted losses, so that the targets
-    of a row have the counterpart's mean loss whatever its length: tokens' losses are so skewed that quantiles would not.
+    Where the rows differ in length, a token gets the mean over its part of the counterpart's sorted losses, so that the
+    targets of a row have the counterpart's mean loss whatever its length: tokens' losses are so skewed that quantiles
+    would not.
 
     Args:
         losses: `(rows, width)`, NaN beyond a row's end.

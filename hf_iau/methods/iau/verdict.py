@@ -22,14 +22,14 @@ LARGE_SHARE, TOO_LARGE_SHARE = 0.15, 0.40
 """Share of the training rows that are forgotten by now. The curvature was estimated with them: from two fifths on it is
 nearly as much theirs as that of the rows that stay."""
 SOME_LOST, TOO_MUCH_LOST = 0.05, 0.15
-"""Accuracy lost on retained rows, of which a retrained model loses none: beyond chance for 2,000 rows; and a model that is of
-no use."""
+"""Accuracy lost on retained rows, of which a retrained model loses none: beyond chance for 2,000 rows; and a model that
+is of no use."""
 ACCURACY_GAP = 0.05
-"""Accuracy on forget rows beside that on held-out rows, where a retrained model has none: beyond chance for some hundred
-rows."""
+"""Accuracy on forget rows beside that on held-out rows, where a retrained model has none: beyond chance for some
+hundred rows."""
 AUC_AWAY, STANDARD_ERRORS = 0.05, 2.0
-"""A loss attack's AUC that is farther than this from a retrained model's is of note, and no accident where it is farther than
-twice what chance would make of it (95 % by a normal distribution)."""
+"""A loss attack's AUC that is farther than this from a retrained model's is of note, and no accident where it is
+farther than twice what chance would make of it (95 % by a normal distribution)."""
 LITTLE_CURVATURE = 0.5
 """Share of the parameters with more than a diagonal: below, most of the step knows of no other parameter."""
 LARGE_SPREAD = 1.0
@@ -38,12 +38,12 @@ LARGE_SPREAD = 1.0
 
 @dataclass(frozen=True)
 class LossAttack:
-    """The loss attack on forget rows against held-out rows at the end of a request, where the former are like any others.
+    """The loss attack on forget rows against held-out rows at the end of a request; the former are like any others.
 
     Attributes:
         auc: its AUC.
-        expected: that of a retrained model: one half, but for the luck of the draw. What the forget rows' AUC exceeds that
-            of a large sample of training rows by, before the request, is no matter of remembering.
+        expected: that of a retrained model: one half, but for the luck of the draw. What the forget rows' AUC exceeds
+            that of a large sample of training rows by, before the request, is no matter of remembering.
         standard_error: of an AUC near one half, by chance, for so many rows.
     """
 
@@ -75,8 +75,8 @@ class Observations:
         share_forgotten: of all training rows, by this and earlier requests.
         kronecker_share: share of the parameters whose curvature is more than a diagonal.
         whole_class: the class that was removed altogether, if any.
-        retained_accuracy_lost: accuracy on a sample of retained rows, before minus after; None where it is not known. An
-            overconfident model's held-out loss may fall while it forgets what it should keep.
+        retained_accuracy_lost: accuracy on a sample of retained rows, before minus after; None where it is not known.
+            An overconfident model's held-out loss may fall while it forgets what it should keep.
         accuracy_gap: accuracy on the forget rows minus that on held-out rows, after the step, where the forget rows
             are like any others; a retrained model has about 0.
         attack: the loss attack on the same rows, after the step.
@@ -149,8 +149,8 @@ def _of_accuracy_gap(calibration: Calibration, observed: Observations) -> Reason
     if gap is not None and abs(gap) >= ACCURACY_GAP:
         yield (
             CHECK,
-            f"the forget rows are predicted {100 * abs(gap):.1f} points {'better' if gap > 0 else 'worse'} than held-out "
-            "rows, which a retrained model would not do",
+            f"the forget rows are predicted {100 * abs(gap):.1f} points {'better' if gap > 0 else 'worse'} than "
+            "held-out rows, which a retrained model would not do",
         )
 
 

@@ -426,7 +426,8 @@ def test_models_of_tokens_take_many_steps_alike(family):
         forget_targets,
         MultiStepSettings(most_steps=15),
     ).run()
-    # The attack on whole rows is the last to give way, and what the token classifier learned is as true of held-out rows.
+    # The attack on whole rows is the last to give way, and what the token classifier learned is as true of held-out
+    # rows.
     now = predict_rows(model, forget).token_losses
     with torch.no_grad():
         for name, change in path.step.items():

@@ -79,7 +79,8 @@ def test_tokens_get_the_losses_of_the_rows_counterpart_by_hand():
     held_out = token_rows([], [6.0, 2.0, 13.0], [1.0, 0.0])
     rows = token_rows([0.02, 0.0, 0.04], [0.9, 0.5], [])
     found = ForgetTargets.of(rows, known, held_out)
-    # Thirds of two tokens: the best, half of each, the worst. Halves of three: the better one and half of the middle one, ….
+    # Thirds of two tokens: the best, half of each, the worst. Halves of three: the better one and half of the middle
+    # one, ….
     assert found.targets[0] == pytest.approx([0.5, 0.0, 1.0])
     assert found.targets[1][:2] == pytest.approx([(13 + 6 / 2) / 1.5, (2 + 6 / 2) / 1.5])
     assert np.isnan(found.targets[1][2]) and np.isnan(found.targets[2]).all()
