@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from hf_iau.utils.optional import require
+
 BINS = 40
 _FLOOR = 1e-7  # what float32 can tell from a loss of 0
 _COLORS = ("#c44e52", "#4c72b0")  # forget rows, unseen rows
@@ -42,7 +44,11 @@ def loss_histograms(panels: Panels) -> bytes:
 
     Where forgetting worked as retraining would, the forget rows' histogram lies where it lies for the retrained model
     (on exchangeable rows: over that of the unseen rows), and not beyond it.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
     """
+    require("matplotlib", "An image of the histograms")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import platform
 from collections.abc import Iterable, Mapping
@@ -28,6 +27,7 @@ from hf_iau.report.measured import (
 )
 from hf_iau.utils.atomic_files import write_public_atomically
 from hf_iau.utils.jsonable import json_text, jsonable
+from hf_iau.utils.optional import is_installed
 
 SCHEMA = 2
 
@@ -230,7 +230,7 @@ class UnlearningReport:
         image = directory / HISTOGRAM_NAME
         drawn = bool(self._losses) and not self.per_row_suppressed
         written = []
-        if drawn and importlib.util.find_spec("matplotlib") is not None:
+        if drawn and is_installed("matplotlib"):
             written.append(write_public_atomically(image, loss_histograms(self._losses)))
         elif drawn or self.per_row_suppressed:
             image.unlink(missing_ok=True)

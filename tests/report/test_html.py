@@ -3,7 +3,6 @@ browser shows them."""
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import re
 import shutil
@@ -21,12 +20,15 @@ import pytest
 from hf_iau.data import TaskKind
 from hf_iau.deletion.ledger import LedgerEntry
 from hf_iau.deletion.receipt import render_receipt, render_receipt_html
+from hf_iau.errors import MissingPackageError
 from hf_iau.evaluation.figures import MINIMUM_ROWS_FOR_PER_ROW_FIGURES
 from hf_iau.evaluation.measurement import Measurement
 from hf_iau.methods import available_methods
 from hf_iau.report import explanations
 from hf_iau.report.charts import histogram_panels, strips
+from hf_iau.report.histograms import loss_histograms
 from hf_iau.report.report import UnlearningReport
+from hf_iau.utils import optional
 
 VOID = {"meta", "link", "img", "br", "wbr", "hr"}
 EVIL = "<script>alert('x')</script>&amp;\"><img src=http://example.org/x.png onerror=alert(1)>"
@@ -381,8 +383,9 @@ def test_a_loaded_report_shows_the_image_that_lies_beside_it(report: UnlearningR
 def test_without_matplotlib_the_page_has_the_histograms(
     report: UnlearningReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else found(name, *a))
+    monkeypatch.setattr(optional, "find_spec", lambda name: None)
+    with pytest.raises(MissingPackageError, match=r"hf-iau\[plots\]"):
+        loss_histograms({"before": {"forget rows": np.ones(30)}})
     (tmp_path / "loss_histograms.png").write_bytes(b"of an earlier request")
     written = report.save(tmp_path)
     assert sorted(path.name for path in written) == ["report.html", "report.json", "report.md"]
