@@ -30,11 +30,11 @@ from benchmarks.hardware import hardware
 from hf_iau import Ledger
 from hf_iau.deletion.journal import Journal, JournalFile
 from hf_iau.deletion.ledger import LedgerEntry
-from hf_iau.deletion.receipt import certificate
-from hf_iau.memory.files import write_text_atomically
+from hf_iau.deletion.receipt import render_receipt
 from hf_iau.memory.fingerprints import package_versions
 from hf_iau.memory.keys import find_key
 from hf_iau.memory.row_identity import RowIdentity
+from hf_iau.utils.atomic_files import write_text_atomically
 
 GOAL_MILLISECONDS = 100.0
 
@@ -111,7 +111,7 @@ def measure(folder: Path, rows: int, request_rows: int, entries: int, repeats: i
         def stage(private: Path = private, name: str = name, asked: np.ndarray = asked) -> LedgerEntry:
             entry, text = ledger.extended(**_values(name, asked))
             write_text_atomically(private / "ledger.jsonl", text)
-            write_text_atomically(private / f"{entry.number:05d}.md", certificate(entry))
+            write_text_atomically(private / f"{entry.number:05d}.md", render_receipt(entry))
             return entry
 
         entry = timed("ledger and certificate", stage)

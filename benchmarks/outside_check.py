@@ -28,13 +28,13 @@ from transformers import TrainingArguments
 from hf_iau import UnlearningTrainer
 from hf_iau.data.trainer_rows import trainer_rows
 from hf_iau.methods.baselines.bad_teacher import BadTeacherConfig
-from hf_iau.methods.baselines.epochs import endless, shuffled
 from hf_iau.methods.baselines.fine_tune import FineTuneConfig
 from hf_iau.methods.baselines.gradient_ascent import GradientAscentConfig
 from hf_iau.methods.baselines.l1_sparse import L1SparseConfig
 from hf_iau.methods.baselines.neggrad_plus import NegGradPlusConfig
 from hf_iau.methods.baselines.salun import SalUnConfig
 from hf_iau.methods.baselines.scrub import SCRUBConfig
+from hf_iau.methods.baselines.training_loop import endless, shuffled
 
 CLASSES, ROWS, FORGOTTEN, BATCH, SEED = 10, 900, 90, 30, 0
 Pair = tuple[Tensor, Tensor]

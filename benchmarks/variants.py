@@ -186,7 +186,7 @@ PAPER = Variant(
 IAU = Variant("iau", "iau", OURS, gather={})
 IAU_ON_PROXIES = Variant("iau, proxies", "iau", OURS, gather={}, config=IAUConfig(calibrate_on="proxies"))
 IAU_GATHERED_ANEW = Variant("iau, gathered anew", "iau", OURS, gather={}, gather_again=True)
-IAU_WITH_SUM = Variant("iau, exact sum", "iau", OURS, gather={"gradient_sum": "full"})
+IAU_WITH_SUM = Variant("iau, full sum", "iau", OURS, gather={"gradient_sum": "full"})
 CURVATURES = tuple(
     Variant(f"iau, {curvature}", "iau", ABLATION, gather={"curvature": curvature})
     for curvature in ("diagonal", "identity", "adam")

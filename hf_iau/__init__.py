@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from hf_iau.deletion.ledger import Ledger, LedgerEntry
     from hf_iau.memory.checker import GradientCheck, check_row_gradients
     from hf_iau.memory.config import GatherConfig
-    from hf_iau.memory.fit import gather
+    from hf_iau.memory.gathering import gather
     from hf_iau.memory.memory import GradientMemory
     from hf_iau.methods.base import UnlearningMethod, available_methods, register_method
     from hf_iau.methods.iau.config import IAUConfig
@@ -57,7 +57,7 @@ _MODULES = {
     "GradientCheck": "hf_iau.memory.checker",
     "check_row_gradients": "hf_iau.memory.checker",
     "GatherConfig": "hf_iau.memory.config",
-    "gather": "hf_iau.memory.fit",
+    "gather": "hf_iau.memory.gathering",
     "GradientMemory": "hf_iau.memory.memory",
     "UnlearningMethod": "hf_iau.methods.base",
     "available_methods": "hf_iau.methods.base",

@@ -136,7 +136,7 @@ def renewed(trainer: UnlearningTrainer) -> dict[str, Any]:
     calibration = output.report.diagnostics["calibration"]
     assert output.report.diagnostics["curvature"]["renewed"] and output.memory is not None
     found = {
-        "spread": output.memory.is_spread,
+        "spread": output.memory.is_sharded,
         "numbers": [calibration["scale"], calibration["damping"], output.report.diagnostics["step_norm"]],
         "path": output.memory.curvature_path,
     }

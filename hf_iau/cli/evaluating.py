@@ -16,7 +16,7 @@ from hf_iau.data import RowSource
 from hf_iau.errors import RequestError
 from hf_iau.evaluation.measurement import measure_model
 from hf_iau.evaluation.retraining_gap import gap
-from hf_iau.memory.fit import default_collator, keep_input_columns
+from hf_iau.memory.gathering import default_collator, keep_input_columns
 from hf_iau.report import tables
 
 

@@ -12,7 +12,7 @@ from hf_iau.cli.options import GatherOptions, ModelOptions
 from hf_iau.cli.output import Output
 from hf_iau.cost_estimate import estimate
 from hf_iau.memory.config import GatherConfig
-from hf_iau.memory.fit import describe_memory, gather
+from hf_iau.memory.gathering import gather, memory_summary
 from hf_iau.memory.memory_files import MEMORY_FOLDER
 
 
@@ -29,7 +29,7 @@ def run_gather(options: ModelOptions, what: GatherOptions, output: Path | None, 
         config=_config(options, what, progress=not out.as_json),
     )
     memory.save(folder)
-    values = {"memory": str(folder), **describe_memory(memory)}
+    values = {"memory": str(folder), **memory_summary(memory)}
     out.result(values, _two_columns(values))
 
 

@@ -12,13 +12,13 @@ import typer
 from hf_iau.cli.inputs import Loaded, NamedRows, load, memory_of, other_model, request_of, training_arguments
 from hf_iau.cli.options import ComparisonOptions, ForgetOptions, MethodOptions, ModelOptions, ResultOptions
 from hf_iau.cli.output import ExitCode, Output
-from hf_iau.memory.files import unmasked
 from hf_iau.memory.memory_files import MEMORY_FOLDER
 from hf_iau.methods.base import method_config
 from hf_iau.methods.iau.verdict import RETRAIN
 from hf_iau.report.card import UnlearningCard
 from hf_iau.report.report import UnlearningReport
 from hf_iau.trainer.unlearning_trainer import UnlearningTrainer, UnlearnOutput
+from hf_iau.utils.atomic_files import unmasked
 
 
 def run_unlearn(

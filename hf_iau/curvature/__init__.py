@@ -2,7 +2,7 @@
 
 from hf_iau.curvature.blocks import Block, DiagonalBlock, IdentityBlock, KroneckerBlock
 from hf_iau.curvature.curvature import Curvature, CurvatureKind
-from hf_iau.curvature.kinds import fit_curvature
+from hf_iau.curvature.estimators import fit_curvature
 
 __all__ = [
     "Block",

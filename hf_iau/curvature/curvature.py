@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from hf_iau.curvature.blocks import PREFIX, Block, read_block
-from hf_iau.curvature.spread import RemoteBlock, fetch, keep_own, scale_by_owner
-from hf_iau.data.full_precision import full_float32
+from hf_iau.curvature.sharded_blocks import RemoteBlock, fetch_block, scale_by_owner, shard_blocks
+from hf_iau.data.precision import full_float32
 from hf_iau.distributed import sync_errors
 from hf_iau.errors import ConfigError, MemoryFileError, MemoryMismatchError, MissingMemoryError
 from hf_iau.utils.vectors import is_same_device
@@ -145,7 +145,7 @@ class Curvature:
         return Curvature(self.kind, blocks, n_rows=self.n_rows, n_targets=self.n_targets, details=self.details)
 
     def placed(self, homes: Mapping[str, torch.device]) -> Curvature:
-        """The same curvature with each block on a device of its own, by the blocks' names; itself where all are there."""
+        """The same curvature with each block, by name, on the given device; itself where all are there."""
         moved = {name for name, block in self.blocks.items() if not is_same_device(block.device, homes[name])}
         if not moved:
             return self
@@ -153,20 +153,20 @@ class Curvature:
         return Curvature(self.kind, blocks, n_rows=self.n_rows, n_targets=self.n_targets, details=self.details)
 
     @property
-    def is_spread(self) -> bool:
+    def is_sharded(self) -> bool:
         """Whether each process holds some of the blocks only."""
         return any(block.owner is not None for block in self.blocks.values())
 
-    def whole(self) -> Curvature:
+    def unsharded(self) -> Curvature:
         """The curvature with all blocks in every process. Called by all of them."""
-        if not self.is_spread:
+        if not self.is_sharded:
             return self
-        blocks = [fetch(block) for block in self.blocks.values()]
+        blocks = [fetch_block(block) for block in self.blocks.values()]
         return Curvature(self.kind, blocks, n_rows=self.n_rows, n_targets=self.n_targets, details=self.details)
 
-    def spread(self) -> Curvature:
+    def sharded(self) -> Curvature:
         """The curvature, of which every process holds all, with each block in one process."""
-        blocks = keep_own(list(self.blocks.values()))
+        blocks = shard_blocks(list(self.blocks.values()))
         return Curvature(self.kind, blocks, n_rows=self.n_rows, n_targets=self.n_targets, details=self.details)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -244,7 +244,7 @@ class Curvature:
             MissingMemoryError: when there is nothing to precondition with: no layers, no curvature in any layer, or
                 NaN, infinite or negative curvature, naming the layer.
         """
-        with sync_errors("a check of the curvature") if self.is_spread else contextlib.nullcontext():
+        with sync_errors("a check of the curvature") if self.is_sharded else contextlib.nullcontext():
             self._check_blocks()
         if self.mean_eigenvalue == 0:
             raise MissingMemoryError(

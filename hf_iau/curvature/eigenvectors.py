@@ -66,7 +66,7 @@ def eigenvectors(covariance: Tensor, name: str, *, spare: float) -> Tensor:
 
 
 def eigenvector_bytes(plan: LayerPlan) -> int:
-    """Bytes that are held on a CPU, beside the factors, while the eigenvectors of the factor that takes most are found."""
+    """Most bytes that are held on a CPU, beside the factors, while eigenvectors of a factor are found."""
     return max((_bytes_of(layer) for layer in plan.kronecker), default=0)
 
 
@@ -77,7 +77,7 @@ def divide_and_conquer_bytes(plan: LayerPlan) -> int:
 
 
 def spare_for_eigenvectors(layer: MatrixLayer) -> int:
-    """Bytes for `eigenvectors(spare=…)`: a fit holds neither the gradients that training held nor a copy of the weights."""
+    """For `eigenvectors(spare=…)`, bytes: a fit holds neither training's gradients nor a copy of the weights."""
     return 2 * layer.temporary_bytes
 
 

@@ -22,8 +22,8 @@ Call = tuple[Tensor, Tensor]
 
 
 def spare_bytes(parameters: Iterable[nn.Parameter]) -> int:
-    """Bytes that a fit may take for its convenience: those of the trained weights' gradients, which training holds and a
-    fit does not; at least `FEWEST_SPARE_BYTES`."""
+    """Bytes that a fit may use to be faster: those of the trained weights' gradients, which training holds and a fit
+    does not; at least `FEWEST_SPARE_BYTES`."""
     gradients = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
     return max(gradients, FEWEST_SPARE_BYTES)
 
@@ -479,7 +479,7 @@ def sum_of_squares(matrices: Tensor, input_basis: Tensor, output_basis: Tensor, 
 
 
 def live_positions(g: Tensor) -> Tensor:
-    """Positions that carry gradient at all: `(groups, rows, positions)` bool from g, `(groups, rows, positions, outputs)`.
+    """Positions that carry gradient, `(groups, rows, positions)` bool, from g, `(groups, rows, positions, outputs)`.
 
     Where a gradient vanishes by structure (padding, the first query of causal attention), rounding may leave some 1e-17
     of it in one batch and nothing in another, so zero means: tiny beside the row's largest.

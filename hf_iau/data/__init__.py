@@ -8,11 +8,10 @@ from hf_iau.data.row_loss import (
     RowLoss,
     SmoothedRowLoss,
     UserRowLoss,
-    probe_additivity,
-    probe_targets,
 )
 from hf_iau.data.rows import RowSource
 from hf_iau.data.targets import Targets, TaskKind, labels_of, predicted_targets, read_targets
+from hf_iau.data.validation import probe_additivity, probe_targets
 
 __all__ = [
     "ModelRowLoss",

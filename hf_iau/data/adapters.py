@@ -1,13 +1,10 @@
-"""PEFT adapters: which kinds are known to work, and whether the trained one takes part in the model's output at all."""
+"""PEFT adapters: which are active, and which kinds are known to work."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-
-from hf_iau.errors import UnsupportedModelError
 
 # By the names of `peft.PeftType`, as strings, because older versions lack some. Each is in tests/peft.
 SUPPORTED = frozenset(
@@ -30,7 +27,7 @@ _TASKS_WITHOUT_TOKENS = ("SEQ_CLS",)
 
 def active_adapters(model: nn.Module) -> tuple[str, ...]:
     """Names of the adapters that `model` uses now, PEFT's or Transformers' own `add_adapter`; () without PEFT."""
-    owner = _owner(model)
+    owner = adapter_owner(model)
     if owner is None:
         return ()
     active = getattr(owner, "active_adapters", None)
@@ -38,50 +35,26 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
     return (active,) if isinstance(active, str) else tuple(active or ())
 
 
-def check_adapters(model: nn.Module) -> None:
-    """Refuse adapters that are not known to work, and those that do not take part in the model's output.
-
-    Raises:
-        UnsupportedModelError: an adapter is of an untested kind, merged into the base weights, or disabled.
-    """
-    owner = _owner(model)
-    if owner is None:
-        return
-    for name in active_adapters(model):
-        config = owner.peft_config[name]
-        kind = str(getattr(config.peft_type, "value", config.peft_type))
-        reason = _REASONS.get(kind, None if kind in SUPPORTED else "it was not tested")
-        option = next((option for option in _LORA_OPTIONS if getattr(config, option, None)), None)
-        task = getattr(config.task_type, "value", config.task_type)
-        named = kind
-        if kind == "LORA" and option is not None:
-            named, reason = f"LORA with {option}", "its effect depends on the row"
-        elif kind in _VIRTUAL_TOKENS and task not in _TASKS_WITHOUT_TOKENS:
-            named, reason = f"{kind} for task_type={task}", "its virtual tokens shift the labels of the tokens"
-        if reason is None:
-            continue
-        raise UnsupportedModelError(
-            f"Adapter {name!r} is of kind {named}, which is not supported: {reason}. Train LoRA (or one of "
-            f"{', '.join(sorted(SUPPORTED - {'LORA'}))}), or merge it with model.merge_and_unload() and gather from the "
-            "merged model with requires_grad=True on the weights that are to forget."
-        )
-    for name, module in model.named_modules():
-        if not isinstance(module, BaseTunerLayer):
-            continue
-        if module.merged:
-            raise UnsupportedModelError(
-                f"Adapter {module.merged_adapters[0]!r} is merged into the base weights (layer {name!r}), so its own "
-                "weights have no gradient and moving them would change nothing. Call model.unmerge_adapter(), or, since "
-                "that leaves rounding in the base weights, load base model and adapter anew "
-                "(PeftModel.from_pretrained(base, folder, is_trainable=True))."
-            )
-        if module.disable_adapters:
-            raise UnsupportedModelError(
-                f"The adapters are disabled (layer {name!r}), so their weights have no gradient. Leave the "
-                "disable_adapter() context, or call model.enable_adapter_layers()."
-            )
+def adapter_configs(model: nn.Module) -> dict[str, Any]:
+    """The configurations of the active adapters, by name."""
+    owner = adapter_owner(model)
+    return {} if owner is None else {name: owner.peft_config[name] for name in active_adapters(model)}
 
 
-def _owner(model: nn.Module) -> Any:
-    """The outermost module that holds adapters' configurations."""
+def unsupported_reason(config: Any) -> tuple[str, str] | None:
+    """What kind of adapter a PEFT configuration makes and why it is not supported; None where it is."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    option = next((option for option in _LORA_OPTIONS if getattr(config, option, None)), None)
+    task = getattr(config.task_type, "value", config.task_type)
+    if kind == "LORA" and option is not None:
+        return f"LORA with {option}", "its effect depends on the row"
+    if kind in _VIRTUAL_TOKENS and task not in _TASKS_WITHOUT_TOKENS:
+        return f"{kind} for task_type={task}", "its virtual tokens shift the labels of the tokens"
+    if kind in SUPPORTED:
+        return None
+    return kind, _REASONS.get(kind, "it was not tested")
+
+
+def adapter_owner(model: nn.Module) -> Any:
+    """The outermost module that holds adapters' configurations; None without PEFT."""
     return next((module for module in model.modules() if isinstance(getattr(module, "peft_config", None), dict)), None)

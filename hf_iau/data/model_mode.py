@@ -14,8 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_iau.data.full_precision import full_float32
-from hf_iau.data.working import autocast_dtype
+from hf_iau.data.precision import autocast_dtype, full_float32
 from hf_iau.distributed import sharded_passes
 from hf_iau.utils.devices import generator_state, set_generator_state
 
@@ -28,10 +27,10 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
 
     * every module is in `eval()`: dropout is off and BatchNorm uses its running statistics, so rows are separable;
     * `use_cache` is off in the model's configuration;
-    * parameters that `fully_shard` has spread over processes are gathered a module at a time, and gradients are summed
+    * parameters that `fully_shard` has sharded are gathered a module at a time, and gradients are summed
       exactly (see `sharded_passes`); all processes take the same passes;
     * the autocast wrapper that Accelerate puts around `forward` under bf16/fp16 is set aside, so that the training
-      process and a fresh process compute the same numbers; `working(precision=…)` alone decides;
+      process and a fresh process compute the same numbers; `compute_settings(precision=…)` alone decides;
     * layers with gradient checkpointing still recompute their activations, which Transformers does in training only;
     * code compiled in place (`model.compile()`) is not used;
     * float32 is not rounded to TF32 (see `full_float32`).
@@ -135,12 +134,12 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def _configurations(model: nn.Module) -> list[Any]:
     """The distinct configuration objects of a model and its submodules."""
-    found: dict[int, Any] = {}
+    configurations: dict[int, Any] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None and not isinstance(config, dict):
-            found[id(config)] = config
-    return list(found.values())
+            configurations[id(config)] = config
+    return list(configurations.values())
 
 
 class RandomState:
@@ -162,7 +161,7 @@ class RandomState:
 
 
 @contextlib.contextmanager
-def random_state_kept(model: nn.Module) -> Iterator[None]:
+def preserved_random_state(model: nn.Module) -> Iterator[None]:
     """Afterwards, also after an exception, every generator that a forward pass could advance is where it was."""
     state = RandomState(model)
     try:

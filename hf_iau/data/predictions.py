@@ -49,7 +49,7 @@ class RowPredictions:
 
     @classmethod
     def from_probabilities(cls, probabilities: np.ndarray, labels: np.ndarray | None = None) -> RowPredictions:
-        """The figures of single-label rows whose predicted distributions are known, made with the formulas of `predict_rows`.
+        """The figures of single-label rows with given predicted distributions, by the formulas of `predict_rows`.
 
         Args:
             probabilities: each row's predicted distribution (after the softmax), shape `(rows, classes)`.
@@ -68,7 +68,8 @@ class RowPredictions:
         if wrong.any():
             raise RequestError(
                 f"{int(wrong.sum())} of {len(p)} rows of probabilities are no distributions (row "
-                f"{int(np.flatnonzero(wrong)[0])} sums to {p[wrong][0].sum():.4g}): apply the softmax to the logits first."
+                f"{int(np.flatnonzero(wrong)[0])} sums to {p[wrong][0].sum():.4g}): apply the softmax to the logits "
+                "first."
             )
         if labels is None:
             missing = np.full(len(p), np.nan)
@@ -79,8 +80,8 @@ class RowPredictions:
         y = np.asarray(labels)
         if y.shape != (len(p),) or (len(y) and not ((y == y.astype(np.int64)) & (y >= 0) & (y < p.shape[1])).all()):
             raise RequestError(
-                f"labels of shape {y.shape} with values {np.unique(y)[:5].tolist()} …: give each of the {len(p)} rows a "
-                f"class from 0 to {p.shape[1] - 1}."
+                f"labels of shape {y.shape} with values {np.unique(y)[:5].tolist()} …: give each of the {len(p)} rows "
+                f"a class from 0 to {p.shape[1] - 1}."
             )
         logits = torch.from_numpy(np.log(np.maximum(p, np.finfo(np.float64).tiny)))
         classes = torch.from_numpy(y.astype(np.int64))
@@ -149,7 +150,7 @@ def predict_rows(model: nn.Module, source: RowSource, *, keep_probabilities: boo
 
 
 def stacked(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """One array of rows from several, `(rows,)` or `(rows, width)` each; of unequal widths NaN fills what is missing."""
+    """One array of rows from several, `(rows,)` or `(rows, width)` each; unequal widths are filled up with NaN."""
     width = max((part.shape[1] for part in parts if part.ndim == 2), default=0)
     return np.concatenate(
         [

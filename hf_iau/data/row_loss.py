@@ -12,17 +12,15 @@ import hashlib
 import inspect
 import types
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_iau.data.model_mode import evaluation_mode
-from hf_iau.data.rows import Batch, RowSource
+from hf_iau.data.rows import Batch
 from hf_iau.data.targets import (
     LABELS,
     SPAN_LABELS,
@@ -35,9 +33,8 @@ from hf_iau.data.targets import (
     read_targets,
     takes_argument,
 )
-from hf_iau.data.working import is_narrow
 from hf_iau.distributed import all_gather_arrays, is_sharded
-from hf_iau.errors import CoupledRowsError, UnsupportedModelError
+from hf_iau.errors import UnsupportedModelError
 
 LABEL_COLUMNS = ("labels", "label", "label_ids")
 
@@ -91,15 +88,15 @@ class _ScaledRowLoss(RowLoss):
         with torch.no_grad():
             one, two = (float(self._loss(model, inputs, items)) for items in (1, 2))
             whole = float(predicted_targets(model, inputs).losses().sum()) if has_spans(inputs) else one
-        found = []
+        factors: list[float] = []
         if one != 0.0 and np.isfinite(one):
             is_sum = abs(one - 2.0 * two) <= 1e-3 * abs(one)
-            found = [(2.0 if abs(2.0 * one - whole) < abs(one - whole) else 1.0) if is_sum else 0.0]
+            factors = [(2.0 if abs(2.0 * one - whole) < abs(one - whole) else 1.0) if is_sum else 0.0]
         if is_sharded(model):  # so that all take the same passes from here on
-            every = all_gather_arrays({}, {"found": found}, "the scale of the loss")
-            found = [value for _, about in every for value in about["found"]]
-        if found:
-            self._factor[model] = found[0]
+            by_rank = all_gather_arrays({}, {"factors": factors}, "the scale of the loss")
+            factors = [value for _, about in by_rank for value in about["factors"]]
+        if factors:
+            self._factor[model] = factors[0]
 
 
 class ModelRowLoss(_ScaledRowLoss):
@@ -179,8 +176,8 @@ class SmoothedRowLoss(RowLoss):
         labels = inputs.pop("labels", None)
         if labels is None and labels_of(inputs) is not None:
             raise UnsupportedModelError(
-                f"label_smoothing_factor={self.epsilon} is of no effect where rows have {' and '.join(SPAN_LABELS)}: the "
-                "Trainer smooths `labels` alone. Leave it at 0."
+                f"label_smoothing_factor={self.epsilon} is of no effect where rows have {' and '.join(SPAN_LABELS)}: "
+                "the Trainer smooths `labels` alone. Leave it at 0."
             )
         targets = read_targets(model, model(**inputs), labels)
         if targets.kind not in (TaskKind.SINGLE_LABEL, TaskKind.TOKENS):
@@ -258,85 +255,3 @@ def describe_function(function: Callable[..., Any]) -> dict[str, str]:
         code = getattr(target, "__code__", None)
         body = code.co_code.hex() if code is not None else name
     return {"function": name, "source": hashlib.sha256(body.encode()).hexdigest()[:16]}
-
-
-def first_of_each_class(source: RowSource, rows: int = 256) -> list[int]:
-    """Positions of the first row of each class, as far as `rows` evenly spread rows (or a label column) show it.
-
-    Empty where rows have no one class.
-    """
-    dataset = source.dataset
-    found: dict[int, int] = {}
-    if isinstance(dataset, datasets.Dataset):
-        for column in LABEL_COLUMNS:
-            if column in dataset.column_names and isinstance(
-                dataset.features[column], (datasets.ClassLabel, datasets.Value)
-            ):
-                values = np.asarray(dataset.with_format(None)[column])
-                if values.dtype.kind in "iub":
-                    return sorted(np.unique(values, return_index=True)[1].tolist())
-    for position in np.unique(np.linspace(0, len(source) - 1, num=min(rows, len(source)), dtype=np.int64)):
-        row = dataset[int(position)]
-        label = next((row[key] for key in LABEL_COLUMNS if key in row), None) if isinstance(row, Mapping) else None
-        if isinstance(label, (Tensor, np.ndarray, np.generic)) and label.ndim == 0:
-            label = label.item()
-        if isinstance(label, int):
-            found.setdefault(label, int(position))
-    return sorted(found.values())
-
-
-def probe_targets(model: nn.Module, source: RowSource) -> None:
-    """Look at one row, to refuse a task whose targets cannot be read before anything is computed.
-
-    Args:
-        model: the bare model.
-        source: rows; the first is taken.
-
-    Raises:
-        UnsupportedModelError: the model's outputs or the row's labels are of no supported task.
-    """
-    with evaluation_mode(model), torch.no_grad():
-        _, inputs = next(source.select([0]).passes_of_all(model))
-        try:
-            predicted_targets(model, inputs)
-        except UnsupportedModelError as error:
-            raise UnsupportedModelError(
-                f"{error} Curvature needs to know what the model predicts; GatherConfig(fisher='empirical') makes do with "
-                "losses, but a request's report does not."
-            ) from error
-
-
-def probe_additivity(row_loss: RowLoss, model: nn.Module, source: RowSource, *, rows: int = 6) -> float:
-    """Check that a batch's loss is the sum of its rows' losses, without which no row can be forgotten.
-
-    Args:
-        row_loss: the loss.
-        model: the bare model.
-        source: rows to probe with; a few are taken, spread evenly, and the first ones of different classes.
-        rows: how many of either.
-
-    Returns:
-        The sum of the probed rows' losses taken one by one.
-
-    Raises:
-        CoupledRowsError: when the two differ by more than rounding (contrastive losses, MoE auxiliary losses, a
-            class-weighted *mean*).
-    """
-    spread = np.linspace(0, len(source) - 1, num=min(rows, len(source)), dtype=np.int64)
-    probe = source.select(np.unique([*spread, *first_of_each_class(source)[:rows]]))
-    with evaluation_mode(model), torch.no_grad():
-        singles = [float(row_loss(model, inputs)[0]) for _, inputs in probe.resized(1).passes_of_all(model)]
-        _, everything = next(probe.resized(len(probe)).passes_of_all(model))
-        sync_errors = float(row_loss(model, everything)[0])
-    tolerance = 3e-2 if is_narrow(model) else 1e-3
-    scale = sum(abs(loss) for loss in singles)
-    apart = not np.isfinite(scale) and np.isfinite(sync_errors)
-    if apart or (np.isfinite(scale) and abs(sync_errors - sum(singles)) > tolerance * scale + 1e-6):
-        raise CoupledRowsError(
-            f"The loss ({row_loss.fingerprint()['kind']}) of a batch of {len(probe)} rows is {sync_errors:.6g} but its "
-            f"rows' losses add up to {sum(singles):.6g}: rows are coupled within a batch (a contrastive or mixture-of-"
-            "experts auxiliary loss, or a class-weighted mean). Give a loss that is a sum over rows: "
-            "`compute_loss_func(outputs, labels, num_items_in_batch)` dividing its *sum* by `num_items_in_batch`, or "
-            "`row_loss=`."
-        )
-    return float(sum(singles))

@@ -11,19 +11,19 @@ import datasets
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from hf_iau.data.working import memory_device
+from hf_iau.data.precision import memory_device
 from hf_iau.distributed import get_world_size, is_distributed, is_sharded, shard_range, sync_errors
 from hf_iau.errors import RequestError, UnsupportedModelError
 
 Batch = dict[str, Any]
 Collator = Callable[[list[Any]], Mapping[str, Any]]
 
-KEPT_BYTES = 64 * 2**20
+STORED_BYTES = 64 * 2**20
 """The most that a source keeps of its batches: collating larger ones anew costs little beside passing them through."""
 
-# Rows that are looked at to tell whether rows differ in length at all.
+# Rows that are probed to tell whether rows differ in length at all.
 _PROBED_LENGTHS = 32
 
 
@@ -66,8 +66,8 @@ class RowSource:
         self.device = torch.device(device)
         self.name = name
         self.num_workers = num_workers
-        self._kept: list[tuple[np.ndarray, Batch]] | None = None
-        self._narrowed: set[str] = set()  # inputs that are int64, but for keeping
+        self._batches: list[tuple[np.ndarray, Batch]] | None = None
+        self._narrowed: set[str] = set()  # inputs that are int64, but are stored in a narrower type
         self._digests: dict[int, bytes] = {}
         self._share: tuple[RowSource, int] | None = None
         self._length_order: np.ndarray | None = None
@@ -76,7 +76,7 @@ class RowSource:
         return len(self.dataset)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, Batch]]:
-        if self._kept is not None and _is_identity(self.length_order()):
+        if self._batches is not None and _is_identity(self.length_order()):
             yield from self.by_length()
             return
         loader: DataLoader[Any] = DataLoader(
@@ -102,10 +102,10 @@ class RowSource:
         shapes = [tuple(tensor.shape) for tensor in _tensors(batch) if tensor.dim()]
         if shapes and all(shape[0] % n_rows for shape in shapes):
             raise UnsupportedModelError(
-                f"data_collator={getattr(self.collator, '__name__', type(self.collator).__name__)} makes tensors of shapes "
-                f"{sorted(set(shapes))} of {n_rows} {self.name}: it packs, flattens or drops rows, which then cannot be told "
-                "apart. Gather and unlearn with one that keeps them apart; for packed texts one that pads, e.g. "
-                "DataCollatorForSeq2Seq, gives each row the same loss."
+                f"data_collator={getattr(self.collator, '__name__', type(self.collator).__name__)} makes tensors of "
+                f"shapes {sorted(set(shapes))} of {n_rows} {self.name}: it packs, flattens or drops rows, which then "
+                "cannot be told apart. Gather and unlearn with one that keeps them apart; for packed texts one that "
+                "pads, e.g. DataCollatorForSeq2Seq, gives each row the same loss."
             )
 
     def length_order(self) -> np.ndarray:
@@ -119,12 +119,12 @@ class RowSource:
         return self._length_order
 
     def by_length(self, start: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
-        """Batches of rows of similar length, so that texts are hardly padded: the rows of `length_order()` from `start` on.
+        """Batches of rows of similar length, so that texts are hardly padded: `length_order()` from `start` on.
 
         The longest come first, so that what does not fit in memory is seen at once.
         """
-        if self._kept is not None and start == 0:
-            for positions, inputs in self._kept:
+        if self._batches is not None and start == 0:
+            for positions, inputs in self._batches:
                 whole = {name: v.to(torch.int64) if name in self._narrowed else v for name, v in inputs.items()}
                 yield positions, to_device(whole, self.device)
             return
@@ -177,15 +177,16 @@ class RowSource:
     def passes(self, model: nn.Module, *, in_order: bool = False) -> Iterator[tuple[np.ndarray, Batch, bool]]:
         """The batches of this process's share that `model` has to go through, and whether each counts.
 
-        Of rows of similar length (`by_length()`), or of neighbours if `in_order`. Where processes have to take the same passes (`is_sharded(model)`), those with fewer batches go through rows
-        again that do not count; and where the rows of one cannot be read, all raise. Positions are those in the share.
+        Of rows of similar length (`by_length()`), or of neighbours if `in_order`. Where processes have to take the same
+        passes (`is_sharded(model)`), those with fewer batches go through rows again that do not count; and where the
+        rows of one cannot be read, all raise. Positions are those in the share.
         """
         own, _ = self.share()
         if not is_sharded(model):
             for positions, inputs in own if in_order else own.by_length():
                 yield positions, inputs, True
             return
-        most = max(len(shard_range(len(self), number)) for number in range(get_world_size()))
+        most = max(len(shard_range(len(self), rank)) for rank in range(get_world_size()))
         batches = iter(own) if in_order else own.by_length()
         again: tuple[np.ndarray, Batch] | None = None
         for _ in range(-(-most // self.batch_size)):
@@ -195,7 +196,7 @@ class RowSource:
             yield again[0], dict(again[1]), batch is not None
 
     def passes_of_all(self, model: nn.Module) -> Iterator[tuple[np.ndarray, Batch]]:
-        """All batches, for every process to go through; where `model` is sharded and one cannot read them, all raise."""
+        """All batches, for every rank; where `model` is sharded and one rank cannot read them, all raise."""
         in_step, batches = is_sharded(model), iter(self)
         while True:
             with sync_errors(f"a batch of the {self.name}") if in_step else contextlib.nullcontext():
@@ -204,17 +205,18 @@ class RowSource:
                 return
             yield batch
 
-    def keep_batches(self, max_bytes: int = KEPT_BYTES) -> RowSource:
+    def keep_batches(self, max_bytes: int = STORED_BYTES) -> RowSource:
         """This source, with its collated batches kept for further passes as far as `max_bytes` allow (else unchanged).
 
-        They are those of `by_length()`, kept on the memory device, where there is one. Of several processes, each keeps those of its share.
+        They are those of `by_length()`, kept on the memory device, where there is one. Of several processes, each keeps
+        those of its share.
         """
-        self.share()[0]._keep(max_bytes)
+        self.share()[0]._store_batches(max_bytes)
         return self
 
-    def _keep(self, max_bytes: int) -> None:
-        if self._kept is None and len(self):
-            kept: list[tuple[np.ndarray, Batch]] = []
+    def _store_batches(self, max_bytes: int) -> None:
+        if self._batches is None and len(self):
+            batches: list[tuple[np.ndarray, Batch]] = []
             size = 0
             for positions, inputs in self.by_length():
                 size += sum(v.numel() * v.element_size() for v in inputs.values() if isinstance(v, torch.Tensor))
@@ -222,9 +224,9 @@ class RowSource:
                     return
                 whole = {name for name, v in inputs.items() if isinstance(v, torch.Tensor) and v.dtype == torch.int64}
                 small = {name: _narrow(v) if name in whole else v for name, v in inputs.items()}
-                kept.append((positions, to_device(small, memory_device(self.device) or self.device)))
+                batches.append((positions, to_device(small, memory_device(self.device) or self.device)))
                 self._narrowed |= whole
-            self._kept = kept
+            self._batches = batches
 
     def first_batch(self) -> Batch:
         """The first batch, for probing."""
@@ -256,8 +258,10 @@ def sample_positions(length: int, size: int, seed: int) -> np.ndarray:
 
 
 def row_lengths(dataset: Any) -> np.ndarray | None:
-    """Each row's longest list of numbers or text (tokens, samples, characters), `(rows,)` int; None where a few rows looked
-    at have none or are all of one length, as images, tables and texts of a fixed length are."""
+    """Length of each row's longest list of numbers or text (tokens, samples, characters), `(rows,)` int.
+
+    None where a few probed rows have none or are all of one length, as images, tables and texts of a fixed length are.
+    """
     probed = np.unique(np.linspace(0, len(dataset) - 1, num=min(_PROBED_LENGTHS, len(dataset)), dtype=np.int64))
     few = {_row_length(dataset[int(position)]) for position in probed}
     if len(few) < 2 or None in few:
@@ -364,9 +368,3 @@ def _numbers(value: Any) -> np.ndarray | None:
     if array.dtype.kind == "f":
         return np.ascontiguousarray(array, dtype=np.float32)
     return None
-
-
-def rows_are_deterministic(dataset: Dataset[Any] | datasets.Dataset, probes: int = 4) -> bool:
-    """Whether a few rows read twice have the same content; random transforms (augmentation) do not."""
-    positions = sample_positions(len(dataset), probes, seed=0)  # type: ignore[arg-type]
-    return all(row_bytes(dataset[int(i)]) == row_bytes(dataset[int(i)]) for i in positions)

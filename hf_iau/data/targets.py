@@ -66,7 +66,8 @@ class Targets:
     def parts(self) -> Iterator[Targets]:
         """The same targets, few enough at a time that their logits are no more than `_PART_BYTES` on their device.
 
-        For what takes several tensors as large as the logits, which of a large vocabulary are themselves many megabytes.
+        For what takes several tensors as large as the logits, which of a large vocabulary are themselves many
+        megabytes.
         """
         classes = self.logits.shape[1] if self.logits.dim() > 1 else 1
         size = max(_PART_BYTES[self.logits.device.type == "cpu"] // max(classes * self.logits.element_size(), 1), 1)
@@ -85,7 +86,7 @@ class Targets:
         return (self.logits - self.labels).square().mean(dim=1)
 
     def in_rows(self, values: Tensor) -> Tensor:
-        """`values` of all targets, `(targets,)`, a line for each row: `(rows, most targets of a row)`, NaN where there is none."""
+        """`values` of all targets, `(targets,)`, by row: `(rows, most targets of a row)`, NaN where there is none."""
         width = int(self.order.max()) + 1 if len(self) else 1
         lines = values.new_full((self.n_rows, width), float("nan"))
         lines[self.rows, self.order] = values
@@ -183,8 +184,8 @@ def labels_of(inputs: Mapping[str, Any]) -> Tensor | None:
     labels = inputs.get("labels")
     if labels is not None and not isinstance(labels, Tensor):
         raise UnsupportedModelError(
-            f"`labels` are a {type(labels).__name__} instead of a tensor: object detection and other tasks with labels of "
-            "several parts are not supported."
+            f"`labels` are a {type(labels).__name__} instead of a tensor: object detection and other tasks with labels "
+            "of several parts are not supported."
         )
     if labels is not None or not has_spans(inputs):
         return labels
@@ -196,9 +197,9 @@ def labels_of(inputs: Mapping[str, Any]) -> Tensor | None:
     if bool((beyond[:, 0] != beyond[:, 1]).any()):
         start, end = spans[beyond[:, 0] != beyond[:, 1]][0].tolist()
         raise UnsupportedModelError(
-            f"start_positions={start} and end_positions={end} of a row of {tokens.shape[1]} tokens: one of them lies beyond "
-            "the tokens, and the model's loss of such a row depends on the rows beside it. Set both to 0 (no answer), or "
-            "both beyond."
+            f"start_positions={start} and end_positions={end} of a row of {tokens.shape[1]} tokens: one of them lies "
+            "beyond the tokens, and the model's loss of such a row depends on the rows beside it. Set both to 0 (no "
+            "answer), or both beyond."
         )
     return spans.masked_fill(beyond, IGNORED_LABEL)
 
@@ -313,15 +314,19 @@ def read_targets(model: nn.Module, outputs: Any, labels: Tensor | None) -> Targe
         return Targets(TaskKind.MULTI_LABEL, logits, labels.to(logits.dtype), every_row, n_rows, first)
     if logits.dim() == 2 and not labels.is_floating_point() and labels.numel() == n_rows:
         flat = labels.reshape(-1).long()
-        kept = flat.ne(IGNORED_LABEL)
-        return Targets(TaskKind.SINGLE_LABEL, _wide(logits[kept]), flat[kept], every_row[kept], n_rows, first[kept])
+        labelled = flat.ne(IGNORED_LABEL)
+        return Targets(
+            TaskKind.SINGLE_LABEL, _wide(logits[labelled]), flat[labelled], every_row[labelled], n_rows, first[labelled]
+        )
     if logits.dim() == 3 and not labels.is_floating_point() and labels.shape == logits.shape[:2]:
         if shifts_labels(model):
             logits, labels = logits[:, :-1], labels[:, 1:]
-        kept = labels.ne(IGNORED_LABEL)
-        order = kept.long().cumsum(dim=1) - 1
+        labelled = labels.ne(IGNORED_LABEL)
+        order = labelled.long().cumsum(dim=1) - 1
         rows = every_row[:, None].expand_as(labels)
-        return Targets(TaskKind.TOKENS, _wide(logits[kept]), labels[kept].long(), rows[kept], n_rows, order[kept])
+        return Targets(
+            TaskKind.TOKENS, _wide(logits[labelled]), labels[labelled].long(), rows[labelled], n_rows, order[labelled]
+        )
     raise UnsupportedModelError(
         f"Logits of shape {tuple(logits.shape)} with labels of shape {tuple(labels.shape)} and type {labels.dtype} are "
         "of no supported task (single-label, multi-label or token classification, language modelling, question "
@@ -340,7 +345,7 @@ def predicted_targets(model: nn.Module, inputs: Mapping[str, Any]) -> Targets:
     return read_targets(model, model(**given), labels_of(inputs))
 
 
-def look_for_real_labels(model: nn.Module, dataset: Any) -> None:
+def find_real_valued_labels(model: nn.Module, dataset: Any) -> None:
     """Settle by a look at up to 256 rows whether float labels are numbers to be met or indicators of classes.
 
     A model without a `problem_type` does not say it, and a batch whose labels all happen to be 0 or 1 cannot. Once a

@@ -14,9 +14,9 @@ from typing import Any
 
 from hf_iau.deletion.milestones import passed
 from hf_iau.errors import StorageError
-from hf_iau.memory.files import PRIVATE_FOLDER, sync_folder, write_text_atomically
 from hf_iau.memory.keys import Key
 from hf_iau.memory.memory_files import MEMORY_FOLDER
+from hf_iau.utils.atomic_files import PRIVATE_FOLDER, sync_folder, write_text_atomically
 
 JOURNAL_NAME = "journal.json"
 STAGED_FOLDER = "staged"

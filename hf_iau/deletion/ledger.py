@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_iau.errors import LedgerError
-from hf_iau.memory.files import PRIVATE_FOLDER, write_text_atomically
 from hf_iau.memory.keys import Key, require_key
 from hf_iau.memory.memory_files import MEMORY_FOLDER
+from hf_iau.utils.atomic_files import PRIVATE_FOLDER, write_text_atomically
 
 LEDGER_NAME = "ledger.jsonl"
 SCHEMA = 2

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from hf_iau.errors import StorageError
-from hf_iau.memory.files import PRIVATE_FOLDER, write_text_atomically
 from hf_iau.memory.keys import Key
 from hf_iau.memory.memory_files import MEMORY_FOLDER
 from hf_iau.memory.row_identity import FINGERPRINT_BYTES, RowIdentity
+from hf_iau.utils.atomic_files import PRIVATE_FOLDER, write_text_atomically
 
 QUEUE_NAME = "queue.json"
 _MAX_BYTES = 256 * 2**20

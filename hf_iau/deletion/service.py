@@ -29,7 +29,6 @@ from hf_iau.deletion.storage import RequestStorage, full_weights, storage_errors
 from hf_iau.deletion.termination import Termination
 from hf_iau.distributed import is_main_process, run_on_main_process
 from hf_iau.errors import MissingMemoryError, RequestError, StorageError
-from hf_iau.memory.files import PRIVATE_FOLDER
 from hf_iau.memory.fingerprints import data_fingerprint, weights_fingerprint
 from hf_iau.memory.keys import Key, require_key
 from hf_iau.memory.memory import GradientMemory
@@ -39,6 +38,7 @@ from hf_iau.methods.context import ForgetContext
 from hf_iau.report.report import UnlearningReport
 from hf_iau.unlearn.rows import requested_rows
 from hf_iau.unlearn.transaction import WeightTransaction
+from hf_iau.utils.atomic_files import PRIVATE_FOLDER
 from hf_iau.utils.jsonable import jsonable
 
 if TYPE_CHECKING:

@@ -21,16 +21,16 @@ from hf_iau.deletion.journaled_method import STEP
 from hf_iau.deletion.ledger import LEDGER_NAME, Ledger, LedgerEntry
 from hf_iau.deletion.milestones import passed
 from hf_iau.deletion.queue import QUEUE_NAME, RequestQueue
-from hf_iau.deletion.receipt import certificate
+from hf_iau.deletion.receipt import render_receipt
 from hf_iau.deletion.termination import Termination
 from hf_iau.distributed import full_parameters
 from hf_iau.errors import IAUError, StorageError
-from hf_iau.memory.files import PRIVATE_FOLDER, write_text_atomically
 from hf_iau.memory.fingerprints import package_versions, weights_fingerprint
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.memory.memory_files import MEMORY_FOLDER, MEMORY_HEADER, is_memory_file
 from hf_iau.methods.context import ForgetContext
 from hf_iau.report.report import UnlearningReport
+from hf_iau.utils.atomic_files import PRIVATE_FOLDER, write_text_atomically
 from hf_iau.utils.jsonable import jsonable
 
 CERTIFICATE_FOLDER = "certificates"
@@ -167,7 +167,7 @@ class RequestStorage:
         )
         write_text_atomically(private / LEDGER_NAME, text)
         (private / CERTIFICATE_FOLDER).mkdir(mode=PRIVATE_FOLDER)
-        write_text_atomically(private / CERTIFICATE_FOLDER / f"{entry.number:05d}.md", certificate(entry))
+        write_text_atomically(private / CERTIFICATE_FOLDER / f"{entry.number:05d}.md", render_receipt(entry))
         return entry
 
     def _weight_files(self, request: str) -> tuple[list[str], list[str]]:

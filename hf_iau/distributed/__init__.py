@@ -1,4 +1,4 @@
-"""Several processes, each with its share of the rows: sums, row figures and errors that are the same in all of them."""
+"""torch.distributed for this package: every rank has its shard of the rows, and sums and errors are the same on all."""
 
 from hf_iau.distributed.processes import (
     SAME_START,
@@ -22,13 +22,13 @@ from hf_iau.distributed.sharded import (
     full_tensor,
     inner_product,
     is_sharded,
-    refuse_wrapped,
     replicas,
     reshard,
     shard_like,
     sharded_passes,
     to_local,
 )
+from hf_iau.distributed.wrappers import unwrap_model
 
 __all__ = [
     "SAME_START",
@@ -47,7 +47,6 @@ __all__ = [
     "is_main_process",
     "is_sharded",
     "reduce_",
-    "refuse_wrapped",
     "replicas",
     "reshard",
     "run_on_main_process",
@@ -56,4 +55,5 @@ __all__ = [
     "sharded_passes",
     "sync_errors",
     "to_local",
+    "unwrap_model",
 ]

@@ -1,9 +1,9 @@
-"""What the processes of a run tell each other, over torch.distributed's default process group.
+"""Collective operations over torch.distributed's default process group.
 
-With one process, or without a process group, every function here gives back what it was given. With more, each
-operation begins with a look at what the others are about to do: a process that failed says so there, and all of them
-raise its error instead of waiting for it; processes that have come apart are told so instead of adding up numbers that
-do not belong together. Nothing is pickled: tensors travel as they are, all else as JSON.
+Without a process group, or with a world size of 1, every function here returns what it was given. Otherwise each
+operation begins with an exchange of headers (`_exchange`): a rank that failed says so there, and all ranks raise its
+error instead of waiting for it; ranks that are at different operations raise instead of reducing numbers that do not
+belong together. Nothing is pickled: tensors are sent as they are, all else as JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 import hf_iau.errors as errors
 from hf_iau.errors import IAUError, ParallelError
 
-_SHARED = "_raised_in_every_process"
+_SHARED = "_raised_on_every_rank"
 # Small tensors are summed in one go, up to this many bytes.
 _BUCKET_BYTES = 32 * 2**20
 
@@ -37,39 +37,39 @@ def is_distributed() -> bool:
 
 
 def get_world_size() -> int:
-    """How many processes there are."""
+    """The number of processes; 1 without a process group."""
     return dist.get_world_size() if is_distributed() else 1
 
 
 def get_rank() -> int:
-    """This process's number, from 0."""
+    """The rank of this process, from 0; 0 without a process group."""
     return dist.get_rank() if is_distributed() else 0
 
 
 def is_main_process() -> bool:
-    """Whether this is process 0, which writes files and shows progress."""
+    """Whether this is rank 0, which writes files and shows progress."""
     return get_rank() == 0
 
 
-def shard_range(length: int, number: int | None = None) -> range:
-    """This process's part of the positions below `length`, or that of process `number`.
+def shard_range(length: int, rank: int | None = None) -> range:
+    """The positions below `length` that belong to `rank` (default: this one).
 
-    The parts are contiguous, in the order of the processes, hold every position once and differ by at most one in size.
+    Shards are contiguous, in the order of the ranks, hold every position once and differ by at most one in size.
     """
-    count = get_world_size()
-    number = get_rank() if number is None else number
-    return range(length * number // count, length * (number + 1) // count)
+    world_size = get_world_size()
+    rank = get_rank() if rank is None else rank
+    return range(length * rank // world_size, length * (rank + 1) // world_size)
 
 
 @contextlib.contextmanager
 def sync_errors(what: str) -> Iterator[None]:
-    """Run the block in every process, or fail in every process: an error of one is raised by all.
+    """Run the block on every rank, or fail on every rank: an error of one is raised by all.
 
     Args:
-        what: what the block does, for messages; the same in every process.
+        what: what the block does, for messages; the same on every rank.
 
     Raises:
-        ParallelError: another process failed with an error that is not this package's own, or is gone.
+        ParallelError: another rank failed with an error that is not this package's own, or is gone.
     """
     if not is_distributed():
         yield
@@ -87,10 +87,10 @@ def sync_errors(what: str) -> Iterator[None]:
 
 
 def all_reduce_(tensors: Sequence[Tensor], what: str) -> None:
-    """Add up each of `tensors` over the processes, in place; every process gets the same bits.
+    """Sum each of `tensors` over the ranks, in place; every rank gets the same bits.
 
     Args:
-        tensors: contiguous, of the same shapes and types in each process.
+        tensors: contiguous, of the same shapes and types on each rank.
         what: what they are, for messages.
     """
     if not is_distributed():
@@ -107,27 +107,27 @@ def all_reduce_(tensors: Sequence[Tensor], what: str) -> None:
                 tensor.copy_(part.view_as(tensor))
 
 
-def reduce_(tensors: Sequence[Tensor], number: int, what: str) -> None:
-    """Add up each of `tensors` over the processes, in place, in process `number` alone; elsewhere they are spent."""
+def reduce_(tensors: Sequence[Tensor], dst: int, what: str) -> None:
+    """Sum each of `tensors` over the ranks, in place on rank `dst`; on other ranks their content is lost."""
     if not is_distributed():
         return
     _exchange_same(what, sum(tensor.numel() for tensor in tensors))
     with _in_contact(what):
         for tensor in tensors:
             moved = tensor.to(_device()).contiguous()
-            dist.reduce(moved, dst=number)
-            if get_rank() == number and moved.data_ptr() != tensor.data_ptr():
+            dist.reduce(moved, dst=dst)
+            if get_rank() == dst and moved.data_ptr() != tensor.data_ptr():
                 tensor.copy_(moved)
 
 
-def broadcast_(tensor: Tensor, number: int, what: str) -> None:
-    """Overwrite `tensor` with that of process `number`."""
+def broadcast_(tensor: Tensor, src: int, what: str) -> None:
+    """Overwrite `tensor` with that of rank `src`."""
     if not is_distributed():
         return
     _exchange_same(what, tensor.numel())
     with _in_contact(what):
         moved = tensor.to(_device()).contiguous()
-        dist.broadcast(moved, src=number)
+        dist.broadcast(moved, src=src)
         if moved.data_ptr() != tensor.data_ptr():
             tensor.copy_(moved)
 
@@ -135,7 +135,7 @@ def broadcast_(tensor: Tensor, number: int, what: str) -> None:
 def all_gather_arrays(
     arrays: Mapping[str, np.ndarray], about: Mapping[str, Any], what: str
 ) -> list[tuple[dict[str, np.ndarray], dict[str, Any]]]:
-    """Each process's arrays and JSON, in the order of the processes."""
+    """Every rank's arrays and JSON, in the order of the ranks."""
     if not is_distributed():
         return [(dict(arrays), dict(about))]
     contents = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
@@ -145,25 +145,25 @@ def all_gather_arrays(
     gathered = []
     for received in _gather_bytes(blob, what):
         start = 8 + struct.unpack("<q", received[:8])[0]
-        found = json.loads(received[8:start])
+        header = json.loads(received[8:start])
         own: dict[str, np.ndarray] = {}
-        for name, (kind, shape) in found["arrays"].items():
+        for name, (kind, shape) in header["arrays"].items():
             size = int(np.prod(shape, dtype=np.int64))
             own[name] = np.frombuffer(received, dtype=kind, count=size, offset=start).reshape(shape).copy()
             start += own[name].nbytes
-        gathered.append((own, found["about"]))
+        gathered.append((own, header["about"]))
     return gathered
 
 
 def broadcast_object(value: Any, what: str) -> Any:
-    """Process 0's `value` (JSON; numbers keep every bit)."""
+    """Rank 0's `value` (JSON; numbers keep every bit)."""
     if not is_distributed():
         return value
     return json.loads(_gather_bytes(json.dumps(value).encode() if is_main_process() else b"", what)[0])
 
 
 def run_on_main_process(work: Callable[[], Any], what: str) -> Any:
-    """Do `work` on the main process alone; every process gets its result (JSON), or raises its error."""
+    """Do `work` on rank 0 alone; every rank gets its result (JSON), or raises its error."""
     result = None
     with sync_errors(what):
         if is_main_process():
@@ -172,15 +172,15 @@ def run_on_main_process(work: Callable[[], Any], what: str) -> Any:
 
 
 def assert_same_on_ranks(value: str, what: str, remedy: str) -> None:
-    """Make sure that `value` is the same in every process.
+    """Make sure that `value` is the same on every rank.
 
     Raises:
-        ParallelError: in every process, if it is not.
+        ParallelError: on every rank, if it is not.
     """
     if not is_distributed():
         return
     values = _gather_bytes(value.encode(), what)
-    other = next((number for number, found in enumerate(values) if found != values[0]), None)
+    other = next((rank for rank, value_there in enumerate(values) if value_there != values[0]), None)
     if other is not None:
         raise _mark(ParallelError(f"Processes 0 and {other} of {get_world_size()} differ in {what}. {remedy}"))
 
@@ -189,13 +189,13 @@ def assert_same_on_ranks(value: str, what: str, remedy: str) -> None:
 
 
 def _exchange(what: str, length: int, error: Exception | None = None) -> list[int]:
-    """Tell the others what comes next, and hear it from them.
+    """All-gather what each rank does next.
 
     Returns:
-        The `length` of each process.
+        The `length` of each rank.
 
     Raises:
-        IAUError: in every process, when one has failed or does something else.
+        IAUError: on every rank, when one has failed or is at another operation.
     """
     text = b""
     if error is not None:
@@ -205,8 +205,8 @@ def _exchange(what: str, length: int, error: Exception | None = None) -> list[in
         header = torch.tensor(mine, dtype=torch.int64, device=_device())
         received = [torch.empty_like(header) for _ in range(get_world_size())]
         dist.all_gather(received, header)
-        headers = [found.tolist() for found in received]
-        failed = [number for number, found in enumerate(headers) if found[0]]
+        headers = [other.tolist() for other in received]
+        failed = [rank for rank, other in enumerate(headers) if other[0]]
         if failed:
             body = _bytes_tensor(text if get_rank() == failed[0] else b"", headers[failed[0]][2])
             dist.broadcast(body, src=failed[0])
@@ -215,7 +215,7 @@ def _exchange(what: str, length: int, error: Exception | None = None) -> list[in
         if error is not None and text == text_of_first:
             raise _mark(error)
         raise _mark(_rebuilt(json.loads(text_of_first), failed[0]))
-    elsewhere = next((number for number, found in enumerate(headers) if found[1] != headers[0][1]), None)
+    elsewhere = next((rank for rank, other in enumerate(headers) if other[1] != headers[0][1]), None)
     if elsewhere is not None:
         raise _mark(
             ParallelError(
@@ -224,7 +224,7 @@ def _exchange(what: str, length: int, error: Exception | None = None) -> list[in
                 "same arguments and in the same order."
             )
         )
-    return [int(found[2]) for found in headers]
+    return [int(other[2]) for other in headers]
 
 
 def _exchange_same(what: str, length: int) -> None:
@@ -239,23 +239,23 @@ def _exchange_same(what: str, length: int) -> None:
 
 
 def _announce(what: str, error: Exception) -> Exception:
-    """Tell the others of `error`; the one that this process should raise."""
+    """Send `error` to the other ranks; returns the one that this rank should raise."""
     try:
         _exchange(what, 0, error)
     except ParallelError as raised:
-        # Nobody is there to be told: this process's own trouble is the better message.
+        # No other rank answers: this rank's own error is the better message.
         return _mark(error) if raised.__cause__ is not None else raised
     except Exception as raised:
         return raised
     raise AssertionError("an announced error is always raised")
 
 
-def _rebuilt(found: Mapping[str, str], number: int) -> IAUError:
-    kind = getattr(errors, found["class"], None)
+def _rebuilt(sent: Mapping[str, str], rank: int) -> IAUError:
+    kind = getattr(errors, sent["class"], None)
     if isinstance(kind, type) and issubclass(kind, IAUError):
-        rebuilt: IAUError = kind(f"{found['message']} (Found by process {number}.)")
+        rebuilt: IAUError = kind(f"{sent['message']} (Found by process {rank}.)")
         return rebuilt
-    return ParallelError(f"Process {number} failed with {found['class']}: {found['message']}")
+    return ParallelError(f"Process {rank} failed with {sent['class']}: {sent['message']}")
 
 
 def _mark(error: Any) -> Any:
@@ -302,7 +302,7 @@ def _gather_bytes(content: bytes, what: str) -> list[bytes]:
         mine = _bytes_tensor(content, longest)
         received = [torch.empty_like(mine) for _ in lengths]
         dist.all_gather(received, mine)
-    return [found.cpu().numpy().tobytes()[:length] for found, length in zip(received, lengths, strict=True)]
+    return [other.cpu().numpy().tobytes()[:length] for other, length in zip(received, lengths, strict=True)]
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

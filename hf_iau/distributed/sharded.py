@@ -1,7 +1,7 @@
-"""Models whose parameters `torch.distributed.fsdp.fully_shard` (FSDP2) has spread over the processes.
+"""Models whose parameters `torch.distributed.fsdp.fully_shard` (FSDP2) has sharded over the ranks.
 
-There are two ways to use one. Inside `full_parameters` each process holds all of it and works for itself. Elsewhere the
-model is run as it is: FSDP2 gathers the parameters of one module at a time, and every process has to take the same
+There are two ways to use one. Inside `full_parameters` each rank holds all of it and works for itself. Elsewhere the
+model is run as it is: FSDP2 gathers the parameters of one module at a time, and every rank has to run the same
 passes; see `sharded_passes`. Vectors of such a model (its gradient sums) are DTensors of the parameters' placement.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from hf_iau.distributed.processes import all_reduce_, sync_errors
@@ -27,7 +27,7 @@ _FSDP2 = ("torch.distributed.fsdp.", "torch.distributed._composable.")
 
 
 # Models inside `full_parameters`.
-_WHOLE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_UNSHARDED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 # What `sharded_passes` changes of a group of parameters that FSDP2 gathers together, and puts back.
 _OF_GROUP = (
@@ -43,8 +43,8 @@ _OF_GROUP = (
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether the parameters are spread over processes, so that all of these have to take the same passes."""
-    if model in _WHOLE:
+    """Whether the parameters are sharded over the ranks, so that all of these have to run the same passes."""
+    if model in _UNSHARDED:
         return False
     reshard(model)
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
@@ -52,7 +52,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 def reshard(model: nn.Module) -> None:
     """Give back what FSDP2 has gathered: after a forward pass the outermost module is still whole."""
-    if model not in _WHOLE:
+    if model not in _UNSHARDED:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -66,12 +66,12 @@ def class_name(model: nn.Module) -> str:
 
 @contextlib.contextmanager
 def full_parameters(model: nn.Module) -> Iterator[None]:
-    """Give every process the whole parameters of a model under `fully_shard`, and spread them again afterwards.
+    """Give every rank the full parameters of a model under `fully_shard`, and shard them again afterwards.
 
-    Inside, the model is a plain one in each process, in its parameters' own precision, and its forward and backward
-    passes wait for nobody: processes may take different numbers of batches. What was changed is kept in the shards. The
+    Inside, the model is a plain one on each rank, in its parameters' own precision, and its forward and backward
+    passes wait for nobody: ranks may take different numbers of batches. What was changed is kept in the shards. The
     parameter objects themselves, their gradients and the optimizer's state are left alone. To be entered by all
-    processes; other models are left as they are.
+    ranks; other models are left as they are.
 
     Raises:
         UnsupportedModelError: parameters sharded by something else (tensor parallelism).
@@ -85,29 +85,29 @@ def full_parameters(model: nn.Module) -> Iterator[None]:
             if isinstance(parameter, DTensor):
                 _refuse_other_sharding(model, parameter, name)
                 places.setdefault(parameter, []).append((module, name))
-    whole = {shards: _gathered(shards) for shards in places}
+    whole = {shards: _full_parameter(shards) for shards in places}
     with _without_fsdp_hooks(model):
         try:
-            _WHOLE.add(model)
+            _UNSHARDED.add(model)
             for shards, users in places.items():
                 for module, name in users:
                     module._parameters[name] = whole[shards]
             yield
         finally:
-            _WHOLE.discard(model)
+            _UNSHARDED.discard(model)
             for shards, users in places.items():
                 for module, name in users:
                     module._parameters[name] = shards  # type: ignore[assignment]
-                _spread(whole[shards], shards)
+                _copy_to_shards(whole[shards], shards)
 
 
 @contextlib.contextmanager
 def sharded_passes(model: nn.Module) -> Iterator[None]:
     """Let FSDP2 run a sharded model for this package: exact sums, in the parameters' own precision.
 
-    Inside, a backward pass leaves in `.grad` of each sharded parameter this process's part of the gradient's *sum* over
-    the processes (FSDP2's default is the mean), in whatever precision `MixedPrecisionPolicy` asks for otherwise, and no
-    module stays whole after its own pass. Every process takes the same number of passes. Afterwards, also after an
+    Inside, a backward pass leaves in `.grad` of each sharded parameter this rank's shard of the gradient's *sum* over
+    the ranks (FSDP2's default is the mean), in whatever precision `MixedPrecisionPolicy` asks for otherwise, and no
+    module stays whole after its own pass. Every rank runs the same number of passes. Afterwards, also after an
     exception, all settings are what they were. Other models, and those inside `full_parameters`, are left as they are.
 
     Raises:
@@ -170,13 +170,13 @@ def sharded_passes(model: nn.Module) -> Iterator[None]:
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor, sharing its memory; any other tensor as it is. Without gradient."""
+    """This rank's shard of a tensor, sharing its memory; any other tensor as it is. Without gradient."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A sharded tensor in whole, on the device of its parts; any other tensor as it is. Called by all processes."""
+    """All of a sharded tensor, on the device of its shards; any other tensor as it is. Called by every rank."""
     if not isinstance(tensor, DTensor):
         return tensor
     with sync_errors("a whole tensor"):
@@ -191,7 +191,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def shard_like(whole: Tensor, like: Tensor) -> Tensor:
-    """`whole`, which every process has, sharded like `like`; as it is where that is not sharded. Nothing is sent."""
+    """`whole`, which every rank has, sharded like `like`; as it is where that is not sharded. Nothing is sent."""
     if not isinstance(like, DTensor):
         return whole
     on_mesh = whole.detach().to(like.device_mesh.device_type)
@@ -203,7 +203,7 @@ def shard_like(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def replicas(tensor: Tensor) -> int:
-    """How many processes hold each part of a tensor."""
+    """How many ranks hold a copy of each shard of a tensor."""
     if not isinstance(tensor, DTensor):
         return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
@@ -211,7 +211,7 @@ def replicas(tensor: Tensor) -> int:
 
 
 def inner_product(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Σ a·b in float64 over pairs of tensors, the parts of sharded ones from all processes; the same bits in each."""
+    """Σ a·b in float64 over pairs of tensors, the shards of sharded ones from all ranks; the same bits on each."""
     total, of_shards, mesh_device = 0.0, 0.0, None
     for one, other in pairs:
         product = dot(to_local(other), to_local(one))
@@ -250,12 +250,12 @@ def _set_policy(group: Any, policy: MixedPrecisionPolicy) -> None:
                 del parameter._unsharded_param
 
 
-def _gathered(shards: DTensor) -> nn.Parameter:
+def _full_parameter(shards: DTensor) -> nn.Parameter:
     return nn.Parameter(full_tensor(shards), requires_grad=shards.requires_grad)
 
 
-def _spread(whole: Tensor, shards: DTensor) -> None:
-    """Each process keeps its part; nothing is sent, for all have the same."""
+def _copy_to_shards(whole: Tensor, shards: DTensor) -> None:
+    """Copy this rank's shard of `whole`; nothing is sent, for all ranks have the same."""
     with torch.no_grad():
         found = distribute_tensor(whole.detach(), shards.device_mesh, shards.placements, src_data_rank=None)
         local = shards.to_local()
@@ -267,8 +267,8 @@ def _refuse_other_sharding(model: nn.Module, parameter: DTensor, name: str) -> N
     split = [placement for placement in parameter.placements if type(placement) is not Replicate]
     if not by_fsdp or len(split) > 1 or any(type(placement) is not Shard for placement in split):
         raise UnsupportedModelError(
-            f"Parameter {name!r} is sharded as {parameter.placements}, which is not what fully_shard (FSDP2) alone does: "
-            "tensor parallelism is not supported. Load the model without tp_plan=, or shard it with fully_shard."
+            f"Parameter {name!r} is sharded as {parameter.placements}, which is not what fully_shard (FSDP2) alone "
+            "does: tensor parallelism is not supported. Load the model without tp_plan=, or shard it with fully_shard."
         )
 
 
@@ -288,22 +288,3 @@ def _without_fsdp_hooks(model: nn.Module) -> Iterator[None]:
         for hooks, before in taken:
             hooks.clear()
             hooks.update(before)
-
-
-def refuse_wrapped(model: nn.Module) -> None:
-    """Raise `UnsupportedModelError` for a model in `nn.DataParallel`, FSDP1 or DeepSpeed."""
-    if isinstance(model, nn.DataParallel):
-        raise UnsupportedModelError(
-            "The model is wrapped in nn.DataParallel, which splits batches behind the Trainer's back. Use one device, "
-            "or launch one process a GPU with `accelerate launch`."
-        )
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        raise UnsupportedModelError(
-            "The model is wrapped in FullyShardedDataParallel (FSDP1), which flattens its parameters. Use DDP, or "
-            "torch.distributed.fsdp.fully_shard (FSDP2)."
-        )
-    if type(model).__module__.startswith("deepspeed") or any(hasattr(p, "ds_id") for p in model.parameters()):
-        raise UnsupportedModelError(
-            "The model belongs to DeepSpeed, whose parameters and gradients are not visible. Use DDP, or "
-            "torch.distributed.fsdp.fully_shard (FSDP2)."
-        )

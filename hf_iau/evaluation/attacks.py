@@ -120,7 +120,10 @@ def attack_scores(predictions: RowPredictions, score: AttackScore = "loss") -> n
 
 
 def attack_auc(members: RowPredictions, non_members: RowPredictions, score: AttackScore = "loss") -> float:
-    """AUC of the threshold attack on one score (Yeom et al. 2018 for the loss; Song & Mittal 2021 for the others).
+    """AUC of the threshold attack on one score.
+
+    The loss attack is that of Yeom et al. (2018, arXiv 1709.01604), the others are of Song and Mittal (2021, arXiv
+    2003.10595).
 
     Args:
         members: the forget rows.
@@ -215,6 +218,12 @@ def all_attacks(
 ) -> dict[str, AttackResult]:
     """`attack` with every score, by the score's name; a score that the task does not have is NaN throughout.
 
+    Args:
+        members: the forget rows.
+        non_members: rows the model has never seen.
+        bootstrap: resamples for each AUC's interval; 0 for no intervals at all.
+        seed: of the resampling.
+
     Raises:
         ConfigError, RequestError, NonFiniteGradientError: as `attack`, of the `"loss"` score.
     """
@@ -241,14 +250,15 @@ def svc_confidence_attack(
     """The "MIA" column of SalUn's and ℓ1-sparse's tables: share of forget rows that a trained attacker calls unseen.
 
     An `SVC(C=3, gamma="auto", kernel="rbf")` learns the probability of the true label of retained (member) and unseen
-    (non-member) rows of the *same* model and then judges the forget rows. This is the confidence attack of
+    (non-member) rows of the *same* model and then classifies the forget rows. This is the confidence attack of
     `evaluation/SVC_MIA.py` in github.com/OPTML-Group/Unlearn-Sparse (Jia et al. 2023, arXiv 2304.04934) and
     github.com/OPTML-Group/Unlearn-Saliency (Fan et al. 2024, arXiv 2310.12508): retained rows as shadow members, test
     rows as shadow non-members, forget rows as targets. As there, both shadow sides have the same number of rows: the
     larger one is subsampled.
 
     Args:
-        retain_train_conf: probability of the true label on retained rows, shape `(rows,)` (`RowPredictions.confidence`).
+        retain_train_conf: probability of the true label on retained rows, shape `(rows,)`, 0 to 1; NaN for rows without
+            one (`RowPredictions.confidence`).
         held_out_conf: the same on held-out or test rows.
         forget_conf: the same on the forget rows.
         seed: of the subsampling.
@@ -322,7 +332,7 @@ def _bootstrap_interval(inside: np.ndarray, outside: np.ndarray, resamples: int,
         auc = area_under_curve(inside, outside)  # every resample has the same value
         return auc, auc
 
-    # Scores become their place among all distinct scores, so that a resample is two rows of counts and needs no sorting.
+    # Scores become their place among all distinct scores, so that a resample is two rows of counts, without sorting.
     distinct, places = np.unique(np.concatenate([inside, outside]), return_inverse=True)
     width = len(distinct)
 

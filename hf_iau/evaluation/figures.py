@@ -18,27 +18,27 @@ class Figures:
     """Figures of one model. A set of rows that was not measured has None, as accuracies of a regression have.
 
     Attributes:
-        forget_accuracy: share of the forget rows' targets predicted correctly, 0 to 1. A retrained model has about its
-            test accuracy here; lower than that is over-forgetting.
-        retain_accuracy: the same on (a sample of) the retained rows; higher is better.
+        forget_accuracy: FA, share of the forget rows' targets predicted correctly, 0 to 1. A retrained model has about
+            its test accuracy here, where the forget rows are like any others; lower than that is over-forgetting.
+        retain_accuracy: RA, the same on (a sample of) the retained rows; higher is better.
         held_out_accuracy: the same on the held-out rows, which calibration may have seen.
-        test_accuracy: the same on the test rows, which nothing has seen; higher is better.
+        test_accuracy: TA, the same on the test rows, which nothing has seen; higher is better.
         forget_loss: mean plain loss a target of the forget rows (cross-entropy in nats; BCE; squared error). NaN when
             the model has diverged.
         retain_loss: the same on the retained rows.
         held_out_loss: the same on the held-out rows.
         test_loss: the same on the test rows.
-        mia_auc: AUC of the loss attack, forget rows against the test rows, or the held-out rows where there is no test
-            set; 0 to 1, see `hf_iau.evaluation.attacks`.
+        mia_auc: MIA, the AUC of the loss attack, forget rows against the test rows, or the held-out rows where there is
+            no test set; 0 to 1, see `hf_iau.evaluation.attacks`.
         mia_auc_held_out: the same against the held-out rows.
         mia_auc_test: the same against the test rows.
         attacks: every attack by its score, against `attacks_against`; None when there are no unseen rows or fewer
             than `MINIMUM_ROWS_FOR_PER_ROW_FIGURES` forget rows.
         attacks_against: `"test"`, `"held_out"` or None.
         per_row_suppressed: whether there were too few forget rows for anything but means.
-        intervals: 95 % intervals, `(low, high)`, of the accuracies and of `mia_auc` by the figure's name, as far as
-            they were computed (see `hf_iau.evaluation.intervals`); None for none at all. They say how far the figure may
-            be for other rows drawn like these, not what another training seed would change.
+        intervals: 95 % intervals, `(low, high)`, of the accuracies and of `mia_auc` by the figure's name, in the
+            figure's unit, as far as they were computed (see `hf_iau.evaluation.intervals`); None for none at all. They
+            say how far the figure may be for other rows drawn like these, not what another training seed would change.
     """
 
     forget_accuracy: float | None = None

@@ -27,7 +27,8 @@ Interval = tuple[float, float]
 MISSING: Interval = (float("nan"), float("nan"))
 """The interval of what was not computed."""
 
-BOOTSTRAP_VALUES_AT_ONCE = 2_000_000  # bounds the memory of the resamples: 16 MB an array
+BOOTSTRAP_VALUES_AT_ONCE = 2_000_000
+"""Values that are resampled at once: bounds the memory of a bootstrap to 16 MB an array."""
 
 
 def check_resamples(bootstrap: int) -> None:
@@ -94,7 +95,11 @@ def ratio_interval(values: np.ndarray, weights: np.ndarray, resamples: int = RES
 def difference_interval(a: float, of_a: Interval, b: float, of_b: Interval) -> Interval:
     """Interval of a − b from the intervals of two independent rates (Newcombe 1998, "square and add").
 
-    Two models judged on the same rows agree on most of them; then the difference varies less than this says.
+    Two models measured on the same rows agree on most of them; then the difference varies less than this says.
+
+    Args:
+        a, b: the two rates.
+        of_a, of_b: their intervals, in the same unit.
     """
     low = a - b - np.hypot(a - of_a[0], of_b[1] - b)
     high = a - b + np.hypot(of_a[1] - a, b - of_b[0])

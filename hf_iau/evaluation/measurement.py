@@ -66,6 +66,9 @@ class Measurement:
 
         An attack that cannot be made (fewer than 2 rows on a side) gives None; one on a model whose loss is NaN gives
         NaN. With fewer than `MINIMUM_ROWS_FOR_PER_ROW_FIGURES` forget rows the attacks' operating points are withheld.
+
+        Raises:
+            ConfigError: for a negative `bootstrap`.
         """
         check_resamples(bootstrap)
         values: dict[str, float | None] = {}
@@ -127,7 +130,11 @@ def measure_model(
         retain: retained rows; sample them first (`RowSource.sample`) when they are many.
         held_out: rows never trained on, those that calibration uses.
         test: rows never trained on and not used for calibration.
-        keep_probabilities: keep each single-label row's predicted distribution, for `hf_iau.evaluation.model_agreement`.
+        keep_probabilities: keep each single-label row's predicted distribution, shape `(rows, classes)`, for
+            `hf_iau.evaluation.agreement`.
+
+    Returns:
+        Predictions of each set in the order of its rows; None for a set that was not given.
     """
 
     def predictions(source: RowSource | None) -> RowPredictions | None:
@@ -153,6 +160,9 @@ def accuracy_interval(predictions: RowPredictions, bootstrap: int = RESAMPLES, s
         predictions: of rows with a target.
         bootstrap: resamples; 0 for no interval.
         seed: of the resampling.
+
+    Returns:
+        Its ends as fractions of 1; NaN without one.
     """
     if not bootstrap:
         return MISSING

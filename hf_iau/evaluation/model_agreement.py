@@ -48,7 +48,7 @@ class ParameterDistance:
     """Distance of two models' weights.
 
     Attributes:
-        absolute: ‖a − b‖₂ over all parameters together.
+        absolute: ‖a − b‖₂ over all parameters together, in the weights' own unit.
         relative: `absolute` / ‖b‖₂, with b the reference model; NaN when all of its parameters are 0.
     """
 
@@ -112,6 +112,9 @@ def parameter_distance(model_a_params: Mapping[str, Tensor], model_b_params: Map
 
     A small distance to a retrained model is neither necessary nor sufficient for having forgotten: retrained models of
     two seeds are far apart. It says how far a step went from the weights it started from.
+
+    Returns:
+        The distance, and its share of the reference model's norm.
 
     Raises:
         RequestError: for different names or shapes.

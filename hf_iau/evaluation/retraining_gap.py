@@ -34,10 +34,10 @@ class Gap:
         test_loss: the same; above 0 lost utility.
         based_on: `"accuracy"` or `"loss"`.
         compared: names of the differences that `mean_absolute` averages, so that a missing set of rows shows.
-        intervals: 95 % intervals, `(low, high)` in points, of the differences of accuracies and AUC of which both models
-            have one; None for none at all. Both models judge the same rows, but are taken as independent here, which
-            makes the intervals rather too wide than too narrow. What another training seed would change is not in
-            them.
+        intervals: 95 % intervals, `(low, high)` in points, of the differences of accuracies and AUC of which both
+            models have one; None for none at all. Both models are measured on the same rows, but are taken as
+            independent here, which makes the intervals rather too wide than too narrow. What another training seed
+            would change is not in them.
     """
 
     mean_absolute: float | None
@@ -64,7 +64,8 @@ def gap(figures: Figures | Mapping[str, Any], retrained: Figures | Mapping[str, 
     tables (arXiv 2310.12508), with the loss attack's AUC as MIA. Both models must be measured on the same rows.
 
     Args:
-        figures: of the model in question, as `Figures` or the dictionary of one.
+        figures: of the model in question, as `Figures` or the dictionary of one; fractions of 1, losses in the task's
+            unit.
         retrained: of a model trained without the forget rows.
     """
     ours = figures if isinstance(figures, Figures) else Figures.from_dict(figures)

@@ -3,7 +3,7 @@
 from hf_iau.memory.checker import GradientCheck, check_row_gradients
 from hf_iau.memory.config import GatherConfig
 from hf_iau.memory.fingerprints import data_fingerprint, model_fingerprint, weights_fingerprint
-from hf_iau.memory.fit import gather
+from hf_iau.memory.gathering import gather
 from hf_iau.memory.gradient_sum import GradientSum, sum_row_gradients
 from hf_iau.memory.keys import Key, find_key
 from hf_iau.memory.memory import GradientMemory

@@ -11,15 +11,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_iau.data import RowLoss, RowSource, evaluation_mode, probe_additivity
-from hf_iau.data.adapters import check_adapters
-from hf_iau.data.placement import check_placement
+from hf_iau.data.precision import rounds_to_half
 from hf_iau.data.row_loss import UserLossFunction
 from hf_iau.data.rows import Collator
-from hf_iau.data.working import is_narrow
-from hf_iau.data.wrappers import unwrapped
+from hf_iau.data.validation import check_adapters, check_placement
 from hf_iau.distributed import get_world_size, inner_product, is_sharded, reshard
+from hf_iau.distributed.wrappers import unwrap_model
 from hf_iau.errors import IAUError
-from hf_iau.memory.fit import choose_row_loss, default_collator, keep_input_columns
+from hf_iau.memory.gathering import choose_row_loss, default_collator, keep_input_columns
 from hf_iau.memory.gradient_sum import sum_row_gradients, trainable_parameters
 
 
@@ -74,7 +73,7 @@ def check_row_gradients(
         CoupledRowsError: the loss couples the rows of a batch.
         IAUError: the loss cannot be read at all.
     """
-    model = unwrapped(model)
+    model = unwrap_model(model)
     check_adapters(model)
     check_placement(model)
     reshard(model)
@@ -94,7 +93,7 @@ def check_row_gradients(
     parameters = trainable_parameters(model)
     if tolerance is None:
         double = all(p.dtype == torch.float64 for p in model.parameters())
-        tolerance = 2e-2 if is_narrow(model) else 1e-10 if double else 1e-5
+        tolerance = 2e-2 if rounds_to_half(model) else 1e-10 if double else 1e-5
     reference, scale = _loop(model, loss, source, parameters)
     errors: dict[int, float] = {}
     failing: dict[str, None] = {}

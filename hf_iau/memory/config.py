@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-import torch
-
-from hf_iau.data.working import Precision
-from hf_iau.errors import ConfigError
-from hf_iau.utils.config_checks import check_choice, check_number
+from hf_iau.data.precision import Precision
+from hf_iau.utils.config_checks import check_choice, check_device, check_number
 
 GradientSumKind = Literal["full", "sampled", "none"]
 CurvatureName = Literal["ekfac", "diagonal", "adam", "identity", "none"]
+FisherKind = Literal["true", "empirical"]
 
 
 @dataclass(frozen=True)
 class GatherConfig:
-    """Configuration of what is remembered.
+    """Configuration of what is gathered.
 
     Parameters that control the gradient sum:
         gradient_sum, sample_rows.
@@ -41,12 +39,12 @@ class GatherConfig:
     sample_rows: int = field(default=4096, metadata={"help": "Rows of a sampled gradient sum."})
     curvature: CurvatureName = field(
         default="ekfac",
-        metadata={"help": "Curvature to remember: 'ekfac', 'diagonal', 'adam', 'identity' or 'none'."},
+        metadata={"help": "Kind of curvature: 'ekfac', 'diagonal', 'adam', 'identity' or 'none'."},
     )
     curvature_rows: int = field(
         default=1024, metadata={"help": "Training rows that the curvature is fitted on; its cost does not grow with n."}
     )
-    fisher: Literal["true", "empirical"] = field(
+    fisher: FisherKind = field(
         default="true", metadata={"help": "Labels drawn from the model ('true') or the training labels ('empirical')."}
     )
     max_factor_size: int = field(
@@ -67,7 +65,8 @@ class GatherConfig:
         default=None,
         metadata={
             "help": "Device of all that is as large as the trained weights: gradient sums, factors, directions and the "
-            "copy of the weights that a request keeps. 'cpu' keeps it off the accelerator; default: the parameters' own."
+            "copy of the weights that a request keeps. 'cpu' keeps it off the accelerator; default: the parameters' "
+            "own."
         },
     )
     batch_size: int | None = field(
@@ -82,24 +81,17 @@ class GatherConfig:
         return self.curvature in ("ekfac", "diagonal") and self.fisher == "true"
 
     def __post_init__(self) -> None:
-        choices = {
-            "gradient_sum": ("full", "sampled", "none"),
-            "curvature": ("ekfac", "diagonal", "adam", "identity", "none"),
-            "fisher": ("true", "empirical"),
-            "precision": ("float32", "bfloat16"),
-        }
-        for name, allowed in choices.items():
-            check_choice(self, name, allowed)
-        least = {"sample_rows": 2, "curvature_rows": 1, "max_factor_size": 1, "seed": 0, "batch_size": 1}
-        for name, lowest in least.items():
-            if name != "batch_size" or self.batch_size is not None:
-                check_number(self, name, at_least=lowest, whole=True)
-        for name in ("factor_device", "memory_device"):
-            value = getattr(self, name)
-            try:
-                torch.device(value or "cpu")
-            except (RuntimeError, TypeError, ValueError) as error:
-                raise ConfigError(f"GatherConfig({name}={value!r}): give a device, e.g. 'cpu' or 'cuda:0'.") from error
+        check_choice(self, "gradient_sum", get_args(GradientSumKind))
+        check_number(self, "sample_rows", at_least=2, whole=True)
+        check_choice(self, "curvature", get_args(CurvatureName))
+        check_number(self, "curvature_rows", at_least=1, whole=True)
+        check_choice(self, "fisher", get_args(FisherKind))
+        check_number(self, "max_factor_size", at_least=1, whole=True)
+        check_device(self, "factor_device")
+        check_choice(self, "precision", get_args(Precision))
+        check_device(self, "memory_device")
+        check_number(self, "batch_size", at_least=1, whole=True, optional=True)
+        check_number(self, "seed", at_least=0, whole=True)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON."""

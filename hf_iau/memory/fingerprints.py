@@ -45,8 +45,8 @@ def weights_fingerprint(model: nn.Module) -> str:
     """Digest of every parameter and persistent buffer of a model, bit for bit; one is gathered at a time."""
     reshard(model)
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
-    kept = model.state_dict(keep_vars=True).keys()
-    tensors.update({name: buffer for name, buffer in model.named_buffers() if name in kept})
+    persistent = model.state_dict(keep_vars=True).keys()
+    tensors.update({name: buffer for name, buffer in model.named_buffers() if name in persistent})
     return tensors_fingerprint((name, full_tensor(tensors[name].detach())) for name in sorted(tensors))
 
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from hf_iau.data import RowLoss, RowSource, evaluation_mode
-from hf_iau.data.working import memory_device
+from hf_iau.data.precision import memory_device
 from hf_iau.distributed import (
     all_gather_arrays,
     all_reduce_,
@@ -73,22 +73,22 @@ def trainable_parameters(model: nn.Module, names: Sequence[str] | None = None) -
     Raises:
         UnsupportedModelError: nothing is trainable, or a named parameter is frozen or absent.
     """
-    found = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     if names is None:
-        chosen = {name: parameter for name, parameter in found.items() if parameter.requires_grad}
+        chosen = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         if not chosen:
             raise UnsupportedModelError(
                 f"No parameter of {type(model).__name__} has requires_grad=True, so there is nothing that could "
                 "forget. Unfreeze what was fine-tuned (for PEFT load the adapter with is_trainable=True)."
             )
         return chosen
-    bad = [name for name in names if name not in found or not found[name].requires_grad]
+    bad = [name for name in names if name not in parameters or not parameters[name].requires_grad]
     if bad:
         raise UnsupportedModelError(
             f"{len(bad)} parameters that the memory covers are absent or frozen here, e.g. {bad[0]!r}. Load the same "
             "architecture and set requires_grad=True on what was fine-tuned (PEFT: is_trainable=True)."
         )
-    return {name: found[name] for name in names}
+    return {name: parameters[name] for name in names}
 
 
 def sum_row_gradients(
@@ -123,10 +123,10 @@ def sum_row_gradients(
         parameters = trainable_parameters(model, names)
         sharded = is_sharded(model)
         result = _sum_rows(model, row_loss, source, parameters, progress and is_main_process(), track_batches)
-        if _any_process(not _is_finite(result), what, sharded):
+        if _on_any_rank(not _is_finite(result), what, sharded):
             (_raise_for_sharded_row if sharded else _raise_for_row)(model, row_loss, source, parameters)
         _add_up(result, source.name, sharded)
-        if _any_process(not _is_finite(result), what, sharded):
+        if _on_any_rank(not _is_finite(result), what, sharded):
             raise NonFiniteGradientError(
                 f"The gradient sum over the {source.name} is not finite although each process's is: it overflowed."
             )
@@ -198,7 +198,7 @@ def _squared_gradients(parameters: Mapping[str, nn.Parameter], sharded: bool) ->
 
 
 def _add_up_whole_gradients(parameters: dict[str, nn.Parameter], name: str) -> None:
-    """Of a sharded model, sum over the processes what FSDP2 leaves alone: gradients of parameters that are not sharded."""
+    """Sum over the ranks what FSDP2 leaves alone in a sharded model: gradients of unsharded parameters."""
     left = [parameter for parameter in parameters.values() if not isinstance(parameter, DTensor)]
     for parameter in left:
         if parameter.grad is None:
@@ -210,13 +210,13 @@ def _add_up_whole_gradients(parameters: dict[str, nn.Parameter], name: str) -> N
             parameter.grad = gradient
 
 
-def _any_process(found: bool, what: str, sharded: bool) -> bool:
-    """Whether `found` in this process; with shards, of which each process sees its own only, in any of them."""
+def _on_any_rank(flag: bool, what: str, sharded: bool) -> bool:
+    """`flag` of this rank; of a sharded model, where each rank sees its shards only, whether any rank has it set."""
     if not sharded:
-        return found
-    flag = torch.tensor([float(found)])
-    all_reduce_([flag], what)
-    return bool(flag > 0)
+        return flag
+    count = torch.tensor([float(flag)])
+    all_reduce_([count], what)
+    return bool(count > 0)
 
 
 def _is_finite(result: GradientSum) -> bool:
@@ -253,10 +253,10 @@ def _raise_for_sharded_row(
                 if not bad and parameter.grad is not None and not bool(to_local(parameter.grad).isfinite().all()):
                     bad = name
                 parameter.grad = None
-            found = all_gather_arrays({}, {"bad": bad, "loss": float(loss.detach())}, f"a row of the {source.name}")
-            names = [about["bad"] for _, about in found if about["bad"]]
-            if names or (n_targets and not math.isfinite(found[0][1]["loss"])):
-                raise _bad_row(int(positions[0]), source.name, names[0] if names else None, found[0][1]["loss"])
+            by_rank = all_gather_arrays({}, {"bad": bad, "loss": float(loss.detach())}, f"a row of the {source.name}")
+            names = [about["bad"] for _, about in by_rank if about["bad"]]
+            if names or (n_targets and not math.isfinite(by_rank[0][1]["loss"])):
+                raise _bad_row(int(positions[0]), source.name, names[0] if names else None, by_rank[0][1]["loss"])
     raise _overflowed(source.name)
 
 

@@ -69,7 +69,8 @@ def find_key(output_dir: str | Path | None = None) -> Key | None:
         output_dir: where the memory lies; the key file must not lie below it, for who has both can try out rows.
 
     Raises:
-        ConfigError: both variables are set, the file lies below `output_dir` or cannot be read, or the key is too short.
+        ConfigError: both variables are set, the file lies below `output_dir` or cannot be read, or the key is too
+            short.
     """
     secret, name = os.environ.get(KEY_VARIABLE), os.environ.get(KEY_FILE_VARIABLE)
     if secret and name:
@@ -106,10 +107,10 @@ def require_key(purpose: str, output_dir: str | Path | None = None) -> Key:
 
 
 @functools.cache
-def say_that_there_is_no_key() -> None:
+def warn_without_key() -> None:
     """Once a process: what is not kept without a key."""
     logger.warning(
         "%s is not set, so no row fingerprints are kept with the memory: a later process cannot tell which rows were "
-        "trained on or forgotten, and there is no ledger. See docs/requests.md.",
+        "trained on or forgotten, and there is no ledger. See docs/deletion.md.",
         KEY_VARIABLE,
     )

@@ -17,20 +17,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_iau.curvature import Curvature
-from hf_iau.curvature.spread import fetch_tensor
+from hf_iau.curvature.sharded_blocks import fetch_tensor
 from hf_iau.data import RowLoss, RowSource, evaluation_mode
-from hf_iau.data.working import memory_device
+from hf_iau.data.precision import memory_device
 from hf_iau.distributed import full_tensor, is_main_process, shard_like, sync_errors
 from hf_iau.errors import IAUError, MemoryFileError, MemoryMismatchError, MissingMemoryError, StaleMemoryError
-from hf_iau.memory.files import (
-    PRIVATE_FOLDER,
-    file_digest,
-    file_order,
-    sync_folder,
-    write_atomically,
-    write_one_by_one,
-    write_text_atomically,
-)
 from hf_iau.memory.fingerprints import data_fingerprint, model_fingerprint, package_versions, weights_fingerprint
 from hf_iau.memory.memory_files import (
     MEMORY_FOLDER,
@@ -38,11 +29,20 @@ from hf_iau.memory.memory_files import (
     SCHEMA_VERSION,
     TENSOR_FILE,
     check_fields,
+    file_order,
     header_digest,
     read_header,
     read_tensors,
+    write_tensors_one_by_one,
 )
 from hf_iau.memory.row_identity import RowIdentity
+from hf_iau.utils.atomic_files import (
+    PRIVATE_FOLDER,
+    file_digest,
+    sync_folder,
+    write_atomically,
+    write_text_atomically,
+)
 
 _SUM_PREFIX = "gradient_sum."
 _IDENTITY_PREFIX = "row_identity."
@@ -54,7 +54,7 @@ _NOT_PLAIN = ("parameters", "gradient_sum", "curvature", "row_identity")
 
 @dataclass
 class GradientMemory:
-    """What is remembered of one model and its training rows.
+    """What is stored of one model and its training rows.
 
     A memory is personal data: two versions of it differ by about the forgotten rows' gradient. It is written with mode
     0600 into a folder that `push_to_hub` never uploads.
@@ -64,8 +64,8 @@ class GradientMemory:
         n_rows: training rows that are still in.
         n_targets: their targets (rows of a classifier, tokens of a language model).
         label_counts: class → rows, for single-label rows; None where rows have no one class.
-        gradient_sum: Σ_D of row-loss gradients at these weights, or None; float32 (float64 for float64 parameters, and in
-            older files).
+        gradient_sum: Σ_D of row-loss gradients at these weights, or None; float32 (float64 for float64 parameters, and
+            in older files).
         gradient_sum_kind: "full", "sampled", "first-order" (moved along with the weights) or "none".
         gradient_sum_rows: rows that the sum was made of.
         gradient_sum_error: standard error of a sampled sum, as a Euclidean norm; 0 for an exact one.
@@ -127,8 +127,9 @@ class GradientMemory:
             )
         if now.get("adapters") != self.model.get("adapters", now.get("adapters")):
             raise MemoryMismatchError(
-                f"The memory was gathered with adapter {self.model['adapters']!r} active but {now.get('adapters')!r} is "
-                f"active now: activate the adapter that is to forget (model.set_adapter({self.model['adapters']!r}))."
+                f"The memory was gathered with adapter {self.model['adapters']!r} active but {now.get('adapters')!r} "
+                "is active now: activate the adapter that is to forget "
+                f"(model.set_adapter({self.model['adapters']!r}))."
             )
         if now["weights"] != self.model["weights"]:
             raise StaleMemoryError(
@@ -200,22 +201,22 @@ class GradientMemory:
         return self.curvature
 
     @property
-    def is_spread(self) -> bool:
+    def is_sharded(self) -> bool:
         """Whether each process holds a part of the gradient sum and some layers' curvature only."""
         sharded = any(isinstance(total, DTensor) for total in (self.gradient_sum or {}).values())
-        return sharded or (self.curvature is not None and self.curvature.is_spread)
+        return sharded or (self.curvature is not None and self.curvature.is_sharded)
 
-    def whole(self) -> GradientMemory:
+    def unsharded(self) -> GradientMemory:
         """The memory with all of its tensors in every process; itself, where it is so. Called by all processes."""
-        if not self.is_spread:
+        if not self.is_sharded:
             return self
         sums = None if self.gradient_sum is None else {n: full_tensor(t) for n, t in self.gradient_sum.items()}
-        curvature = None if self.curvature is None else self.curvature.whole()
+        curvature = None if self.curvature is None else self.curvature.unsharded()
         return dataclasses.replace(self, gradient_sum=sums, curvature=curvature)
 
     def on_main_process(self) -> GradientMemory:
         """In process 0 the memory with all of its tensors in the host's memory; itself elsewhere. Called by all."""
-        if not self.is_spread:
+        if not self.is_sharded:
             return self
         tensors = {name: tensor.cpu() for name, tensor in self._fetched() if is_main_process()}
         if not is_main_process():
@@ -223,20 +224,20 @@ class GradientMemory:
         sums = {name: tensors[f"{_SUM_PREFIX}{name}"] for name in self.gradient_sum or {}}
         curvature = None
         if self.curvature is not None:
-            kept = {name: t for name, t in tensors.items() if not name.startswith((_SUM_PREFIX, _IDENTITY_PREFIX))}
-            curvature = Curvature.from_tensors(kept, self.curvature.metadata())
+            rest = {name: t for name, t in tensors.items() if not name.startswith((_SUM_PREFIX, _IDENTITY_PREFIX))}
+            curvature = Curvature.from_tensors(rest, self.curvature.metadata())
         return dataclasses.replace(self, gradient_sum=sums or None, curvature=curvature)
 
-    def spread_like(self, model: nn.Module) -> GradientMemory:
+    def sharded_like(self, model: nn.Module) -> GradientMemory:
         """The memory with a part in each process, as the parameters of `model` are; itself, where it is so."""
-        if self.is_spread:
+        if self.is_sharded:
             return self
         parameters = dict(model.named_parameters())
         sums = self.gradient_sum
         if sums is not None:
             devices = {name: memory_device(parameters[name].device) for name in sums}
             sums = {name: shard_like(total, parameters[name]).to(devices[name]) for name, total in sums.items()}
-        curvature = None if self.curvature is None else self.curvature.spread()
+        curvature = None if self.curvature is None else self.curvature.sharded()
         return dataclasses.replace(self, gradient_sum=sums, curvature=curvature)
 
     @property
@@ -244,7 +245,7 @@ class GradientMemory:
         """Summed length of the steps since the curvature was estimated, relative to the weights' norm."""
         return self.relative_path - self.curvature_path
 
-    def beside(self, model: nn.Module) -> GradientMemory:
+    def placed_for(self, model: nn.Module) -> GradientMemory:
         """The memory where a request works with it: on the device it was gathered to, else beside the parameters.
 
         One that was loaded lies in the host's memory, where each direction would be made by the CPU.
@@ -309,11 +310,11 @@ class GradientMemory:
     def save(self, directory: str | Path) -> Path:
         """Write the memory into `directory` (made if missing): tensors first, then the header that names them.
 
-        A crash in between leaves the older memory readable. Returns the header's path. One that is spread over processes
-        is saved by all of them together: one tensor after the other comes to process 0, which writes the same files.
+        A crash in between leaves the older memory readable. Returns the header's path. One that is sharded is
+        saved by all ranks together: one tensor after the other comes to rank 0, which writes the same files.
         """
         folder = Path(directory)
-        if self.is_spread:
+        if self.is_sharded:
             with sync_errors("saving the memory"):
                 if is_main_process():
                     self._save(folder)
@@ -353,8 +354,8 @@ class GradientMemory:
         digest: list[str] = []
 
         def write_tensors(path: Path) -> None:
-            if self.is_spread:
-                write_one_by_one(path, tensors, self._fetched(), _FILE_METADATA)
+            if self.is_sharded:
+                write_tensors_one_by_one(path, tensors, self._fetched(), _FILE_METADATA)
             else:
                 plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
                 save_file(plain, path, metadata=_FILE_METADATA)

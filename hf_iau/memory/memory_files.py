@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_iau.errors import MemoryFileError, MemoryMismatchError
-from hf_iau.memory.files import file_digest, sync_folder
+from hf_iau.utils.atomic_files import file_digest, sync_folder
 
 SCHEMA_VERSION = 4
 MEMORY_FOLDER = "_iau"
@@ -24,6 +24,8 @@ MEMORY_HEADER = "memory.json"
 TENSOR_FILE = re.compile(r"memory-[0-9a-f]{32}\.safetensors")
 _PART_OF_MEMORY = re.compile(r"\.?memory-([0-9a-f]{32}|staged)\.safetensors.*|\.memory\.json\..*")
 _MAX_HEADER_BYTES = 64 * 2**20
+# As safetensors names types.
+_TYPES = {torch.float64: "F64", torch.float32: "F32", torch.uint8: "U8"}
 
 
 def check_fields(plain: Mapping[str, Any]) -> None:
@@ -49,8 +51,12 @@ def check_fields(plain: Mapping[str, Any]) -> None:
         demand(name, plain[name] is None or isinstance(plain[name], dict), "an object or null")
     for name in ("weight_decay", "seconds"):
         demand(name, all(_is_number(value) for value in plain[name].values()), "an object of finite numbers")
-    known = plain["settings"].get("precision") in (None, "float32", "bfloat16")
-    demand("settings", known and _is_device(plain["settings"].get("memory_device")), "an object of known settings")
+    precision_known = plain["settings"].get("precision") in (None, "float32", "bfloat16")
+    demand(
+        "settings",
+        precision_known and _is_device(plain["settings"].get("memory_device")),
+        "an object of known settings",
+    )
     counts = (plain["label_counts"] or {}).values()
     demand("label_counts", all(type(count) is int for count in counts), "null or an object of whole numbers")
     demand("loss", isinstance(plain["loss"].get("probe", 0.0), (int, float)), "an object whose `probe` is a number")
@@ -156,3 +162,36 @@ def read_tensors(folder: Path, entry: Any) -> dict[str, Tensor]:
     if len(tensors) != entry["count"]:
         raise MemoryFileError(f"{path} holds {len(tensors)} tensors, expected {entry['count']}.")
     return tensors
+
+
+def file_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names in the order in which safetensors writes them: widest type first, then by name."""
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
+def write_tensors_one_by_one(
+    path: Path, like: Mapping[str, Tensor], contents: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]
+) -> None:
+    """Write the file that `safetensors.torch.save_file` writes, holding one tensor at a time.
+
+    Args:
+        path: the file.
+        like: name → a tensor of the shape and type, with or without content.
+        contents: name and content, in `file_order`.
+        metadata: for the file's header.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    start = 0
+    for name in file_order(like):
+        stop = start + like[name].numel() * like[name].element_size()
+        shape = {"dtype": _TYPES[like[name].dtype], "shape": list(like[name].shape)}
+        header[name], start = shape | {"data_offsets": [start, stop]}, stop
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in contents:
+            content = tensor.detach().cpu().contiguous()
+            if content.shape != like[name].shape or content.dtype != like[name].dtype:
+                raise ValueError(f"{name!r} is {content.dtype} of shape {tuple(content.shape)}, unlike its header")
+            file.write(content.reshape(-1).view(torch.uint8).numpy().data)

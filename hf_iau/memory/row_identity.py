@@ -68,29 +68,29 @@ class RowIdentity:
                 "no row would be recognised. Set the key that was set when the memory was gathered."
             )
 
-    def copies(self, asked: np.ndarray) -> dict[bytes, tuple[int, int]]:
-        """How often each fingerprint in `asked` (uint8, `(m, 16)`) was trained on, and how many of those are forgotten."""
-        found = self._positions(asked)
-        return {name: (len(places), int(self.forgotten[places].sum())) for name, places in found.items()}
+    def copies(self, requested: np.ndarray) -> dict[bytes, tuple[int, int]]:
+        """Training rows with each fingerprint in `requested` (uint8, `(m, 16)`), and how many of them are forgotten."""
+        places_of = self._positions(requested)
+        return {name: (len(places), int(self.forgotten[places].sum())) for name, places in places_of.items()}
 
-    def check_request(self, asked: np.ndarray) -> None:
+    def check_request(self, requested: np.ndarray) -> None:
         """Raise unless every row of a request was trained on and is still in.
 
         Args:
-            asked: keyed fingerprints of the request's rows, uint8, `(m, 16)`.
+            requested: keyed fingerprints of the request's rows, uint8, `(m, 16)`.
 
         Raises:
             UnknownRowsError: rows that were never trained on.
             AlreadyForgottenError: rows of which every copy is forgotten, or fewer are left than the request holds.
         """
-        wanted = Counter(row.tobytes() for row in asked)
-        copies = self.copies(asked)
-        unknown = [i for i, row in enumerate(asked) if copies[row.tobytes()][0] == 0]
+        wanted = Counter(row.tobytes() for row in requested)
+        copies = self.copies(requested)
+        unknown = [i for i, row in enumerate(requested) if copies[row.tobytes()][0] == 0]
         if unknown:
             raise UnknownRowsError(
-                f"{len(unknown)} of the {len(asked)} rows were never trained on, e.g. the one at position {unknown[0]}: "
-                "there is nothing to forget of them. Leave them out, or look whether they were preprocessed like the "
-                "training rows."
+                f"{len(unknown)} of the {len(requested)} rows were never trained on, e.g. the one at position "
+                f"{unknown[0]}: there is nothing to forget of them. Leave them out, or look whether they were "
+                "preprocessed like the training rows."
             )
         gone = 0
         for name, count in wanted.items():
@@ -98,46 +98,46 @@ class RowIdentity:
             gone += min(forgotten, max(0, count - (trained - forgotten)))
         if gone:
             raise AlreadyForgottenError(
-                f"{gone} of the {len(asked)} rows were already forgotten by an earlier request: leave them out."
+                f"{gone} of the {len(requested)} rows were already forgotten by an earlier request: leave them out."
             )
 
-    def still_in(self, asked: np.ndarray) -> np.ndarray:
+    def still_in(self, requested: np.ndarray) -> np.ndarray:
         """Which rows of a request are still in (bool, `(m,)`): of several copies, as many as are left."""
-        left = {name: trained - gone for name, (trained, gone) in self.copies(asked).items()}
-        kept = np.zeros(len(asked), dtype=bool)
-        for i, row in enumerate(asked):
+        left = {name: trained - gone for name, (trained, gone) in self.copies(requested).items()}
+        still_in = np.zeros(len(requested), dtype=bool)
+        for i, row in enumerate(requested):
             name = row.tobytes()
-            kept[i] = left[name] > 0
+            still_in[i] = left[name] > 0
             left[name] -= 1
-        return kept
+        return still_in
 
-    def positions(self, asked: np.ndarray) -> np.ndarray:
-        """A row number in the training set for each row asked for, no number twice; rows still in come first.
+    def positions(self, requested: np.ndarray) -> np.ndarray:
+        """A row number in the training set for each row that is requested, no number twice; rows still in come first.
 
         Raises:
-            UnknownRowsError: a row has fewer copies than were asked for.
+            UnknownRowsError: a row has fewer copies than were requested.
         """
         places = {
-            name: sorted(found, key=lambda i: (bool(self.forgotten[i]), i), reverse=True)
-            for name, found in self._positions(asked).items()
+            name: sorted(positions, key=lambda i: (bool(self.forgotten[i]), i), reverse=True)
+            for name, positions in self._positions(requested).items()
         }
         chosen = []
-        for i, row in enumerate(asked):
+        for i, row in enumerate(requested):
             free = places[row.tobytes()]
             if not free:
                 raise UnknownRowsError(f"The row at position {i} was never trained on, or less often than asked for.")
             chosen.append(free.pop())
         return np.asarray(chosen, dtype=np.int64)
 
-    def without(self, asked: np.ndarray, positions: np.ndarray | None = None) -> RowIdentity:
-        """The identity after a request: one copy more is forgotten for each row in `asked`.
+    def without(self, requested: np.ndarray, positions: np.ndarray | None = None) -> RowIdentity:
+        """The identity after a request: one copy more is forgotten for each row in `requested`.
 
         Args:
-            asked: keyed fingerprints of the request's rows.
+            requested: keyed fingerprints of the request's rows.
             positions: their row numbers, where the request named them so; those are marked if they are still in.
         """
         forgotten = self.forgotten.copy()
-        left = Counter(row.tobytes() for row in asked)
+        left = Counter(row.tobytes() for row in requested)
         if positions is not None:
             for position in positions[~forgotten[positions]].tolist():
                 name = self.fingerprints[position].tobytes()
@@ -145,22 +145,22 @@ class RowIdentity:
                     forgotten[position] = True
                     left[name] -= 1
         if left.total():
-            for name, places in self._positions(asked).items():
+            for name, places in self._positions(requested).items():
                 free = [i for i in places if not forgotten[i]]
                 forgotten[free[: left[name]]] = True
         return replace(self, forgotten=forgotten)
 
-    def _positions(self, asked: np.ndarray) -> dict[bytes, list[int]]:
-        found: dict[bytes, list[int]] = {row.tobytes(): [] for row in asked}
-        if not found or not len(self):
-            return found
+    def _positions(self, requested: np.ndarray) -> dict[bytes, list[int]]:
+        positions: dict[bytes, list[int]] = {row.tobytes(): [] for row in requested}
+        if not positions or not len(self):
+            return positions
         table = np.zeros(1 << _TABLE_BITS, dtype=bool)
-        table[_heads(asked)] = True
+        table[_heads(requested)] = True
         for i in np.flatnonzero(table[_heads(self.fingerprints)]).tolist():
             name = self.fingerprints[i].tobytes()
-            if name in found:
-                found[name].append(i)
-        return found
+            if name in positions:
+                positions[name].append(i)
+        return positions
 
     # --- files ----------------------------------------------------------------------------------------------------
 
@@ -210,10 +210,10 @@ class RowIdentity:
 def keyed_fingerprints(key: Key, model: nn.Module, dataset: Any) -> np.ndarray:
     """Keyed fingerprints of all rows of `dataset`, as far as `model` sees them: uint8, `(rows, 16)`."""
     columns = input_columns(model)
-    found = bytearray()
+    fingerprints = bytearray()
     for i in range(len(dataset)):
-        found += key.fingerprint(row_bytes(content_seen(dataset[i], columns)))
-    return np.frombuffer(found, dtype=np.uint8).reshape(-1, FINGERPRINT_BYTES)
+        fingerprints += key.fingerprint(row_bytes(content_seen(dataset[i], columns)))
+    return np.frombuffer(fingerprints, dtype=np.uint8).reshape(-1, FINGERPRINT_BYTES)
 
 
 def _heads(fingerprints: np.ndarray) -> np.ndarray:

@@ -71,7 +71,8 @@ def find_method(name: str, config: Any) -> tuple[UnlearningMethod, Any]:
             config = method.config_class()
         except TypeError as error:
             raise ConfigError(
-                f"method={name!r} has no default configuration ({error}): pass config={method.config_class.__name__}(…)."
+                f"method={name!r} has no default configuration ({error}): "
+                f"pass config={method.config_class.__name__}(…)."
             ) from error
     if not isinstance(config, method.config_class):
         raise ConfigError(

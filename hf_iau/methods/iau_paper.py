@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from hf_iau.errors import ConfigError
 from hf_iau.methods.base import check_gradient_difference, forget_and_retain_sums, register_method
 from hf_iau.methods.context import ForgetContext
 from hf_iau.methods.outcome import MethodOutcome
 from hf_iau.methods.step import apply_step, step_norm
-from hf_iau.utils.config_checks import is_finite
+from hf_iau.utils.config_checks import check_number
 
 
 @dataclass(frozen=True)
@@ -27,12 +26,8 @@ class IAUPaperConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("eta", "retain_weight"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not is_finite(value):
-                raise ConfigError(f"IAUPaperConfig({name}={value!r}): give a finite number.")
-        if self.eta < 0:
-            raise ConfigError(f"IAUPaperConfig(eta={self.eta}): a negative rate would learn the forget rows; use >= 0.")
+        check_number(self, "eta", at_least=0)  # a negative rate would learn the forget rows
+        check_number(self, "retain_weight")
 
 
 @register_method

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from hf_iau.errors import ConfigError
 from hf_iau.methods.base import check_gradient_difference, forget_and_retain_sums, register_method
 from hf_iau.methods.context import ForgetContext
 from hf_iau.methods.outcome import MethodOutcome
 from hf_iau.methods.step import apply_step, step_norm
-from hf_iau.utils.config_checks import is_finite
+from hf_iau.utils.config_checks import check_number
 
 _ADAM_EPSILON = 1e-8
 
@@ -26,8 +25,7 @@ class IAUReleasedConfig:
     lr: float = field(default=1e-3, metadata={"help": "Learning rate of the one Adam step, as in the released code."})
 
     def __post_init__(self) -> None:
-        if not isinstance(self.lr, (int, float)) or not is_finite(self.lr) or self.lr < 0:
-            raise ConfigError(f"IAUReleasedConfig(lr={self.lr!r}): give a finite number >= 0.")
+        check_number(self, "lr", at_least=0)
 
 
 @register_method

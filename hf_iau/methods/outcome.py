@@ -16,7 +16,8 @@ class StepRecord:
 
     Attributes:
         source: what the step size rests on, see `hf_iau.methods.iau.step_search.Calibration`.
-        scale, damping, retain_weight: k, λ and c of the one step; None where many were taken, which these do not describe.
+        scale, damping, retain_weight: k, λ and c of the one step; None where many were taken, which these do not
+            describe.
         reasons: for a verdict other than "ok", in words.
     """
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_iau.data.model_mode import random_state_kept
+from hf_iau.data.model_mode import preserved_random_state
 from hf_iau.data.predictions import predict_rows
 from hf_iau.data.row_loss import ModelRowLoss, RowLoss
 from hf_iau.data.rows import RowSource
@@ -113,7 +113,7 @@ def relearn_time(
         )
 
     step, reached = 0, arrived(0)
-    with random_state_kept(learner):
+    with preserved_random_state(learner):
         torch.manual_seed(seed)
         order = torch.Generator().manual_seed(seed)
         learner.train()

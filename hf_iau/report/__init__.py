@@ -1,4 +1,4 @@
-"""What a request did, for machines (JSON), for people (Markdown, tables) and for the eye (histograms)."""
+"""What a request did, for machines (JSON) and for people (an HTML page, Markdown, tables, histograms)."""
 
 from hf_iau.report.report import UnlearningReport, installed_versions
 

@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import nn
 from transformers.modelcard import TASK_MAPPING
 
 from hf_iau.data.targets import base_model
 from hf_iau.errors import PublishError
 from hf_iau.evaluation.figures import MINIMUM_ROWS_FOR_PER_ROW_FIGURES
-from hf_iau.memory.files import PRIVATE_FOLDER, write_atomically
 from hf_iau.memory.fingerprints import weights_fingerprint
 from hf_iau.report import tables
+from hf_iau.report.pages import markdown_environment
 from hf_iau.report.report import UnlearningReport
+from hf_iau.utils.atomic_files import PRIVATE_FOLDER, write_atomically
 from hf_iau.utils.jsonable import json_text
 
 logger = logging.getLogger(__name__)
@@ -47,8 +47,8 @@ class ServedRequest:
         calibrated: whether its step was calibrated; None when there was nothing to calibrate.
         forget_rows: rows forgotten.
         train_rows: rows that the model was trained on until then, or None.
-        before, after: figures of `hf_iau.evaluation.Figures`; those over the forget rows are left out when they were fewer
-            than `MINIMUM_ROWS_FOR_PER_ROW_FIGURES`.
+        before, after: figures of `hf_iau.evaluation.Figures`; those over the forget rows are left out when they were
+            fewer than `MINIMUM_ROWS_FOR_PER_ROW_FIGURES`.
         gap: mean distance from a retrained model (see `hf_iau.evaluation.Gap`), or None.
         noise_floor: the same between two retrained models, or None.
         gap_unit: "points" or "% of loss".
@@ -130,14 +130,6 @@ class UnlearningCard:
         """The card's section on unlearning, in Markdown; empty when there were no requests."""
         if not self.requests:
             return ""
-        environment = Environment(
-            loader=PackageLoader("hf_iau.report", "templates"),
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            keep_trailing_newline=True,
-            autoescape=False,
-        )
         served = [["date", "method", "rows forgotten", "of", "calibrated", "gap", "noise floor", "verdict"]]
         for request in self.requests:
             served.append(
@@ -154,15 +146,19 @@ class UnlearningCard:
             )
         last = self.requests[-1]
         comparison = tables.comparison({"before": last.before, "after": last.after}, {})
-        return environment.get_template("unlearning.md.jinja").render(
-            heading=SECTION,
-            requests=len(self.requests),
-            rows=sum(request.forget_rows for request in self.requests),
-            served=tables.markdown(served),
-            comparison=tables.markdown(comparison) if len(comparison) > 1 else None,
-            last=last,
-            minimum_rows=MINIMUM_ROWS_FOR_PER_ROW_FIGURES,
-            uncalibrated=any(request.calibrated is False for request in self.requests),
+        return (
+            markdown_environment()
+            .get_template("unlearning.md.jinja")
+            .render(
+                heading=SECTION,
+                requests=len(self.requests),
+                rows=sum(request.forget_rows for request in self.requests),
+                served=tables.markdown(served),
+                comparison=tables.markdown(comparison) if len(comparison) > 1 else None,
+                last=last,
+                minimum_rows=MINIMUM_ROWS_FOR_PER_ROW_FIGURES,
+                uncalibrated=any(request.calibrated is False for request in self.requests),
+            )
         )
 
     def evaluation_results(self, task: str, dataset: str | None = None) -> list[EvalResult]:
@@ -290,8 +286,8 @@ def card_metadata(path: Path) -> dict[str, Any]:
         return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict() if path.is_file() else {}
     except Exception as error:  # YAML has its own errors, and somebody's README may hold anything
         raise PublishError(
-            f"The model card {path} cannot be read ({type(error).__name__}: {error}): mend its metadata block, or remove "
-            "it to have it written anew."
+            f"The model card {path} cannot be read ({type(error).__name__}: {error}): mend its metadata block, or "
+            "remove it to have it written anew."
         ) from error
 
 

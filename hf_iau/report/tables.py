@@ -66,12 +66,14 @@ def intervals(columns: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def span(interval: Any, scale: int | None = None) -> str:
-    """`(low, high)` × `scale` as "low – high"; a dash for None."""
-    return "–" if interval is None or None in interval else " – ".join(number(end, scale) for end in interval)
+    """`(low, high)` × `scale` as "low – high", or "low to high" where one is negative; a dash for None."""
+    if interval is None or None in interval:
+        return "–"
+    return (" – " if min(interval) >= 0 else " to ").join(number(end, scale) for end in interval)
 
 
 def differences(gap: Mapping[str, Any] | None) -> Table:
-    """The signed differences of a `Gap` dictionary, those that its mean averages, with their intervals if there are any."""
+    """The signed differences of a `Gap` dictionary that its mean averages, with their intervals if there are any."""
     found = (gap or {}).get("intervals") or {}
     rows = [["figure", "unlearned − retrained", *(["95 % interval"] if found else [])]]
     names = {"retain": "RA", "forget": "FA", "test": "TA"}
@@ -179,11 +181,11 @@ def text(table: Table) -> str:
     return "\n".join(lines)
 
 
-def markdown(table: Table) -> str:
-    """A Markdown table."""
+def markdown(table: Table, words: bool = False) -> str:
+    """A Markdown table; the columns after the first are flush right, or left where they hold `words`."""
     clean = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in table]
     head, *body = clean
-    alignment = [":--", *("--:" for _ in head[1:])]
+    alignment = [":--", *(":--" if words else "--:" for _ in head[1:])]
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, alignment, *body))
 
 

@@ -13,24 +13,23 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from hf_iau.data import RowLoss, RowSource, probe_additivity, probe_targets
-from hf_iau.data.placement import refuse_device
 from hf_iau.data.row_loss import UserLossFunction
-from hf_iau.data.wrappers import unwrapped
+from hf_iau.data.validation import check_before_gathering, refuse_device
 from hf_iau.distributed import sync_errors
+from hf_iau.distributed.wrappers import unwrap_model
 from hf_iau.errors import MissingMemoryError, UnsupportedModelError
 from hf_iau.memory.config import GatherConfig
-from hf_iau.memory.fit import (
+from hf_iau.memory.gathering import (
     build_memory,
-    check_gatherable,
     choose_row_loss,
-    describe_memory,
     identify_rows,
     keep_input_columns,
+    memory_summary,
 )
 from hf_iau.memory.keys import find_key
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.memory.memory_files import MEMORY_FOLDER
-from hf_iau.memory.private import TRAINER_IGNORES, refuse_private_files
+from hf_iau.memory.private_files import TRAINER_IGNORES, refuse_private_files
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +110,7 @@ class IAUCallback(TrainerCallback):
     ) -> None:
         # auto_find_batch_size enters the loop again and again; every entry starts afresh.
         self._memory, self.failure, self._finished = None, None, False
-        model = unwrapped(kwargs["model"])
+        model = unwrap_model(kwargs["model"])
         if self.restriction is not None and model not in _ROW_LOSS_OF_MODEL:
             raise UnsupportedModelError(
                 f"restriction={self.restriction!r} changes the training step, which a callback cannot do on a plain "
@@ -121,7 +120,7 @@ class IAUCallback(TrainerCallback):
         with sync_errors("the check before training"):
             find_key(args.output_dir)  # a key that cannot be used is better refused now than after training
             source = self._source(args, model, kwargs["train_dataloader"])
-            check_gatherable(model, source.dataset)
+            check_before_gathering(model, source.dataset)
             probe_additivity(self._choose_loss(args, model), model, source)
             if self.config.reads_targets:
                 probe_targets(model, source)
@@ -137,16 +136,16 @@ class IAUCallback(TrainerCallback):
     ) -> None:
         if state.is_hyper_param_search and not self._finished:
             return
-        model = unwrapped(kwargs["model"])
+        model = unwrap_model(kwargs["model"])
         try:
             with sync_errors("gathering"):  # nobody reads the files before they are written
                 source = self._source(args, model, kwargs["train_dataloader"])
                 loss = self._choose_loss(args, model)
                 self._memory = build_memory(model, source, loss, self.config, optimizer=kwargs.get("optimizer"))
                 self._memory.row_identity = identify_rows(model, source.dataset, args.output_dir)
-                if self.save and (args.should_save or self._memory.is_spread):
+                if self.save and (args.should_save or self._memory.is_sharded):
                     self._memory.save(Path(args.output_dir or ".") / MEMORY_FOLDER)
-            logger.info("Gathered a gradient memory: %s", dict(describe_memory(self._memory)))
+            logger.info("Gathered a gradient memory: %s", dict(memory_summary(self._memory)))
         except Exception as error:  # whatever it is, the training that has just ended is not to be lost with it
             self.failure = error
             logger.error("Gathering failed after training; the model is unharmed. %s: %s", type(error).__name__, error)

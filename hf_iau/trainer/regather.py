@@ -11,13 +11,13 @@ import numpy as np
 from torch import nn
 
 from hf_iau.data import RowSource
+from hf_iau.data.precision import compute_settings
 from hf_iau.data.rows import select_rows
 from hf_iau.data.trainer_rows import model_of, trainer_rows
-from hf_iau.data.working import working
 from hf_iau.errors import MemoryFileError, MissingMemoryError
 from hf_iau.memory.config import GatherConfig
 from hf_iau.memory.fingerprints import data_fingerprint, weights_fingerprint
-from hf_iau.memory.fit import build_memory, identify_rows
+from hf_iau.memory.gathering import build_memory, identify_rows
 from hf_iau.memory.keys import find_key
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.memory.row_identity import RowIdentity, keyed_fingerprints
@@ -52,7 +52,7 @@ def gather_remaining(trainer: UnlearningTrainer, config: GatherConfig, dataset: 
     if len(kept) < len(source):
         # Row numbers still name rows of the whole training set.
         memory.data = data_fingerprint(model, source.dataset)
-        with working(config.precision):
+        with compute_settings(config.precision):
             memory.loss["probe"] = memory.probe_loss(model, trainer.row_loss, source)
         memory.forgotten_rows = len(source) - len(kept)
     return memory

@@ -15,16 +15,16 @@ from transformers import Trainer
 from hf_iau.data import RowLoss
 from hf_iau.data.row_loss import TrainerRowLoss, UserLossFunction
 from hf_iau.data.trainer_rows import model_of
-from hf_iau.data.wrappers import unwrapped
 from hf_iau.deletion.id_column import rows_of_ids
 from hf_iau.deletion.service import RequestService, finish_interrupted_request, report_of
 from hf_iau.distributed import full_parameters, is_main_process, is_sharded
+from hf_iau.distributed.wrappers import unwrap_model
 from hf_iau.errors import AlreadyForgottenError, ConfigError, MissingMemoryError, RequestError, UnsupportedModelError
 from hf_iau.memory.config import GatherConfig
-from hf_iau.memory.fit import choose_row_loss
+from hf_iau.memory.gathering import choose_row_loss
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.memory.memory_files import MEMORY_FOLDER, MEMORY_HEADER
-from hf_iau.memory.private import TRAINER_IGNORES, refuse_private_files
+from hf_iau.memory.private_files import TRAINER_IGNORES, refuse_private_files
 from hf_iau.methods.base import UnlearningMethod, config_values, find_method
 from hf_iau.report.card import UnlearningCard, card_metadata, task_of_model
 from hf_iau.trainer.callback import IAUCallback, announce_row_loss, refuse_unsupported_engines
@@ -151,7 +151,7 @@ class UnlearningTrainer(Trainer):
         return None
 
     def _prepare_model(self, model: nn.Module) -> None:
-        announce_row_loss(unwrapped(model), self.row_loss)
+        announce_row_loss(unwrap_model(model), self.row_loss)
         if self._restriction_config is not None:
             if self.args.optim in ("lomo", "adalomo"):
                 raise ConfigError(
@@ -445,7 +445,7 @@ class UnlearningTrainer(Trainer):
         """As in `Trainer`: weights, configuration and the model card are uploaded, `_iau/` is not.
 
         The memory that belongs to the weights is saved beside them first. Earlier revisions of the repository keep the
-        forgotten rows; see docs/publishing.md for how to take them away before.
+        forgotten rows; see docs/how_to/publish.md for how to take them away before.
 
         Raises:
             PublishError: no token, no access, no connection, or a memory lies where it would be uploaded.

@@ -9,15 +9,21 @@ import numpy as np
 from torch import nn
 
 from hf_iau.data import RowSource, probe_additivity
-from hf_iau.data.adapters import check_adapters
-from hf_iau.data.placement import check_placement
-from hf_iau.data.rows import refuse_iterable, row_bytes, rows_are_deterministic
-from hf_iau.data.targets import look_for_real_labels
-from hf_iau.data.trainer_rows import check_columns, model_of, optional_rows, refuse_random_rows, trainer_rows
-from hf_iau.distributed import is_sharded, refuse_wrapped
+from hf_iau.data.rows import refuse_iterable, row_bytes
+from hf_iau.data.targets import find_real_valued_labels
+from hf_iau.data.trainer_rows import model_of, optional_rows, trainer_rows
+from hf_iau.data.validation import (
+    check_adapters,
+    check_columns,
+    check_placement,
+    refuse_random_rows,
+    refuse_wrapped,
+    rows_are_deterministic,
+)
+from hf_iau.distributed import is_sharded
 from hf_iau.errors import AlreadyForgottenError, ConfigError, RequestError
 from hf_iau.memory.fingerprints import data_fingerprint
-from hf_iau.memory.fit import count_labels
+from hf_iau.memory.gathering import count_labels
 from hf_iau.memory.gradient_sum import trainable_parameters
 from hf_iau.memory.keys import find_key
 from hf_iau.memory.memory import GradientMemory
@@ -70,12 +76,12 @@ def request_context(
     forget = trainer_rows(trainer, forget_rows, "forget rows")
     refuse_random_rows(forget)
     check_columns(trainer, forget)
-    look_for_real_labels(model, forget.dataset if train is None else train.dataset)
+    find_real_valued_labels(model, forget.dataset if train is None else train.dataset)
     memory = trainer.memory
     if memory is not None:
-        memory = memory.spread_like(model) if is_sharded(model) else memory.whole()
+        memory = memory.sharded_like(model) if is_sharded(model) else memory.unsharded()
         memory.check_model(model)
-        memory = memory if is_sharded(model) else memory.beside(model)
+        memory = memory if is_sharded(model) else memory.placed_for(model)
         memory.check_loss(trainer.row_loss)
         if positions is not None and train is not None:
             memory.check_data(model, train.dataset)

@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 
 from hf_iau.data import RowSource
-from hf_iau.data.model_mode import placed_on, random_state_kept
-from hf_iau.data.trainer_rows import check_same_columns, model_of, optional_rows
-from hf_iau.data.working import memory_device, working
-from hf_iau.data.wrappers import unwrapped
+from hf_iau.data.model_mode import placed_on, preserved_random_state
+from hf_iau.data.precision import compute_settings, memory_device
+from hf_iau.data.trainer_rows import model_of, optional_rows
+from hf_iau.data.validation import check_same_columns
 from hf_iau.distributed import full_parameters, is_main_process, is_sharded, sync_errors
+from hf_iau.distributed.wrappers import unwrap_model
 from hf_iau.errors import IAUError, RequestError
 from hf_iau.evaluation.measurement import Measurement, measure_model
 from hf_iau.memory.fingerprints import package_versions
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.methods.base import UnlearningMethod, config_values
-from hf_iau.methods.context import ForgetContext
+from hf_iau.methods.context import ROWS_LOOKED_AT, ForgetContext
 from hf_iau.methods.outcome import MethodOutcome
 from hf_iau.report.card import UnlearningCard
 from hf_iau.report.report import UnlearningReport
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Rows that a report measures; their accuracy is then good to about one point.
-_MEASURED_RETAINED_ROWS = 2000
-_MEASURED_HELD_OUT_ROWS = 2000
+_MEASURED_RETAINED_ROWS = ROWS_LOOKED_AT
+_MEASURED_HELD_OUT_ROWS = ROWS_LOOKED_AT
 
 Keep = Callable[[ForgetContext, GradientMemory | None, UnlearningReport, UnlearningCard], None]
 """Writes what a request came to: context, memory, report and card, while the changed weights are whole."""
@@ -134,7 +135,7 @@ def serving_conditions(trainer: UnlearningTrainer, method: UnlearningMethod) -> 
     sharded = getattr(method, "works_on_shards", False) and is_sharded(model)
     whole = contextlib.nullcontext() if sharded else full_parameters(model)
     # Data sets and collators may draw numbers.
-    with sync_errors("the request"), whole, random_state_kept(model), _working_as_gathered(trainer):
+    with sync_errors("the request"), whole, preserved_random_state(model), _working_as_gathered(trainer):
         yield
 
 
@@ -145,7 +146,7 @@ def _working_as_gathered(trainer: UnlearningTrainer) -> contextlib.AbstractConte
     except IAUError:  # raised again where the request is checked
         memory = None
     settings = {} if memory is None else memory.settings
-    return working(settings.get("precision"), settings.get("memory_device"))
+    return compute_settings(settings.get("precision"), settings.get("memory_device"))
 
 
 def checked_models(retrained_model: Any) -> list[nn.Module]:
@@ -187,7 +188,7 @@ def _measured_retrained(
     if models:
         with timer.phase("measure_retrained"):
             for given in models:
-                with placed_on(unwrapped(given), trainer.args.device) as model:
+                with placed_on(unwrap_model(given), trainer.args.device) as model:
                     measured.append(measure_model(model, *rows))
     return measured
 

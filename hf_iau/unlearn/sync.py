@@ -23,7 +23,8 @@ from hf_iau.distributed import (
 from hf_iau.errors import ParallelError
 from hf_iau.memory.fingerprints import weights_fingerprint
 from hf_iau.methods.context import ForgetContext
-from hf_iau.unlearn.transaction import WeightTransaction, model_state
+from hf_iau.methods.weights import model_state
+from hf_iau.unlearn.transaction import WeightTransaction
 
 # Rounding on different devices is far below this share of the update; anything above is another update.
 _ROUNDING = 1e-3

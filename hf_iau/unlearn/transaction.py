@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_iau.distributed import to_local
 from hf_iau.errors import RequestError
 from hf_iau.memory.fingerprints import weights_fingerprint
+from hf_iau.methods.weights import WeightSnapshot, model_state
 from hf_iau.utils.vectors import pieces
 
 
@@ -61,10 +62,7 @@ class WeightTransaction:
 
     def rollback(self) -> None:
         """Put every parameter and buffer back, bit for bit."""
-        with torch.no_grad():
-            state = model_state(self.model)
-            for name, copy in self._copies.items():
-                state[name].copy_(copy)
+        WeightSnapshot(self.model, self._copies).restore()
 
     def commit(self) -> Callable[[], None]:
         """Keep the change. Returns the function that undoes it."""
@@ -105,13 +103,3 @@ class _Moved(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._before)
-
-
-def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers; expanded constants, which nothing can write to, are left out."""
-    buffers = {
-        name: buffer
-        for name, buffer in model.named_buffers()
-        if not any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))
-    }
-    return {**dict(model.named_parameters()), **buffers}

@@ -1,9 +1,11 @@
-"""Checks that configurations share."""
+"""Checks of configurations, one style: each raises a `ConfigError` that names class, field, value and remedy."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
+
+import torch
 
 from hf_iau.errors import ConfigError
 
@@ -25,9 +27,20 @@ def check_number(
     at_most: float = math.inf,
     below: float = math.inf,
     whole: bool = False,
+    optional: bool = False,
 ) -> None:
-    """Raise `ConfigError` unless the field `name` of `config` is a finite number in the given range."""
+    """Raise `ConfigError` unless the field `name` of `config` is a finite number in the given range.
+
+    Args:
+        config: a dataclass.
+        name: of the field.
+        at_least, above, at_most, below: the range.
+        whole: the number has to be an int.
+        optional: None is allowed.
+    """
     value = getattr(config, name)
+    if value is None and optional:
+        return
     kind = int if whole else (int, float)
     fits = (
         isinstance(value, kind)
@@ -52,3 +65,14 @@ def check_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
     value = getattr(config, name)
     if value not in choices:
         raise ConfigError(f"{type(config).__name__}({name}={value!r}): choose one of {', '.join(map(repr, choices))}.")
+
+
+def check_device(config: Any, name: str) -> None:
+    """Raise `ConfigError` unless the field `name` of `config` names a kind of device that PyTorch knows, or is None."""
+    value = getattr(config, name)
+    try:
+        torch.device(value or "cpu")
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{type(config).__name__}({name}={value!r}): give a device, e.g. 'cpu' or 'cuda:0'."
+        ) from error

@@ -30,9 +30,10 @@ class PhaseTimer:
     Args:
         device: the device that does the work. On CUDA, and other accelerators whose allocator counts, the peak is
             `torch.cuda.max_memory_allocated` of that device during the phase: everything allocated, weights included;
-            its peak counter is reset at the start of each phase. On any other device it is the *growth* of this process' resident memory above its size at the start
-            of the phase, sampled every 20 ms by a background thread and at both ends; memory that the allocator kept
-            from an earlier phase is not seen again, and a peak shorter than 20 ms can be missed.
+            its peak counter is reset at the start of each phase. On any other device it is the *growth* of this
+            process' resident memory above its size at the start of the phase, sampled every 20 ms by a background
+            thread and at both ends; memory that the allocator kept from an earlier phase is not seen again, and a peak
+            shorter than 20 ms can be missed.
 
     Attributes:
         seconds: wall seconds by phase, from a monotonic clock; the device is synchronised at both ends. Entering a

@@ -18,7 +18,7 @@ ACCELERATOR_PIECE = 2**20
 _BATCHES_PER_FLUSH = 8
 
 
-def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+def storage_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type in which what belongs to a weight of `dtype` is kept: float64 for float64 weights, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -59,8 +59,8 @@ class GradientAccumulator:
 
     Where sum and gradient are of one type and on one device, what a sum's rounding loses is put back as the parameter's
     `.grad`, to which autograd adds the next gradient (compensated summation, Kahan 1965); the sum is then as exact as
-    one in twice the precision. Elsewhere it is made in float64. There is no sum beside `.grad` for the first few batches,
-    and with sums on another device no `.grad` between batches.
+    one in twice the precision. Elsewhere it is made in float64. There is no sum beside `.grad` for the first few
+    batches, and with sums on another device no `.grad` between batches.
 
     Args:
         parameters: by name; the caller takes care of their `.grad` before and after.
@@ -75,7 +75,7 @@ class GradientAccumulator:
         self.pending = 0  # batches in `.grad`
         stays = {name: device is None or is_same_device(p.device, device) for name, p in parameters.items()}
         self._compensated = {
-            name: compensated and p.dtype == kept_dtype(p.dtype) and stays[name] for name, p in parameters.items()
+            name: compensated and p.dtype == storage_dtype(p.dtype) and stays[name] for name, p in parameters.items()
         }
         # Half precision is too coarse for several batches; and the next forward pass may need a moved gradient's room.
         half = any(p.dtype in (torch.float16, torch.bfloat16) for p in parameters.values())
@@ -128,11 +128,11 @@ class GradientAccumulator:
         sums = {}
         for name, parameter in self.parameters.items():
             parameter.grad = None
-            kept = kept_dtype(parameter.dtype)
+            dtype = storage_dtype(parameter.dtype)
             if name in self._sums:
-                sums[name] = self._sums.pop(name).to(kept)
+                sums[name] = self._sums.pop(name).to(dtype)
             else:
-                nothing = torch.zeros_like(parameter, dtype=kept).detach()
+                nothing = torch.zeros_like(parameter, dtype=dtype).detach()
                 sums[name] = nothing.to(self._device or parameter.device)
         return sums
 

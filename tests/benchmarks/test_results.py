@@ -14,7 +14,6 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks.claims import NO, PARTLY, UNKNOWN, YES, check_claims  # noqa: E402
-from benchmarks.document import filled  # noqa: E402
 from benchmarks.plots import plot_roc  # noqa: E402
 from benchmarks.results import Panel, Result, average_ranks, closer_and_faster, front  # noqa: E402
 
@@ -120,16 +119,3 @@ def test_roc_curves_are_drawn_and_a_model_with_infinite_losses_is_left_out(tmp_p
     }
     plot_roc(losses, "title", tmp_path / "roc.png")
     assert (tmp_path / "roc.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_measured_tables_are_put_between_their_marks_without_folders() -> None:
-    page = "before\n<!-- cpu:begin -->\nold\n<!-- cpu:end -->\nafter"
-    table = "# cpu\n\nwords\n\n## digits\n\nCommand: `run cpu --out /home/me/out --data /data`.\n\n## more\n"
-    text = filled(page, "cpu", table)
-    assert text == (
-        "before\n<!-- cpu:begin -->\n### digits\n\nCommand: `run cpu --out OUT --data DATA`.\n\n### more\n"
-        "<!-- cpu:end -->\nafter"
-    )
-    assert filled(text, "cpu", table) == text
-    with pytest.raises(ValueError, match="lacks"):
-        filled("nothing", "cpu", table)

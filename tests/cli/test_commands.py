@@ -127,7 +127,7 @@ def test_dry_run_writes_the_report_alone(gathered: Path, text_rows_files: dict[s
     run("unlearn", gathered, *others(text_rows_files), "--where", 'label == "red"', "--dry-run", "--output",
         tmp_path / "new", *STEP)  # fmt: skip
     assert (
-        sorted(path.name for path in (tmp_path / "new").iterdir()) == ["report.json", "report.md"]
+        sorted(path.name for path in (tmp_path / "new").iterdir()) == ["report.html", "report.json", "report.md"]
         or (tmp_path / "new" / "loss_histograms.png").is_file()
     )
     assert not list((tmp_path / "new").glob("*.safetensors"))

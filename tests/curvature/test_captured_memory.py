@@ -13,8 +13,8 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, default_data_collator
 
 from hf_iau.curvature import fit_curvature
-from hf_iau.curvature.capture import Capture
 from hf_iau.curvature.fit import Fit
+from hf_iau.curvature.layer_hooks import LayerHooks
 from hf_iau.curvature.layers import plan_layers
 from hf_iau.data import RowSource
 from hf_iau.utils.timing import peak_allocated_bytes
@@ -66,8 +66,8 @@ def test_using_a_layer_at_once_gives_the_same_numbers(
     model, rows = build(name)
     found = fit_curvature(model, make_source(rows), cache_bytes=cache_bytes)
     monkeypatch.setattr(Fit, "uses_at_once", False)
-    run = Capture.run
-    monkeypatch.setattr(Capture, "run", lambda capture, loss, take=None: run(capture, loss))
+    run = LayerHooks.run
+    monkeypatch.setattr(LayerHooks, "run", lambda capture, loss, take=None: run(capture, loss))
     expected = fit_curvature(model, make_source(rows), cache_bytes=cache_bytes)
     for key, tensor in expected.tensors().items():
         assert torch.equal(found.tensors()[key], tensor), key
@@ -88,7 +88,7 @@ def test_no_more_gradients_are_asked_for_than_lead_to_all_others(monkeypatch: py
 
     monkeypatch.setattr(torch.autograd, "grad", watched)
     taken: list[str] = []
-    with Capture(model, layers) as capture:
+    with LayerHooks(model, layers) as capture:
         left = capture.run(lambda: model(**inputs).loss, lambda layer, calls: taken.append(layer.name))
     assert asked == [4, 4, 4]  # query, key and value of the first layer
     assert not left and sorted(taken) == sorted(layer.name for layer in layers)

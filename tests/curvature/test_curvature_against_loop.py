@@ -29,7 +29,7 @@ from hf_iau.curvature.eigenvectors import (
     eigenvectors,
     spare_for_eigenvectors,
 )
-from hf_iau.curvature.fit import Fit
+from hf_iau.curvature.fit_rows import FitRows
 from hf_iau.curvature.layers import plan_layers
 from hf_iau.data import ModelRowLoss, UserRowLoss
 from hf_iau.errors import NonFiniteGradientError
@@ -95,7 +95,7 @@ def test_convolutions_with_many_positions(monkeypatch: pytest.MonkeyPatch, batch
     with torch.no_grad():
         model(**collate(rows[:1]))
     budget = 4 * positions[convolutions[0]]  # four of the ten rows, for the first convolution
-    monkeypatch.setattr("hf_iau.curvature.fit.BASIS_POSITIONS", budget)
+    monkeypatch.setattr("hf_iau.curvature.factor_sums.BASIS_POSITIONS", budget)
     thinned = fit_curvature(model, make_source(rows, batch_size))
     gradients, count = one_by_one(model, rows)
     for name, block in thinned.blocks.items():
@@ -162,13 +162,13 @@ def test_some_batches_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = build("bert")
     expected = fit_curvature(model, make_source(rows))
     seen: list[int] = []
-    batches = Fit._batches
+    batches = FitRows.batches
 
-    def watched(fit: Fit, what: str, start: int = 0) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+    def watched(rows: FitRows, what: str, start: int = 0) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
         seen.append(start)
-        return batches(fit, what, start)
+        return batches(rows, what, start)
 
-    monkeypatch.setattr(Fit, "_batches", watched)
+    monkeypatch.setattr(FitRows, "batches", watched)
     for size in (1, 16_000, 36_000):
         found = fit_curvature(model, make_source(rows), cache_bytes=size)
         assert found.details["passes"] == 2

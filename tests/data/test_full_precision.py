@@ -13,7 +13,7 @@ from transformers.utils.import_utils import enable_tf32
 from hf_iau.curvature import Curvature
 from hf_iau.curvature.blocks import IdentityBlock
 from hf_iau.data import evaluation_mode
-from hf_iau.data.full_precision import full_float32
+from hf_iau.data.precision import full_float32
 
 BACKENDS: Any = torch.backends
 OPERATIONS = [

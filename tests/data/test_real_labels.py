@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from unlearning_trainers import WITH_CURVATURE, make_trainer
 
 from hf_iau.data import RowSource, TaskKind, predict_rows
-from hf_iau.data.targets import look_for_real_labels
+from hf_iau.data.targets import find_real_valued_labels
 
 
 class TwoNumbers(nn.Module):
@@ -46,7 +46,7 @@ def collate(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("real", [False, True])
 def test_batches_without_a_number_are_read_like_the_others(real: bool, batch_size: int) -> None:
     model, data = TwoNumbers(), RowList(rows(real))
-    look_for_real_labels(model, data)
+    find_real_valued_labels(model, data)
     found = predict_rows(model, RowSource(data, collate, batch_size=batch_size))
     assert found.kind is (TaskKind.REGRESSION if real else TaskKind.MULTI_LABEL)
     inputs = collate([data[i] for i in range(len(data))])
@@ -57,7 +57,7 @@ def test_batches_without_a_number_are_read_like_the_others(real: bool, batch_siz
 
 def test_once_it_is_known_no_batch_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = TwoNumbers(), RowList(rows(True))
-    look_for_real_labels(model, data)
+    find_real_valued_labels(model, data)
     monkeypatch.setattr(Tensor, "any", lambda *args, **kwargs: pytest.fail("a batch was looked at"))
     predict_rows(model, RowSource(data, collate, batch_size=8))
 

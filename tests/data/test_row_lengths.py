@@ -14,7 +14,7 @@ from hf_iau.curvature import fit_curvature
 from hf_iau.data import ModelRowLoss, RowSource, predict_rows
 from hf_iau.data.rows import row_lengths
 from hf_iau.memory.gradient_sum import sum_row_gradients
-from hf_iau.methods.iau.multi_step import push_gradient, weighted_gradient
+from hf_iau.methods.iau.multi_step_gradients import forget_gradient, weighted_gradient
 from hf_iau.methods.iau.targets import ForgetTargets
 
 
@@ -96,7 +96,7 @@ def test_kept_batches_come_back_as_they_were(ids: tuple[int, int]) -> None:
     rows = [{"input_ids": [*ids, i % 2], "labels": 1, "weight": 0.5 * i} for i in range(7)]
     fresh = RowSource(RowList(rows), pad_right(), batch_size=3)
     kept = RowSource(RowList(rows), pad_right(), batch_size=3).keep_batches()
-    assert kept._kept is not None and kept._kept[0][1]["labels"].dtype == torch.uint8
+    assert kept._batches is not None and kept._batches[0][1]["labels"].dtype == torch.uint8
     for _ in range(2):
         for (own, inputs), (others, expected) in zip(kept.by_length(), fresh.by_length(), strict=True):
             assert own.tolist() == others.tolist() and inputs.keys() == expected.keys()
@@ -114,13 +114,13 @@ def test_sums_over_rows_are_those_of_single_rows() -> None:
     each = [sum_row_gradients(model, ModelRowLoss(), single).tensors for single in singles]
     losses = np.array([predict_rows(model, single).loss[0] for single in singles])
     weights = np.linspace(-1.0, 2.0, len(rows))
-    shortfall = ForgetTargets(losses + np.linspace(0.1, 0.5, len(rows)), 1.0, 1.0)
-    pushed, seen = push_gradient(model, source, shortfall, names)
+    forget_targets = ForgetTargets(losses + np.linspace(0.1, 0.5, len(rows)), 1.0, 1.0)
+    forget, seen = forget_gradient(model, source, forget_targets, names)
     np.testing.assert_allclose(seen, losses, rtol=1e-9)
     found = [
         (sum_row_gradients(model, ModelRowLoss(), source).tensors, np.ones(len(rows))),
         (weighted_gradient(model, source, weights, names), weights),
-        (pushed, shortfall.weights(losses)),
+        (forget, forget_targets.weights(losses)),
     ]
     for total, weight in found:
         for name in names:

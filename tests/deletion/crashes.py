@@ -24,7 +24,7 @@ from unlearning_trainers import WITH_CURVATURE, make_trainer
 
 from hf_iau import IAUCallback, IAUConfig, Ledger, UnlearningTrainer
 from hf_iau.deletion import milestones
-from hf_iau.memory.files import file_digest
+from hf_iau.utils.atomic_files import file_digest
 
 ROWS = list(range(1, 32, 2))
 EARLIER = [0, 2, 4]

@@ -35,12 +35,11 @@ from hf_iau import (
 )
 from hf_iau.deletion import journal as journal_module
 from hf_iau.deletion import milestones, service, storage
-from hf_iau.memory.files import file_digest
-from hf_iau.methods.iau import decision
-from hf_iau.methods.iau import multi_step_choice as walk_choice
 from hf_iau.methods.iau import plan as search
-from hf_iau.methods.iau.multi_step import MultiStep
+from hf_iau.methods.iau import run as calibration_run
+from hf_iau.methods.iau.multi_step import MultiStep, MultiStepResult
 from hf_iau.unlearn.transaction import WeightTransaction
+from hf_iau.utils.atomic_files import file_digest
 
 GIVEN = IAUConfig(scale=0.1, damping=1.0)
 ROWS = list(range(1, 32, 2))
@@ -478,7 +477,7 @@ def test_an_interrupted_request_takes_the_step_that_it_had_found(
     milestones.observer = None
     assert_bits(trainer.model, scene.state)
     monkeypatch.setattr(search, "calibrate", lambda *a, **k: pytest.fail("it calibrated again"))
-    monkeypatch.setattr(decision, "finish", lambda *a, **k: pytest.fail("it calibrated again"))
+    monkeypatch.setattr(calibration_run, "add_retain_correction", lambda *a, **k: pytest.fail("it calibrated again"))
     result = serve(trainer, config=None)
     assert result.applied and result.entry.calibration == whole.entry.calibration
     assert result.entry.config == whole.entry.config and result.report.verdict == whole.report.verdict
@@ -489,12 +488,12 @@ def test_an_interrupted_request_takes_the_step_that_it_had_found(
 def test_a_walk_is_not_recorded_as_one_step(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """k and c of the one step that was not taken would say nothing of it."""
 
-    def walked(model: Any, *_: Any, names: list[str], damping: float, **__: Any) -> MultiStep:
-        step = {name: torch.full_like(model.get_parameter(name), 1e-4, dtype=torch.float64) for name in names}
-        return MultiStep(step, damping, 7, True, 0.0, 0.0, 0.0)
+    def run(steps: MultiStep) -> MultiStepResult:
+        step = {name: torch.full_like(value, 1e-4, dtype=torch.float64) for name, value in steps.start.copies.items()}
+        return MultiStepResult(step, steps.settings.damping, 7, True, 0.0, 0.0, 0.0)
 
-    monkeypatch.setattr(walk_choice, "run_multi_step", walked)
-    monkeypatch.setattr(walk_choice, "_LEFT", -1.0)  # no step is good enough
+    monkeypatch.setattr(MultiStep, "run", run)
+    monkeypatch.setattr(calibration_run, "MOST_REMAINING", -1.0)  # no single step is good enough
     entry = serve(scene_trainer(tmp_path, scene), range(40), config=None).entry
     assert entry.outcome["multi_step"] and entry.calibration is None
     text = (tmp_path / "_iau" / "certificates" / "00001.md").read_text()

@@ -89,7 +89,7 @@ def test_each_setting(kind: str) -> None:
 
 def test_a_second_pass_is_made_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing may be cached between the two statistics of EK-FAC."""
-    monkeypatch.setattr("hf_iau.curvature.kinds.usual_cache_bytes", lambda *_: 0)
+    monkeypatch.setattr("hf_iau.curvature.estimators.usual_cache_bytes", lambda *_: 0)
     for config in (EXACT, CONFIGS["factors offloaded"]):
         on_cpu, on_device = on_both(lambda device, config=config: gathered(device, "resnet", config))
         assert on_device.curvature is not None and on_device.curvature.details["passes"] == 2
@@ -167,7 +167,7 @@ def test_a_device_is_waited_for_once_a_batch(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_device_is_waited_for_once_a_layer_and_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """While covariances are summed: to see which positions are live. The batch itself takes a few reads more."""
     reads = []
-    monkeypatch.setattr("hf_iau.curvature.kinds.LOOP_ROWS", 1)
+    monkeypatch.setattr("hf_iau.curvature.row_loop.LOOP_ROWS", 1)
     monkeypatch.setattr(MODULE, "synchronising", reads.append)
     with simulated_device() as device:
         model, rows = build("bert").to(device), as_dataset(rows_of("bert", 16))
@@ -215,7 +215,7 @@ def test_a_model_without_its_weights_is_refused() -> None:
 
 
 def test_a_device_without_float64_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("hf_iau.data.placement.WITHOUT_FLOAT64", ("simulated",))
+    monkeypatch.setattr("hf_iau.data.validation.WITHOUT_FLOAT64", ("simulated",))
     with simulated_device() as device:
         with pytest.raises(UnsupportedModelError, match=r"'simulated' has no float64.*use_cpu=True"):
             gathered(device, "plain", EXACT)

@@ -41,7 +41,7 @@ MANY = range(24)  # with as many retained rows, to calibrate on
 
 @pytest.fixture(autouse=True)
 def no_floors(monkeypatch: pytest.MonkeyPatch) -> None:
-    for floor in ("hf_iau.curvature.layers.FEWEST_SPARE_BYTES", "hf_iau.curvature.fit.FEWEST_CACHE_BYTES"):
+    for floor in ("hf_iau.curvature.layers.FEWEST_SPARE_BYTES", "hf_iau.curvature.call_cache.FEWEST_CACHE_BYTES"):
         monkeypatch.setattr(floor, 0)
 
 
@@ -175,7 +175,7 @@ def test_training_goes_on_as_if_nothing_was_gathered(
         raise torch.OutOfMemoryError("in the second pass")
 
     if failing:
-        monkeypatch.setattr(Fit, "_second_pass", fails)
+        monkeypatch.setattr(Fit, "_sum_eigenvalues", fails)
 
     def train(callback: Gathering | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         with simulated_device() as device:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import time
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -41,9 +39,10 @@ from hf_iau.memory.fingerprints import weights_fingerprint
 from hf_iau.memory.gradient_sum import sum_row_gradients
 from hf_iau.memory.keys import find_key
 from hf_iau.methods.context import ForgetContext
-from hf_iau.methods.iau.multi_step import MultiStep, run_multi_step
+from hf_iau.methods.iau.multi_step import MultiStep, MultiStepResult, MultiStepRows, MultiStepSettings
 from hf_iau.methods.iau.targets import ForgetTargets
 from hf_iau.methods.outcome import MethodOutcome
+from hf_iau.methods.weights import WeightSnapshot
 
 TIMEOUT = 6  # seconds of the process group, where a process is to be missed
 GIVEN = IAUConfig(scale=0.1, damping=1.0, retain_weight=0.01)
@@ -148,14 +147,17 @@ def walked_by_tokens(folder: Path) -> dict[str, Any]:
     held_out = source_of("gpt2", rows_of("gpt2", 20, seed=1), batch_size=5)
     curvature = fit_curvature(model, source_of("gpt2", rows))
 
-    def take(count: int) -> tuple[ForgetTargets, MultiStep]:
-        forget, known = source_of("gpt2", rows[:count], batch_size=3), source_of("gpt2", rows[10:], batch_size=4)
-        shortfall = ForgetTargets.of(*(predict_rows(model, rows) for rows in (forget, known, held_out)))
-        with patch.object(importlib.import_module("hf_iau.methods.iau.multi_step"), "MOST_STEPS", 6):
-            path = run_multi_step(
-                model, curvature, forget, known, held_out, shortfall, names=names, max_relative_step=0.5
-            )
-        return shortfall, path
+    def take(count: int) -> tuple[ForgetTargets, MultiStepResult]:
+        forget, retained = source_of("gpt2", rows[:count], batch_size=3), source_of("gpt2", rows[10:], batch_size=4)
+        targets = ForgetTargets.of(*(predict_rows(model, rows) for rows in (forget, retained, held_out)))
+        steps = MultiStep(
+            WeightSnapshot.of(model, names),
+            curvature,
+            MultiStepRows(forget, retained, held_out),
+            targets,
+            MultiStepSettings(most_steps=6),
+        )
+        return targets, steps.run()
 
     requests = (10, 2)
     alone = [take(count) for count in requests]
@@ -170,7 +172,7 @@ def walked_by_tokens(folder: Path) -> dict[str, Any]:
             "targets": [targets.targets.shape, own_targets.targets.shape],
             "targets apart": float(np.nanmax(np.abs(targets.targets - own_targets.targets))),
             "steps": [len(path.curve), len(own_path.curve)],
-            "remaining": [path.remaining, own_path.remaining],
+            "remaining": [path.share_remaining, own_path.share_remaining],
             "apart": apart / moved,
             "moved": moved,
         }

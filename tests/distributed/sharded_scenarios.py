@@ -39,7 +39,7 @@ from hf_iau import (
     register_method,
 )
 from hf_iau.curvature import Curvature, fit_curvature
-from hf_iau.curvature.spread import RemoteBlock
+from hf_iau.curvature.sharded_blocks import RemoteBlock
 from hf_iau.data import ModelRowLoss, RowSource, predict_rows
 from hf_iau.data.trainer_rows import model_of
 from hf_iau.distributed import (
@@ -55,9 +55,10 @@ from hf_iau.errors import IAUError, ParallelError
 from hf_iau.memory.gradient_sum import sum_row_gradients
 from hf_iau.methods.base import find_method
 from hf_iau.methods.context import ForgetContext
-from hf_iau.methods.iau.multi_step import MultiStep, run_multi_step
+from hf_iau.methods.iau.multi_step import MultiStep, MultiStepResult, MultiStepRows
 from hf_iau.methods.iau.targets import ForgetTargets
 from hf_iau.methods.outcome import MethodOutcome
+from hf_iau.methods.weights import WeightSnapshot
 
 GIVEN = IAUConfig(scale=0.1, damping=0.05, retain_weight=0.01)  # finished with a damping of its own
 
@@ -130,7 +131,7 @@ def sharded(folder: Path) -> dict[str, Any]:
     assert all(isinstance(total, DTensor) for total in found.gradient_sum.values())
     found.save(folder / "sharded")
     dist.barrier()
-    whole = found.whole()
+    whole = found.unsharded()
     other = GradientMemory.load(folder / f"alone-{get_rank()}")
     other.model = {**other.model, "weights": found.model["weights"]}  # trained to the same but for rounding
     trainer.unlearning_state.given = found
@@ -394,7 +395,7 @@ def memory_of_shards(folder: Path) -> dict[str, Any]:
     away = [block for block in memory.curvature.blocks.values() if isinstance(block, RemoteBlock)]
     with pytest.raises(ParallelError, match=f"held by process {1 - dist.get_rank()} alone"):
         away[0].apply({}, torch.square)
-    everything = memory.whole()
+    everything = memory.unsharded()
     files = {}
     if is_main_process():
         everything.save(folder / "whole")
@@ -458,7 +459,7 @@ def calibrated_on_shards(folder: Path) -> dict[str, Any]:
     if dist.is_initialized() and dist.get_world_size() > 1:
         memory = trainer.memory
         assert memory is not None
-        assert not memory.is_spread
+        assert not memory.is_sharded
         shard(model, [model.hidden])
     output = trainer.unlearn(forget_indices=list(range(30)))
     assert output.memory is not None
@@ -467,7 +468,7 @@ def calibrated_on_shards(folder: Path) -> dict[str, Any]:
         "calibration": {name: calibration[name] for name in ("scale", "damping", "retain_weight", "source")},
         "after": {name: value for name, value in output.report.after.items() if isinstance(value, float)},
         "weights": _norms(model),
-        "memory": [output.memory.is_spread, output.memory.gradient_sum_kind, output.memory.nbytes()],
+        "memory": [output.memory.is_sharded, output.memory.gradient_sum_kind, output.memory.nbytes()],
         "sum": _norm(whole(output.memory.gradient_sum or {})),
     }
     again = trainer.unlearn(forget_indices=list(range(30, 50)))
@@ -491,18 +492,18 @@ def walked_on_shards(folder: Path) -> dict[str, Any]:
     model = by_heart(rows)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
 
-    def take(model: nn.Module) -> MultiStep:
+    def take(model: nn.Module) -> MultiStepResult:
         everything = RowSource(as_dataset(rows), pad_right(), batch_size=8)
         curvature = fit_curvature(model, everything)
-        shortfall = ForgetTargets.of(*(predict_rows(model, source) for source in sources))
-        return run_multi_step(model, curvature, *sources, shortfall, names=list(start), max_relative_step=0.5)
+        targets = ForgetTargets.of(*(predict_rows(model, source) for source in sources))
+        return MultiStep(WeightSnapshot.of(model, start), curvature, MultiStepRows(*sources), targets).run()
 
     alone = take(model)
     join()
     path = take(shard(model, [model.hidden]))
     return {
         "steps": [path.steps, alone.steps],
-        "remaining": [path.remaining, alone.remaining],
+        "remaining": [path.share_remaining, alone.share_remaining],
         "distance": relative_distance(whole(path.step), alone.step, _zeros(alone.step)),
         "unchanged": all(torch.equal(full_tensor(p.detach()), start[name]) for name, p in model.named_parameters()),
     }
@@ -567,7 +568,7 @@ def all_or_nothing_on_shards(folder: Path) -> dict[str, Any]:
     found["gathered"] = [seen["gathered"], sum(p.numel() * p.element_size() for p in model.parameters())]
     found["moved"] = not unchanged()
     assert output.memory is not None
-    found["spread"] = output.memory.is_spread
+    found["spread"] = output.memory.is_sharded
     output.memory.check_model(model)
     output.memory.save(folder / "newer")
     dist.barrier()
@@ -618,7 +619,7 @@ def trained_by_trainer(folder: Path) -> dict[str, Any]:
     model = model_of(trainer)
     memory = trainer.memory
     assert memory is not None
-    found["sharded"] = [trainer.is_fsdp_enabled, is_sharded(model), memory.is_spread]
+    found["sharded"] = [trainer.is_fsdp_enabled, is_sharded(model), memory.is_sharded]
     found["decay"] = sorted(set(memory.weight_decay.values()))
     saved = GradientMemory.load(folder / "trainer")
     saved.check_model(model)

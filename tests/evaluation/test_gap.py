@@ -8,8 +8,8 @@ from hf_iau.evaluation.figures import Figures
 from hf_iau.evaluation.retraining_gap import gap
 
 
-def percent(ra: float, ua: float, ta: float, mia: float) -> Figures:
-    return Figures(retain_accuracy=ra / 100, forget_accuracy=ua / 100, test_accuracy=ta / 100, mia_auc=mia / 100)
+def percent(ra: float, fa: float, ta: float, mia: float) -> Figures:
+    return Figures(retain_accuracy=ra / 100, forget_accuracy=fa / 100, test_accuracy=ta / 100, mia_auc=mia / 100)
 
 
 RETRAINED = percent(72.1, 63.2, 62.4, 50.4)

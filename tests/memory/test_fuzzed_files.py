@@ -36,13 +36,13 @@ from hf_iau.deletion.journal import Journal, JournalFile
 from hf_iau.deletion.ledger import Ledger
 from hf_iau.deletion.queue import RequestQueue
 from hf_iau.errors import ConfigError, LedgerError, MemoryFileError, PublishError, StorageError
-from hf_iau.memory.files import file_digest
 from hf_iau.memory.keys import Key, find_key
 from hf_iau.methods import base
 from hf_iau.methods.base import available_methods, method_config
 from hf_iau.methods.iau.config import IAUConfig
 from hf_iau.methods.iau.remembered import remembered_calibration
 from hf_iau.report.card import UnlearningCard
+from hf_iau.utils.atomic_files import file_digest
 
 # More by e.g. FUZZ_EXAMPLES=3000; the slower tests, which serve requests, take a third.
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "90"))

@@ -20,10 +20,11 @@ from tiny_models import as_dataset, bert, language_rows, llama, pad_right, plain
 from torch import Tensor, nn
 
 from hf_iau import GatherConfig, GradientMemory, MemoryFileError, MemoryMismatchError, gather
+from hf_iau.memory import SCHEMA_VERSION
 from hf_iau.memory import memory as memory_module
-from hf_iau.memory.files import file_digest, write_atomically, write_public_atomically
 from hf_iau.methods.iau.directions import Directions
 from hf_iau.methods.step import moved_gradient_sum
+from hf_iau.utils.atomic_files import file_digest, write_atomically, write_public_atomically
 
 REFUSED = (MemoryFileError, MemoryMismatchError)
 
@@ -331,7 +332,7 @@ def test_every_changed_count_is_noticed(saved: Path) -> None:
 @pytest.mark.parametrize(
     "content",
     [b"", b"null", b"[]", b"3", b'"memory"', b"{}", b"not json", b"\xff\xfe\x00", b"\x93NUMPY", b"[" * 200_000]
-    + [b'{"schema_version": 3}', b'{"schema_version": 3, "a": ' + b"[" * 900 + b"]" * 900 + b"}"],
+    + [b'{"schema_version": 4}', b'{"schema_version": 4, "a": ' + b"[" * 900 + b"]" * 900 + b"}"],
     ids=lambda content: repr(content[:20]),
 )
 def test_headers_that_are_none(content: bytes, saved: Path) -> None:
@@ -348,12 +349,12 @@ def test_an_oversized_header_is_not_read(saved: Path, monkeypatch: pytest.Monkey
         GradientMemory.load(saved)
 
 
-@pytest.mark.parametrize("version", [0, 1, 2, 4, "3", 1.5, None, [3]])
+@pytest.mark.parametrize("version", [0, 1, 3, 5, "4", 1.5, None, [4]])
 def test_another_schema_version_names_both(version: Any, saved: Path) -> None:
     rewrite(saved, lambda header: header.update(schema_version=version))
     with pytest.raises(MemoryMismatchError) as caught:
         GradientMemory.load(saved)
-    assert repr(version) in str(caught.value) and "reads version 3" in str(caught.value)
+    assert repr(version) in str(caught.value) and f"reads version {SCHEMA_VERSION}" in str(caught.value)
 
 
 @pytest.mark.parametrize(

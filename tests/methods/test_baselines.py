@@ -22,7 +22,6 @@ from hf_iau.data.rows import row_bytes
 from hf_iau.errors import ConfigError, NonFiniteGradientError, RequestError
 from hf_iau.methods.base import available_methods
 from hf_iau.methods.baselines.bad_teacher import BadTeacherConfig
-from hf_iau.methods.baselines.epochs import EpochsConfig
 from hf_iau.methods.baselines.fine_tune import FineTuneConfig
 from hf_iau.methods.baselines.fisher_forgetting import FisherForgettingConfig
 from hf_iau.methods.baselines.gradient_ascent import GradientAscentConfig
@@ -33,12 +32,13 @@ from hf_iau.methods.baselines.retrain import RetrainConfig
 from hf_iau.methods.baselines.salun import SalUnConfig
 from hf_iau.methods.baselines.scrub import SCRUBConfig
 from hf_iau.methods.baselines.ssd import SSDConfig
+from hf_iau.methods.baselines.training_loop import TrainingLoopConfig
 from hf_iau.methods.baselines.unrolling_sgd import UnrollingSGDConfig
 from hf_iau.methods.context import remaining_positions
 
 FAMILY = "resnet"  # has BatchNorm statistics, which move too
 CONFIGS = quick_settings(FAMILY)
-EPOCHS = [name for name, config in CONFIGS.items() if isinstance(config, EpochsConfig)]
+EPOCHS = [name for name, config in CONFIGS.items() if isinstance(config, TrainingLoopConfig)]
 NEED_RETAINED = [name for name in CONFIGS if name not in ("gradient-ascent", "unrolling-sgd")]
 
 BATCHES = {"per_device_train_batch_size": 5}  # a plain Trainer may not be left with a single row, for BatchNorm

@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 from hf_iau import GatherConfig, IAUConfig, UnlearningTrainer
 from hf_iau.data import ModelRowLoss
 from hf_iau.data.trainer_rows import trainer_rows
-from hf_iau.memory.fit import build_memory
+from hf_iau.memory.gathering import build_memory
 
 N, WIDTH, CLASSES, DECAY = 400, 5, 3, 0.02
 
@@ -54,7 +54,7 @@ class Rows(torch.utils.data.Dataset):
 class ExactCurvature:
     """The Hessian of mean loss + DECAY/2 ‖θ‖², as one dense matrix."""
 
-    kind, n_rows, is_spread = "full", N, False
+    kind, n_rows, is_sharded = "full", N, False
     blocks: ClassVar = {"layer": SimpleNamespace(name="layer", shapes={"layer.weight": None})}
 
     def __init__(self, model: Linear, rows: Rows) -> None:

@@ -17,11 +17,11 @@ from unlearning_trainers import FORGET, ROWS, arguments, assert_bits, collator, 
 
 from hf_iau import RestrictionConfig, UnlearningTrainer
 from hf_iau.errors import ConfigError, RequestError
-from hf_iau.methods.baselines.epochs import fitting_batch_size
 from hf_iau.methods.baselines.fine_tune import FineTuneConfig
 from hf_iau.methods.baselines.gradient_ascent import GradientAscentConfig
 from hf_iau.methods.baselines.neggrad_plus import NegGradPlusConfig
 from hf_iau.methods.baselines.retrain import RetrainConfig
+from hf_iau.methods.baselines.training_loop import fitting_batch_size
 
 SEED = 3  # of `arguments`
 # No batch of a single row, which BatchNorm cannot train on.

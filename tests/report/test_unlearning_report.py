@@ -1,4 +1,4 @@
-"""The report: its figures, what it withholds, and its three files."""
+"""The report: its figures, what it withholds, and its files."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def report(measurement) -> UnlearningReport:
             "per_row_losses": [1.0, 2.0],
         },
         warnings=["Look here."],
-        verdict="forgotten about as retraining would",
+        verdict="check",
         calibrated=True,
         bootstrap=20,
     )
@@ -194,7 +194,7 @@ def test_from_dict_names_what_is_wrong(report):
 
 def test_save(report, tmp_path):
     written = report.save(tmp_path / "new" / "folder")
-    assert sorted(path.name for path in written) == ["loss_histograms.png", "report.json", "report.md"]
+    assert sorted(path.name for path in written) == ["loss_histograms.png", "report.html", "report.json", "report.md"]
     assert sorted(written) == sorted((tmp_path / "new" / "folder").iterdir())  # no temporary file is left
     image = next(path for path in written if path.suffix == ".png")
     assert image.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
@@ -214,7 +214,9 @@ def test_markdown_holds_the_numbers(report, tmp_path):
         assert f"| {found['mean_absolute']:.2f} |" in text
     assert f"{report.gap['forget_accuracy']:+.1f} points" in text
     for word in (
-        "forgotten about as retraining would",
+        "**Verdict: check**",
+        "| FA | forget accuracy |",
+        "near the retrained model, not the lowest",
         "The proxies' AUC came to 50.2.",
         "Look here.",
         "| gradient | 1.2 | 3.0 MiB |",
@@ -222,7 +224,7 @@ def test_markdown_holds_the_numbers(report, tmp_path):
         "| calibration.k | 0.56 |",
         "`calibration.curve`",
         "![Row losses before and after](loss_histograms.png)",
-        "forget rows: 60",
+        "rows to forget: 60",
         "retain rows: 47,500",
         "## What is not guaranteed",
         "noise floor",
@@ -253,7 +255,7 @@ def test_few_forget_rows_give_means_alone(measurement, tmp_path, count):
     assert report.per_row_suppressed and report.before["per_row_suppressed"] and report.after["attacks"] is None
     assert not report._losses
     written = report.save(tmp_path)
-    assert sorted(path.name for path in written) == ["report.json", "report.md"]
+    assert sorted(path.name for path in written) == ["report.html", "report.json", "report.md"]
     assert not (tmp_path / "loss_histograms.png").exists()
     values = strict((tmp_path / "report.json").read_text())
     assert values["per_row_suppressed"] is True
@@ -261,6 +263,7 @@ def test_few_forget_rows_give_means_alone(measurement, tmp_path, count):
     assert values["after"]["forget_loss"] == pytest.approx(after.forget.loss.mean())
     if count > 1:
         everything = (tmp_path / "report.json").read_text() + (tmp_path / "report.md").read_text()
+        everything += (tmp_path / "report.html").read_text()
         assert not any(repr(float(loss))[:8] in everything for loss in [*before.forget.loss, *after.forget.loss])
     assert any("Few forget rows" in warning for warning in report.warnings)
 
@@ -312,7 +315,7 @@ def test_a_diverged_model(measurement, rows, tmp_path):
     report = UnlearningReport.build("identity", before, replace(before, forget=broken))
     assert report.after["forget_loss"] is None and report.after["mia_auc"] is None
     assert any("diverged" in warning and "forget_loss" in warning for warning in report.warnings)
-    assert len(report.save(tmp_path)) == 3
+    assert len(report.save(tmp_path)) == 4
 
 
 def test_agreement_with_the_retrained_model(measurement, rows, tmp_path):

@@ -452,7 +452,7 @@ def test_methods_and_configurations(shared: UnlearningTrainer) -> None:
     [
         (IAUPaperConfig, {"eta": float("nan")}, r"eta=nan\): give a finite number"),
         (IAUPaperConfig, {"eta": float("inf")}, "eta=inf"),
-        (IAUPaperConfig, {"eta": -1.0}, "eta=-1.0.*use >= 0"),
+        (IAUPaperConfig, {"eta": -1.0}, "eta=-1.0.*>= 0"),
         (IAUPaperConfig, {"eta": "1e-3"}, "eta='1e-3'"),
         (IAUPaperConfig, {"eta": None}, "eta=None"),
         (IAUPaperConfig, {"eta": 1.0, "retain_weight": float("nan")}, "retain_weight=nan"),
@@ -463,7 +463,7 @@ def test_methods_and_configurations(shared: UnlearningTrainer) -> None:
         (IAUConfig, {"damping": float("inf")}, "damping=inf"),
         (IAUConfig, {"max_relative_step": 0.0}, "max_relative_step=0.0"),
         (IAUConfig, {"calibrate_on": "test rows"}, "calibrate_on='test rows'.*'proxies'"),
-        (IAUConfig, {"held_out_rows": 5}, "held_out_rows=5.*at least 100"),
+        (IAUConfig, {"held_out_rows": 5}, "held_out_rows=5.*>= 100"),
         (GatherConfig, {"gradient_sum": "some"}, "gradient_sum='some'.*'full', 'sampled', 'none'"),
         (GatherConfig, {"sample_rows": 0}, "sample_rows=0"),
         (GatherConfig, {"batch_size": 0}, "batch_size=0"),

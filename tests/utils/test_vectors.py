@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from hf_iau import vectors
 from hf_iau.distributed import inner_product
+from hf_iau.utils import vectors
 from hf_iau.utils.timing import peak_allocated_bytes
-from hf_iau.utils.vectors import GradientAccumulator, kept_dtype, pieces
+from hf_iau.utils.vectors import GradientAccumulator, pieces, storage_dtype
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (5, 3), (2, 3, 4), (1, 40), (0, 3)])
@@ -44,11 +44,13 @@ def test_what_rounding_loses_is_added_to_the_next(dtype: torch.dtype, sparse: bo
         first.grad = added if first.grad is None else first.grad + added
         accumulator.add(at_once=True)
     sums = accumulator.finish()
-    assert first.grad is None and sums["first"].dtype == kept_dtype(dtype)
+    assert first.grad is None and sums["first"].dtype == storage_dtype(dtype)
     assert not sums["second"].any() and sums["second"].shape == (3,)
     error = float(np.abs(sums["first"].numpy().astype(np.longdouble) - exact).max())
     # One rounding of the result and one of every gradient, though 200 sums were made.
-    assert error <= (3 if not sparse else 200) * float(torch.finfo(kept_dtype(dtype)).eps) * float(np.abs(exact).max())
+    assert error <= (3 if not sparse else 200) * float(torch.finfo(storage_dtype(dtype)).eps) * float(
+        np.abs(exact).max()
+    )
 
 
 def test_gradients_of_some_batches_are_added_up_by_autograd() -> None:

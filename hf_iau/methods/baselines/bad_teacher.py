@@ -16,15 +16,15 @@ from hf_iau.data import RowSource, TaskKind, evaluation_mode
 from hf_iau.data.rows import Batch
 from hf_iau.errors import UnsupportedModelError
 from hf_iau.methods.base import register_method
-from hf_iau.methods.baselines.epochs import EpochsConfig, descend, fitting_batch_size
-from hf_iau.methods.baselines.outputs import Student, Teacher, check_task, divergence
+from hf_iau.methods.baselines.teacher_student import Student, Teacher, check_task, divergence
+from hf_iau.methods.baselines.training_loop import TrainingLoopConfig, descend, fitting_batch_size
 from hf_iau.methods.context import ForgetContext
 from hf_iau.methods.outcome import MethodOutcome
 from hf_iau.utils.config_checks import check_number
 
 
 @dataclass(frozen=True)
-class BadTeacherConfig(EpochsConfig):
+class BadTeacherConfig(TrainingLoopConfig):
     """Configuration of `bad-teacher`; the defaults are those of the public code."""
 
     epochs: int = field(default=1, metadata={"help": "Passes over the forget rows and the drawn retained rows."})
@@ -114,7 +114,7 @@ def ignorant_teacher(context: ForgetContext) -> Teacher:
                 drawn += 1
     if not drawn:
         raise UnsupportedModelError(
-            f"method='bad-teacher' draws the parameters of {type(context.model).__name__} anew, and none of its modules "
-            "has reset_parameters()."
+            f"method='bad-teacher' draws the parameters of {type(context.model).__name__} anew, and none of its "
+            "modules has reset_parameters()."
         )
     return teacher

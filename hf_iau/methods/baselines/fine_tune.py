@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hf_iau.methods.base import register_method
-from hf_iau.methods.baselines.epochs import EpochsConfig, batches_of, descend, mean_loss, shuffled
+from hf_iau.methods.baselines.training_loop import TrainingLoopConfig, batches_of, descend, mean_loss, shuffled
 from hf_iau.methods.context import ForgetContext
 from hf_iau.methods.outcome import MethodOutcome
 
 
 @dataclass(frozen=True)
-class FineTuneConfig(EpochsConfig):
+class FineTuneConfig(TrainingLoopConfig):
     """Configuration of `fine-tune`; the defaults are those of SalUn's public code."""
 
 

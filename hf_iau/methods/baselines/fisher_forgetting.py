@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 
 from hf_iau.methods.base import register_method
-from hf_iau.methods.baselines.epochs import trained_parameters
-from hf_iau.methods.baselines.fisher import fisher_diagonal
+from hf_iau.methods.baselines.diagonal_fisher import fisher_diagonal
+from hf_iau.methods.baselines.training_loop import trained_parameters
 from hf_iau.methods.context import ForgetContext
 from hf_iau.methods.outcome import MethodOutcome
 from hf_iau.utils.config_checks import check_number
@@ -39,7 +39,7 @@ class FisherForgettingConfig:
 
 @register_method
 class FisherForgetting:
-    """θ_i ← θ_i + √(α·min(1/F_i, cut)) · N(0, 1), with F the diagonal Fisher matrix of the retained rows. Needs those."""
+    """θ_i ← θ_i + √(α·min(1/F_i, cut)) · N(0, 1), with F the diagonal Fisher matrix of D_r. Needs the retained rows."""
 
     name: ClassVar[str] = "fisher-forgetting"
     config_class: ClassVar[type] = FisherForgettingConfig

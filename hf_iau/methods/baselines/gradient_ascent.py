@@ -9,13 +9,13 @@ from torch import Tensor
 
 from hf_iau.data.rows import Batch
 from hf_iau.methods.base import register_method
-from hf_iau.methods.baselines.epochs import EpochsConfig, batches_of, descend, mean_loss, shuffled
+from hf_iau.methods.baselines.training_loop import TrainingLoopConfig, batches_of, descend, mean_loss, shuffled
 from hf_iau.methods.context import ForgetContext
 from hf_iau.methods.outcome import MethodOutcome
 
 
 @dataclass(frozen=True)
-class GradientAscentConfig(EpochsConfig):
+class GradientAscentConfig(TrainingLoopConfig):
     """Configuration of `gradient-ascent`.
 
     SalUn runs it for 5 epochs with a learning rate searched in [1e-6, 1e-3]; the default is in the middle.

@@ -1,4 +1,4 @@
-"""`influence-cg`: one Newton step to the optimum without the forget rows, its linear system solved by conjugate gradients."""
+"""`influence-cg`: one Newton step to the optimum without the forget rows, solved by conjugate gradients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hf_iau.data.rows import Batch
 from hf_iau.errors import ConfigError, UnsupportedModelError
 from hf_iau.memory.gradient_sum import sum_row_gradients
 from hf_iau.methods.base import register_method
-from hf_iau.methods.baselines.epochs import trained_parameters
+from hf_iau.methods.baselines.training_loop import trained_parameters
 from hf_iau.methods.context import ForgetContext
 from hf_iau.methods.outcome import MethodOutcome
 from hf_iau.methods.step import apply_step, step_norm
@@ -54,8 +54,7 @@ class InfluenceCGConfig:
         check_number(self, "damping", at_least=0)
         check_number(self, "scale", at_least=0)
         check_choice(self, "curvature", ("gauss-newton", "hessian"))
-        if self.curvature_rows is not None:
-            check_number(self, "curvature_rows", at_least=1, whole=True)
+        check_number(self, "curvature_rows", at_least=1, whole=True, optional=True)
         check_number(self, "iterations", at_least=1, whole=True)
         check_number(self, "tolerance", at_least=0)
 
@@ -79,8 +78,8 @@ class InfluenceCG:
         context.check_retained(self.name)
         if config.curvature == "gauss-newton" and not isinstance(context.row_loss, (ModelRowLoss, SmoothedRowLoss)):
             raise UnsupportedModelError(
-                f"method={self.name!r} knows no Gauss-Newton matrix of the loss {context.row_loss.fingerprint()['kind']}: "
-                "set InfluenceCGConfig(curvature='hessian')."
+                f"method={self.name!r} knows no Gauss-Newton matrix of the loss "
+                f"{context.row_loss.fingerprint()['kind']}: set InfluenceCGConfig(curvature='hessian')."
             )
 
     def run(self, context: ForgetContext, config: InfluenceCGConfig) -> MethodOutcome:

@@ -11,15 +11,22 @@ from torch import Tensor
 
 from hf_iau.data.rows import Batch
 from hf_iau.methods.base import register_method
-from hf_iau.methods.baselines.epochs import EpochsConfig, batches_of, descend, mean_loss, shuffled, trained_parameters
+from hf_iau.methods.baselines.training_loop import (
+    TrainingLoopConfig,
+    batches_of,
+    descend,
+    mean_loss,
+    shuffled,
+    trained_parameters,
+)
 from hf_iau.methods.context import ForgetContext
 from hf_iau.methods.outcome import MethodOutcome
 from hf_iau.utils.config_checks import check_number
 
 
 @dataclass(frozen=True)
-class L1SparseConfig(EpochsConfig):
-    """Configuration of `l1-sparse`: epochs and lr of the public code; γ in the middle of the range that SalUn searches."""
+class L1SparseConfig(TrainingLoopConfig):
+    """Configuration of `l1-sparse`: epochs and lr of the public code; γ in the middle of SalUn's search range."""
 
     gamma: float = field(
         default=1e-5,

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from hf_iau.data.rows import Batch
 from hf_iau.methods.base import register_method
-from hf_iau.methods.baselines.epochs import EpochsConfig, batches_of, descend, endless, mean_loss, shuffled
+from hf_iau.methods.baselines.training_loop import TrainingLoopConfig, batches_of, descend, endless, mean_loss, shuffled
 from hf_iau.methods.context import ForgetContext
 from hf_iau.methods.outcome import MethodOutcome
 from hf_iau.utils.config_checks import check_number
 
 
 @dataclass(frozen=True)
-class NegGradPlusConfig(EpochsConfig):
+class NegGradPlusConfig(TrainingLoopConfig):
     """Configuration of `neggrad-plus`.
 
     The public code of SCRUB runs it with plain SGD at lr 0.01 and α 0.95 (small data, 10 epochs) or 0.9999 (5 epochs).

@@ -1,4 +1,4 @@
-"""`npo`: negative preference optimization, gradient ascent that stops pushing a row once it has become improbable."""
+"""`npo`: negative preference optimization, gradient ascent that leaves a row alone once it has become improbable."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch import Tensor
 from hf_iau.data import Targets, TaskKind
 from hf_iau.data.rows import Batch
 from hf_iau.methods.base import register_method
-from hf_iau.methods.baselines.epochs import EpochsConfig, batches_of, descend, endless, mean_loss, shuffled
-from hf_iau.methods.baselines.outputs import Student, Teacher, check_task
+from hf_iau.methods.baselines.teacher_student import Student, Teacher, check_task
+from hf_iau.methods.baselines.training_loop import TrainingLoopConfig, batches_of, descend, endless, mean_loss, shuffled
 from hf_iau.methods.context import ForgetContext
 from hf_iau.methods.outcome import MethodOutcome
 from hf_iau.utils.config_checks import check_number
 
 
 @dataclass(frozen=True)
-class NPOConfig(EpochsConfig):
+class NPOConfig(TrainingLoopConfig):
     """Configuration of `npo`; the defaults are those of the paper on TOFU, with the retain term ("NPO+RT").
 
     Raises:
@@ -34,7 +34,7 @@ class NPOConfig(EpochsConfig):
     optimizer: str = field(default="adamw", metadata={"help": "'adamw', or 'sgd'."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of the optimizer."})
     beta: float = field(
-        default=0.1, metadata={"help": "β: the lower, the longer a row is pushed; towards 0 it is gradient ascent."}
+        default=0.1, metadata={"help": "β: the lower, the longer a row is changed; towards 0 it is gradient ascent."}
     )
     alpha: float = field(default=1.0, metadata={"help": "Weight of the retained rows' loss; 0 for none."})
 
@@ -46,10 +46,10 @@ class NPOConfig(EpochsConfig):
 
 @register_method
 class NPO:
-    """θ ← θ − lr·∇(2/β · mean_f log(1 + (P(row)/P_old(row))^β) + α·L_r), a batch of each a step, for epochs of forget rows.
+    """θ ← θ − lr·∇(2/β · mean_f log(1 + (P(row)/P_old(row))^β) + α·L_r), a batch of each a step.
 
-    P(row) is the probability of all of a row's targets: of the whole answer, for a language model. Needs the retained rows
-    unless α is 0; single-label classification, token classification and language models.
+    P(row) is the probability of all of a row's targets: of the whole answer, for a language model. Needs the retained
+    rows unless α is 0; single-label classification, token classification and language models.
     """
 
     name: ClassVar[str] = "npo"
@@ -94,8 +94,8 @@ class NPO:
                 method=self.name,
                 items_per_epoch=batches_of(context.forget, config.batch_size),
             )
-        kept = 0 if retained is None else len(retained)
-        return MethodOutcome(diagnostics={"retained_rows": kept, "objective_by_epoch": curve})
+        n_retained = 0 if retained is None else len(retained)
+        return MethodOutcome(diagnostics={"retained_rows": n_retained, "objective_by_epoch": curve})
 
 
 def log_likelihood(targets: Targets) -> Tensor:

@@ -14,14 +14,14 @@ from hf_iau.data import RowSource, TaskKind
 from hf_iau.data.rows import Batch
 from hf_iau.data.targets import IGNORED_LABEL
 from hf_iau.methods.base import register_method
-from hf_iau.methods.baselines.epochs import EpochsConfig, batches_of, descend, mean_loss, shuffled
-from hf_iau.methods.baselines.outputs import check_task
+from hf_iau.methods.baselines.teacher_student import check_task
+from hf_iau.methods.baselines.training_loop import TrainingLoopConfig, batches_of, descend, mean_loss, shuffled
 from hf_iau.methods.context import ForgetContext
 from hf_iau.methods.outcome import MethodOutcome
 
 
 @dataclass(frozen=True)
-class RandomLabelsConfig(EpochsConfig):
+class RandomLabelsConfig(TrainingLoopConfig):
     """Configuration of `random-labels`; the defaults are those of SalUn's public code."""
 
 
@@ -52,7 +52,7 @@ class RandomLabels:
 
 def learn_other_labels(
     context: ForgetContext,
-    config: EpochsConfig,
+    config: TrainingLoopConfig,
     retained: RowSource,
     *,
     method: str,

@@ -1,4 +1,4 @@
-"""`retrain`: train anew without the forget rows. The yardstick of every other method, and the dearest."""
+"""`retrain`: train anew without the forget rows. Every other method is measured against it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from transformers.trainer_utils import SaveStrategy
 from hf_iau.data import RowSource
 from hf_iau.errors import RequestError
 from hf_iau.methods.base import register_method
-from hf_iau.methods.baselines.start import StartConfig, check_alike, check_start, copy_weights, initial_model
+from hf_iau.methods.baselines.initial_weights import (
+    InitialWeightsConfig,
+    check_initial_weights,
+    check_same_architecture,
+    copy_weights,
+    initial_model,
+)
 from hf_iau.methods.context import ForgetContext
 from hf_iau.methods.outcome import MethodOutcome
 
@@ -25,7 +31,7 @@ _NEEDLESS_CALLBACKS = (DefaultFlowCallback, ProgressCallback, PrinterCallback)
 
 
 @dataclass(frozen=True)
-class RetrainConfig(StartConfig):
+class RetrainConfig(InitialWeightsConfig):
     """Configuration of `retrain`: where training starts. Default: the trainer's own `model_init`."""
 
 
@@ -48,7 +54,7 @@ class Retrain:
         trainer = context.trainer
         if trainer is None:
             raise RequestError(f"method={self.name!r} works through trainer.unlearn() alone: it repeats its settings.")
-        check_start(context, config, self.name)
+        check_initial_weights(context, config, self.name)
         if trainer.given_optimizer:
             raise RequestError(
                 f"method={self.name!r} cannot repeat an optimizer object that was given as optimizers=: it holds the "
@@ -58,8 +64,8 @@ class Retrain:
         if overridden or trainer.restriction_config is not None:
             what = ", ".join(overridden) or "restriction="
             raise RequestError(
-                f"method={self.name!r} trains with a plain Trainer, which would not repeat this trainer's {what}. Train "
-                "on the retained rows yourself."
+                f"method={self.name!r} trains with a plain Trainer, which would not repeat this trainer's {what}. "
+                "Train on the retained rows yourself."
             )
 
     def run(self, context: ForgetContext, config: RetrainConfig) -> MethodOutcome:
@@ -76,7 +82,7 @@ class Retrain:
         with context.timer.phase("update"), tempfile.TemporaryDirectory() as folder:
             retained = context.retained_rows(self.name)
             trainer = _plain_trainer(context, config, retained, folder)
-            check_alike(context.model, trainer.accelerator.unwrap_model(trainer.model))
+            check_same_architecture(context.model, trainer.accelerator.unwrap_model(trainer.model))
             result = trainer.train()
             copy_weights(context.model, trainer.accelerator.unwrap_model(trainer.model))
         return MethodOutcome(

@@ -11,16 +11,16 @@ from torch import Tensor
 from hf_iau.data import TaskKind
 from hf_iau.memory.gradient_sum import sum_row_gradients
 from hf_iau.methods.base import register_method
-from hf_iau.methods.baselines.epochs import EpochsConfig, trained_parameters
-from hf_iau.methods.baselines.outputs import check_task
 from hf_iau.methods.baselines.random_labels import learn_other_labels
+from hf_iau.methods.baselines.teacher_student import check_task
+from hf_iau.methods.baselines.training_loop import TrainingLoopConfig, trained_parameters
 from hf_iau.methods.context import ForgetContext
 from hf_iau.methods.outcome import MethodOutcome
 from hf_iau.utils.config_checks import check_number
 
 
 @dataclass(frozen=True)
-class SalUnConfig(EpochsConfig):
+class SalUnConfig(TrainingLoopConfig):
     """Configuration of `salun`.
 
     The paper and its public code forget 10 % of CIFAR-10 with a ResNet-18 in 10 epochs at lr 0.013, half of the weights
@@ -48,8 +48,8 @@ class SalUn:
     name: ClassVar[str] = "salun"
     config_class: ClassVar[type] = SalUnConfig
     citation: ClassVar[str] = (
-        "Fan, Liu, Zhang, Wong, Wei, Liu: SalUn: Empowering Machine Unlearning via Gradient-based Weight Saliency, 2023 "
-        "(arXiv 2310.12508)"
+        "Fan, Liu, Zhang, Wong, Wei, Liu: SalUn: Empowering Machine Unlearning via Gradient-based Weight Saliency, "
+        "2023 (arXiv 2310.12508)"
     )
 
     def check(self, context: ForgetContext, config: SalUnConfig) -> None:

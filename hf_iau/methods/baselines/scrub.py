@@ -12,15 +12,15 @@ from hf_iau.data import TaskKind
 from hf_iau.data.rows import Batch
 from hf_iau.errors import ConfigError
 from hf_iau.methods.base import register_method
-from hf_iau.methods.baselines.epochs import EpochsConfig, descend, shuffled
-from hf_iau.methods.baselines.outputs import Student, Teacher, check_task, divergence
+from hf_iau.methods.baselines.teacher_student import Student, Teacher, check_task, divergence
+from hf_iau.methods.baselines.training_loop import TrainingLoopConfig, descend, shuffled
 from hf_iau.methods.context import ForgetContext
 from hf_iau.methods.outcome import MethodOutcome
 from hf_iau.utils.config_checks import check_number
 
 
 @dataclass(frozen=True)
-class SCRUBConfig(EpochsConfig):
+class SCRUBConfig(TrainingLoopConfig):
     """Configuration of `scrub`; the defaults are those of the public code's large experiments.
 
     Raises:
@@ -48,14 +48,13 @@ class SCRUBConfig(EpochsConfig):
         check_number(self, "max_epochs", at_least=0, whole=True)
         if self.max_epochs > self.epochs:
             raise ConfigError(
-                f"SCRUBConfig(max_epochs={self.max_epochs}, epochs={self.epochs}): a max pass is followed by a min pass, "
-                "so give at least as many epochs."
+                f"SCRUBConfig(max_epochs={self.max_epochs}, epochs={self.epochs}): a max pass is followed by a min "
+                "pass, so give at least as many epochs."
             )
         for name in ("alpha", "gamma", "decay_rate"):
             check_number(self, name, at_least=0)
         check_number(self, "temperature", above=0)
-        if self.forget_batch_size is not None:
-            check_number(self, "forget_batch_size", at_least=1, whole=True)
+        check_number(self, "forget_batch_size", at_least=1, whole=True, optional=True)
 
     def learning_rate(self, epoch: int) -> float:
         """The learning rate of an epoch, counted from 0."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hf_iau.methods.base import register_method
-from hf_iau.methods.baselines.epochs import trained_parameters
-from hf_iau.methods.baselines.fisher import fisher_diagonal
+from hf_iau.methods.baselines.diagonal_fisher import fisher_diagonal
+from hf_iau.methods.baselines.training_loop import trained_parameters
 from hf_iau.methods.context import ForgetContext
 from hf_iau.methods.outcome import MethodOutcome
 from hf_iau.utils.config_checks import check_number
@@ -68,8 +68,8 @@ class SSD:
         if not dampened:
             most = (n_forget + n_retained) / n_forget
             warnings.append(
-                f"No weight was dampened: no importance to the forget rows is above selection={config.selection:g} times "
-                f"that to all rows. {most:.3g}, rows by forget rows, is the most that it can be."
+                f"No weight was dampened: no importance to the forget rows is above selection={config.selection:g} "
+                f"times that to all rows. {most:.3g}, rows by forget rows, is the most that it can be."
             )
         return MethodOutcome(
             forget_targets=n_forget,

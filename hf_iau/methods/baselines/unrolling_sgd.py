@@ -8,8 +8,13 @@ from typing import ClassVar
 from hf_iau.errors import RequestError
 from hf_iau.memory.gradient_sum import sum_row_gradients
 from hf_iau.methods.base import register_method
-from hf_iau.methods.baselines.epochs import trained_parameters
-from hf_iau.methods.baselines.start import StartConfig, check_alike, check_start, initial_model
+from hf_iau.methods.baselines.initial_weights import (
+    InitialWeightsConfig,
+    check_initial_weights,
+    check_same_architecture,
+    initial_model,
+)
+from hf_iau.methods.baselines.training_loop import trained_parameters
 from hf_iau.methods.context import ForgetContext
 from hf_iau.methods.outcome import MethodOutcome
 from hf_iau.methods.step import apply_step, step_norm
@@ -17,7 +22,7 @@ from hf_iau.utils.config_checks import check_number
 
 
 @dataclass(frozen=True)
-class UnrollingSGDConfig(StartConfig):
+class UnrollingSGDConfig(InitialWeightsConfig):
     """Configuration of `unrolling-sgd`. None means: as in the trainer's arguments.
 
     Raises:
@@ -30,16 +35,14 @@ class UnrollingSGDConfig(StartConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("lr", "epochs"):
-            if getattr(self, name) is not None:
-                check_number(self, name, above=0)
-        if self.batch_size is not None:
-            check_number(self, "batch_size", at_least=1, whole=True)
+        check_number(self, "lr", above=0, optional=True)
+        check_number(self, "epochs", above=0, optional=True)
+        check_number(self, "batch_size", at_least=1, whole=True, optional=True)
 
 
 @register_method
 class UnrollingSGD:
-    """θ ← θ + (η·m/b)·Σ_f ∇ℓ(θ₀): the first-order term of SGD unrolled from θ₀, its only term that names the forget rows.
+    """θ ← θ + (η·m/b)·Σ_f ∇ℓ(θ₀): the first-order term of SGD unrolled from θ₀, the only one with the forget rows.
 
     Needs the weights that training started from, and SGD: it has no meaning for Adam.
     """
@@ -47,14 +50,14 @@ class UnrollingSGD:
     name: ClassVar[str] = "unrolling-sgd"
     config_class: ClassVar[type] = UnrollingSGDConfig
     citation: ClassVar[str] = (
-        "Thudi, Deza, Chandrasekaran, Papernot: Unrolling SGD: Understanding Factors Influencing Machine Unlearning, 2021 "
-        "(arXiv 2109.13398)"
+        "Thudi, Deza, Chandrasekaran, Papernot: Unrolling SGD: Understanding Factors Influencing Machine Unlearning, "
+        "2021 (arXiv 2109.13398)"
     )
 
     def check(self, context: ForgetContext, config: UnrollingSGDConfig) -> None:
         if context.trainer is None:
             raise RequestError(f"method={self.name!r} works through trainer.unlearn() alone: it reads its arguments.")
-        check_start(context, config, self.name)
+        check_initial_weights(context, config, self.name)
 
     def run(self, context: ForgetContext, config: UnrollingSGDConfig) -> MethodOutcome:
         args = context.trainer.args
@@ -67,7 +70,7 @@ class UnrollingSGD:
             epochs = args.max_steps * batch_size / len(context.train)
         with context.timer.phase("gradient"):
             start = initial_model(context, config).to(context.forget.device)
-            check_alike(context.model, start)
+            check_same_architecture(context.model, start)
             forget = sum_row_gradients(
                 start,
                 context.row_loss,

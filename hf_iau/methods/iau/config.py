@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hf_iau.errors import ConfigError
-from hf_iau.utils.config_checks import check_choice, is_finite
+from hf_iau.methods.context import ROWS_LOOKED_AT
+from hf_iau.utils.config_checks import check_choice, check_number, is_finite
 
 ENOUGH_FORGET_ROWS = 200
 """A forget set of this size sets its own target, if it passes the shift test: its AUC's standard error is 2 points."""
 FEWEST_COMPARED_ROWS = 20
-"""Fewer rows are not compared with others; a request of fewer is never walked."""
+"""Fewer rows are not compared with others, for chance alone tells them apart; nor are many steps taken for them."""
 FEWEST_HELD_OUT_ROWS = 100
+"""For the error of an AUC against them to stay below 3 points."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,15 @@ class IAUConfig:
         default=None, metadata={"help": "λ, relative to each layer's mean eigenvalue of the curvature."}
     )
     retain_weight: float | None = field(
-        default=None, metadata={"help": "c, how much of the training's own unfinished step is taken along (0 = none)."}
+        default=None,
+        metadata={
+            "help": "c, how much of the retain correction (the training's own unfinished step) to take along; 0: none."
+        },
     )
     retain_damping: float = field(
         default=0.1,
         metadata={
-            "help": "Least λ with which the training's unfinished step is taken along. In directions that C says are "
+            "help": "Least λ of the retain correction. In directions that C says are "
             "flat the retained rows' gradient sum is mostly noise of the sample, which a small λ would magnify."
         },
     )
@@ -62,7 +66,10 @@ class IAUConfig:
     )
     retain_weights: Sequence[float] = field(default=(0.003, 0.01, 0.03), metadata={"help": "c to be tried beside 0."})
     proxy_rows: Sequence[int] = field(default=(512, 256), metadata={"help": "Size of each proxy draw."})
-    held_out_rows: int = field(default=2000, metadata={"help": "Most held-out rows looked at in a trial."})
+    held_out_rows: int = field(
+        default=ROWS_LOOKED_AT,
+        metadata={"help": f"Most held-out rows looked at in a trial, at least {FEWEST_HELD_OUT_ROWS}."},
+    )
     multi_step: bool = field(
         default=True,
         metadata={
@@ -81,33 +88,23 @@ class IAUConfig:
     recalibrate: bool = field(default=False, metadata={"help": "Calibrate anew though the memory knows the answer."})
 
     def __post_init__(self) -> None:
-        for name, least in {"scale": 0.0, "damping": 0.0, "retain_weight": 0.0}.items():
-            value = getattr(self, name)
-            if value is not None and (not is_finite(value) or value < least):
-                raise ConfigError(
-                    f"IAUConfig({name}={value}): give a finite number >= {least:g}, or None to calibrate."
-                )
-        if not (is_finite(self.retain_damping) and self.retain_damping >= 0):
-            raise ConfigError(f"IAUConfig(retain_damping={self.retain_damping}): give a finite number >= 0, e.g. 0.1.")
-        if not 0 < self.max_relative_step <= 10:
-            raise ConfigError(
-                f"IAUConfig(max_relative_step={self.max_relative_step}): give a number above 0, e.g. 0.5."
-            )
+        for name in ("scale", "damping", "retain_weight", "renew_curvature"):  # None has a meaning of its own
+            if getattr(self, name) is not None:
+                check_number(self, name, at_least=0)
+        check_number(self, "retain_damping", at_least=0)
+        check_number(self, "max_relative_step", above=0, at_most=10)
+        check_number(self, "held_out_rows", at_least=FEWEST_HELD_OUT_ROWS, whole=True)
         check_choice(self, "calibrate_on", ("auto", "proxies", "forget-rows"))
-        if len(self.damping_range) != 2 or not 0 < self.damping_range[0] <= self.damping_range[1] < math.inf:
+        if not _is_range(self.damping_range):
             raise ConfigError(
                 f"IAUConfig(damping_range={self.damping_range}): give a smallest and a largest positive number."
             )
-        if not self.proxy_rows or any(rows < 20 for rows in self.proxy_rows):
-            raise ConfigError(f"IAUConfig(proxy_rows={self.proxy_rows}): give one or more sizes of at least 20 rows.")
-        if self.renew_curvature is not None and not (is_finite(self.renew_curvature) and self.renew_curvature >= 0):
+        if not all(is_finite(weight) and weight >= 0 for weight in self.retain_weights):
+            raise ConfigError(f"IAUConfig(retain_weights={self.retain_weights}): give finite numbers >= 0, or none.")
+        if not self.proxy_rows or any(rows < FEWEST_COMPARED_ROWS for rows in self.proxy_rows):
             raise ConfigError(
-                f"IAUConfig(renew_curvature={self.renew_curvature}): give a share of the weights' norm, e.g. 0.25, or None."
-            )
-        if self.held_out_rows < FEWEST_HELD_OUT_ROWS:
-            raise ConfigError(
-                f"IAUConfig(held_out_rows={self.held_out_rows}): give at least {FEWEST_HELD_OUT_ROWS}, for the "
-                "attack's error to stay below 3 points."
+                f"IAUConfig(proxy_rows={self.proxy_rows}): give one or more sizes, each of at least "
+                f"{FEWEST_COMPARED_ROWS} rows."
             )
 
     @property
@@ -119,3 +116,7 @@ class IAUConfig:
     def is_free(self) -> bool:
         """Whether k, λ and c are all left to calibration."""
         return self.scale is None and self.damping is None and self.retain_weight is None
+
+
+def _is_range(values: Sequence[float]) -> bool:
+    return len(values) == 2 and all(map(is_finite, values)) and 0 < values[0] <= values[1]

@@ -10,12 +10,14 @@ from torch import nn
 
 from hf_iau.data import RowLoss, RowSource
 from hf_iau.memory.config import GatherConfig
-from hf_iau.memory.fit import estimate_curvature
+from hf_iau.memory.gathering import estimate_curvature
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.methods.context import ForgetContext
 
 FEWEST_ROWS = 0.5
 """Of the rows that the old curvature was estimated on; an estimate from fewer is no better for being near."""
+# Other rows than those that calibration retains and draws as proxies, for the same request.
+_CURVATURE_SEED = 11
 
 
 def renewal_settings(memory: GradientMemory, **changes: Any) -> GatherConfig | None:
@@ -25,8 +27,8 @@ def renewal_settings(memory: GradientMemory, **changes: Any) -> GatherConfig | N
         memory: with a curvature.
         changes: settings to take instead.
     """
-    known = {field.name for field in dataclasses.fields(GatherConfig)}
-    if not memory.settings.keys() <= known:  # of another version
+    names = {field.name for field in dataclasses.fields(GatherConfig)}
+    if not memory.settings.keys() <= names:  # of another version
         return None
     config = GatherConfig(**{**memory.settings, **changes})
     return None if config.curvature in ("none", "adam") else config
@@ -51,7 +53,7 @@ def renew_curvature(
 
 
 def with_near_curvature(context: ForgetContext, memory: GradientMemory, farthest: float | None) -> GradientMemory:
-    """The memory; with its curvature estimated anew where the weights have left it behind and enough retained rows are at hand.
+    """The memory; its curvature is estimated anew where it was left behind and enough retained rows are at hand.
 
     Args:
         context: the request.
@@ -64,7 +66,7 @@ def with_near_curvature(context: ForgetContext, memory: GradientMemory, farthest
     if config is None:
         return memory
     with context.timer.phase("curvature"):
-        rows = context.retained_sample(config.curvature_rows, context.seed + 11, "curvature rows")
+        rows = context.retained_sample(config.curvature_rows, context.seed + _CURVATURE_SEED, "curvature rows")
         if rows is None or len(rows) < FEWEST_ROWS * memory.require_curvature("iau").n_rows:
             return memory
         rows = rows.resized(context.forget.batch_size)

@@ -25,7 +25,7 @@ class Directions:
         correction_sum: Σ_D, or None where c = 0.
         remaining: n_r, targets that stay.
         targets: those that Σ is over, tokens of a language model; None where that is one a row.
-        retain_damping: the least λ that the training is finished with.
+        retain_damping: the least λ of the retain correction.
     """
 
     curvature: Curvature
@@ -63,8 +63,8 @@ class Directions:
     def parts(self, scale: float, damping: float, retain_weight: float) -> Iterator[Step]:
         """Δ = (C+λ)⁻¹(k·Σ_f − c·Σ_D)/n_r, a layer at a time.
 
-        k·Σ_f − c·Σ_D is (k − c)·Σ_f − c·Σ_r, forgetting and finishing on the retained rows; the latter with λ of at least
-        `retain_damping`.
+        k·Σ_f − c·Σ_D is (k − c)·Σ_f − c·Σ_r, forgetting and the correction by the retained rows; the latter with λ of
+        at least `retain_damping`.
         """
         forget = self.at(damping)
         apart = self.retain_damping > damping

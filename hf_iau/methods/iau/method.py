@@ -1,25 +1,23 @@
-"""`iau`, the default: one curvature-aware step whose length is calibrated, or a walk of many short ones."""
+"""`iau`, the default: one curvature-aware step whose size is calibrated, or many short ones."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from hf_iau.data.duplicates import DuplicateSearch, find_near_duplicates
 from hf_iau.errors import MissingMemoryError
 from hf_iau.methods.base import register_method
 from hf_iau.methods.context import ForgetContext
 from hf_iau.methods.gradients import correction_sum, has_correction_sum, objective_sum
 from hf_iau.methods.iau.config import IAUConfig
 from hf_iau.methods.iau.curvature_renewal import with_near_curvature
-from hf_iau.methods.iau.decision import decide
 from hf_iau.methods.iau.directions import Directions
-from hf_iau.methods.iau.duplicates import find_near_duplicates
-from hf_iau.methods.iau.initial_state import InitialState
-from hf_iau.methods.iau.plan import calibrate_on_proxies
-from hf_iau.methods.iau.reference import choose_reference
-from hf_iau.methods.iau.requirements import check_calibratable
-from hf_iau.methods.iau.verdict import assess
-from hf_iau.methods.outcome import MethodOutcome, StepRecord
+from hf_iau.methods.iau.plan import CalibrationPlan
+from hf_iau.methods.iau.reference import check_calibratable
+from hf_iau.methods.iau.run import CalibrationRun
+from hf_iau.methods.iau.verdict import Observations, assess
+from hf_iau.methods.outcome import MethodOutcome
 from hf_iau.methods.step import weights_norm
 
 
@@ -56,69 +54,78 @@ class IAU:
         memory.require_curvature(self.name)
         if not config.is_given:
             memory = with_near_curvature(context, memory, config.renew_curvature)
-        curvature = memory.require_curvature(self.name)
         with context.timer.phase("calibration"):
-            initial = InitialState(context, config.held_out_rows)
-            duplicates = None
-            if initial.retained_rows is not None:
-                duplicates = find_near_duplicates(context.forget, initial.retained_rows, context.seed)
-            reference = choose_reference(context, config, memory, initial)
-            found = None
-            if (
-                reference.source == "proxies"
-            ):  # before the request's own sum is made, so that one set of directions is held
-                found = calibrate_on_proxies(context, config, memory, initial, reference)
+            plan = CalibrationPlan(context, config, memory)
+            duplicates = _near_duplicates(plan)
+            plan.calibrate_on_proxies()
         with context.timer.phase("gradient"):
             forget = objective_sum(context, context.forget)
-            directions = Directions.of(memory, forget, correction_sum(context, memory), config.retain_damping)
+            run = CalibrationRun(
+                plan, Directions.of(memory, forget, correction_sum(context, memory), config.retain_damping)
+            )
         with context.timer.phase("calibration"):
-            decision = decide(context, config, memory, directions, initial, reference, found)
+            run.search()
+            run.multi_step()
         with context.timer.phase("update"):
-            length = decision.apply(context, config, directions)
-            del directions
+            step_length = run.apply()
         with context.timer.phase("calibration"):
-            lost = decision.after.retained_accuracy_lost(context.model, initial)
-            lead, attack = decision.after.beside_held_out(context.model, initial, decision.reference)
-        calibration, coverage = decision.calibration, curvature.coverage()
-        verdict, reasons = assess(
-            calibration=calibration,
-            relative_step=length / max(weights_norm(context.model, list(memory.parameters)), 1e-300),
-            share_forgotten=(memory.forgotten_rows + len(context.forget)) / (memory.forgotten_rows + memory.n_rows),
-            kronecker_share=coverage.get("kronecker", 0) / max(sum(coverage.values()), 1),
-            whole_class=decision.reference.whole_class,
-            retained_accuracy_lost=lost or 0.0,
-            accuracy_lead=lead,
-            attack=attack,
-        )
+            observed = _observations(run, step_length)
+        verdict, reasons = assess(run.calibration, observed)
         return MethodOutcome(
             forget_sum=forget.tensors,
             forget_targets=forget.n_targets,
-            step=(
-                StepRecord(
-                    calibration.source, calibration.scale, calibration.damping, calibration.retain_weight, reasons
-                )
-                if decision.path is None
-                else StepRecord(calibration.source, reasons=reasons)
-            ),
+            step=run.step_record(reasons),
             diagnostics={
                 "forget_gradient_norm": forget.norm(),
-                "calibration": calibration.to_dict(),
-                "curvature": {
-                    "kind": curvature.kind,
-                    "rows": curvature.n_rows,
-                    "parameters": coverage,
-                    "renewed": memory is not context.memory,
-                },
                 "reasons": reasons,
-                **decision.to_dict(),
+                **_diagnostics(run, observed),
                 **({} if duplicates is None else {"near_duplicates": duplicates.to_dict()}),
-                "retained_accuracy_lost": lost,
-                "accuracy_lead_of_forget_rows": lead,
-                "loss_attack_on_forget_rows": None if attack is None else asdict(attack),
             },
-            calibrated=calibration.source != "uncalibrated",
+            calibrated=run.calibration.source != "uncalibrated",
             verdict=verdict,
-            warnings=[*decision.reference.warnings, *(duplicates.warnings if duplicates is not None else ())],
-            calibration=decision.to_remember(config, memory),
+            warnings=[*run.plan.reference.warnings, *(duplicates.warnings if duplicates is not None else ())],
+            calibration=run.to_remember(),
             memory=memory,
         )
+
+
+def _near_duplicates(plan: CalibrationPlan) -> DuplicateSearch | None:
+    """Rows that stay and are like forget rows; None where there are no retained rows to look at."""
+    retained, context = plan.initial.retained_rows, plan.context
+    return None if retained is None else find_near_duplicates(context.forget, retained, context.seed)
+
+
+def _observations(run: CalibrationRun, step_length: float) -> Observations:
+    """What the verdict rests on, beside the calibration."""
+    context, memory = run.context, run.plan.memory
+    coverage = memory.require_curvature("iau").coverage()
+    retained_accuracy_lost = run.retained_accuracy_lost()
+    accuracy_gap, attack = run.gaps_to_held_out()
+    return Observations(
+        relative_step=step_length / max(weights_norm(context.model, list(memory.parameters)), 1e-300),
+        share_forgotten=(memory.forgotten_rows + len(context.forget)) / (memory.forgotten_rows + memory.n_rows),
+        kronecker_share=coverage.get("kronecker", 0) / max(sum(coverage.values()), 1),
+        whole_class=run.plan.reference.whole_class,
+        retained_accuracy_lost=retained_accuracy_lost,
+        accuracy_gap=accuracy_gap,
+        attack=attack,
+    )
+
+
+def _diagnostics(run: CalibrationRun, observed: Observations) -> dict[str, Any]:
+    """What the report tells of calibration and curvature, plain JSON."""
+    memory = run.plan.memory
+    curvature = memory.require_curvature("iau")
+    return {
+        "calibration": run.calibration.to_dict(),
+        "curvature": {
+            "kind": curvature.kind,
+            "rows": curvature.n_rows,
+            "parameters": curvature.coverage(),
+            "renewed": memory is not run.context.memory,
+        },
+        **run.to_dict(),
+        "retained_accuracy_lost": observed.retained_accuracy_lost,
+        "accuracy_gap_to_held_out": observed.accuracy_gap,
+        "loss_attack_on_forget_rows": None if observed.attack is None else asdict(observed.attack),
+    }

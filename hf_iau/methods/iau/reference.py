@@ -2,18 +2,69 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
+from hf_iau.data import RowPredictions
+from hf_iau.data.rows import row_bytes
+from hf_iau.errors import CalibrationError, RequestError
 from hf_iau.memory.memory import GradientMemory
-from hf_iau.methods.context import ForgetContext
-from hf_iau.methods.iau.config import ENOUGH_FORGET_ROWS, FEWEST_COMPARED_ROWS, IAUConfig
-from hf_iau.methods.iau.exchangeability import ShiftTest, shift_test
-from hf_iau.methods.iau.initial_state import InitialState
+from hf_iau.methods.context import ROWS_LOOKED_AT, ForgetContext
+from hf_iau.methods.iau.config import ENOUGH_FORGET_ROWS, FEWEST_COMPARED_ROWS, FEWEST_HELD_OUT_ROWS, IAUConfig
 from hf_iau.methods.iau.remembered import remembered_calibration
+from hf_iau.methods.iau.states import InitialState
 from hf_iau.methods.iau.trial import auc_distance
+
+# A random draw fails one of two tests at 1 % in 2 % of the cases; proxies then serve it as well.
+_SIGNIFICANCE = 0.01
+# Held-out rows that are compared with training rows: two data sets that share a tenth show up among so many pairs.
+_OVERLAP_ROWS = 512
+# Real data sets hold a few exact duplicates; an overlap of sets is another matter.
+_FEW_DUPLICATES, _SHARE_OF_DUPLICATES = 2, 0.02
+
+
+@dataclass(frozen=True)
+class ShiftTest:
+    """Outcome of comparing forget rows with other training rows, at the same weights.
+
+    Attributes:
+        loss_p: two-sample Kolmogorov-Smirnov test of the row losses.
+        label_p: chi-squared test of the label counts; None where rows have no one class.
+        passed: neither rejects at 1 %.
+    """
+
+    loss_p: float
+    label_p: float | None
+    passed: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return asdict(self)
+
+
+def shift_test(forget: RowPredictions, others: RowPredictions) -> ShiftTest:
+    """Compare the losses and labels of the forget rows with those of other training rows.
+
+    Mislabelled rows, one person's rows or a whole class differ from a random draw; for those an AUC of one half against
+    held-out rows is not what a retrained model shows, and proxies have to be used (statistics: SciPy).
+    """
+    loss_p = float(stats.ks_2samp(_finite(forget.loss), _finite(others.loss)).pvalue)
+    label_p = None
+    ours, theirs = _finite(forget.label), _finite(others.label)
+    if ours.size and theirs.size:
+        classes = np.unique(np.concatenate([ours, theirs]))
+        if classes.size > 1:
+            table = np.array([[np.sum(labels == c) for c in classes] for labels in (ours, theirs)])
+            label_p = float(stats.chi2_contingency(table).pvalue)
+    passed = loss_p >= _SIGNIFICANCE and (label_p is None or label_p >= _SIGNIFICANCE)
+    return ShiftTest(loss_p, label_p, passed)
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return values[np.isfinite(values)]
 
 
 @dataclass
@@ -23,8 +74,8 @@ class CalibrationReference:
     Attributes:
         source: a `Calibration.source`.
         whole_class: the class whose every remaining training row is in the request, if it is one.
-        advantage: AUC of the loss attack on a large sample of retained rows, minus one half: how much better a known
-            row is treated. None where that was not looked at, or is not to be reckoned with.
+        advantage: AUC of the loss attack on a large sample of retained rows, minus one half: how much better the model
+            does on rows that it was trained on. None where that was not measured, or does not count.
         shift: whether the forget rows are like any other training rows; None where they are too few, or there are too
             few others, to tell.
         warnings: sentences for people.
@@ -68,8 +119,8 @@ def choose_reference(
     label = find_whole_class(context, memory, initial)
     if label is not None:
         warning = (
-            f"Every row of class {label} is to be forgotten. One step cannot remove a class as retraining would: retrain "
-            "if you can."
+            f"Every row of class {label} is to be forgotten. One step cannot remove a class as retraining would: "
+            "retrain if you can."
         )
         return CalibrationReference("class share", whole_class=label, warnings=[warning])
     reference = CalibrationReference("proxies")
@@ -110,9 +161,56 @@ def find_whole_class(context: ForgetContext, memory: GradientMemory, initial: In
         or len(context.forget) < FEWEST_COMPARED_ROWS
     ):
         return None
-    asked = initial.every_forget_row().label
-    labels = set(asked[np.isfinite(asked)].tolist())
+    forget = initial.every_forget_row().label
+    labels = set(forget[np.isfinite(forget)].tolist())
     if len(labels) != 1:
         return None
-    left = initial.retained.label
-    return None if labels & set(left[np.isfinite(left)].tolist()) else int(labels.pop())
+    retained = initial.retained.label
+    return None if labels & set(retained[np.isfinite(retained)].tolist()) else int(labels.pop())
+
+
+def check_calibratable(context: ForgetContext, config: IAUConfig, memory: GradientMemory) -> None:
+    """Raise a clear error where calibration would have nothing to rest on, or a false target.
+
+    Raises:
+        CalibrationError: too few held-out rows; or a single forget row, and no other training rows.
+        RequestError: the held-out rows were trained on.
+        MemoryFileError: the memory's calibration is malformed.
+    """
+    if config.is_given or context.held_out is None:
+        return
+    if len(context.held_out) < FEWEST_HELD_OUT_ROWS:
+        raise CalibrationError(
+            f"held_out_dataset has {len(context.held_out)} rows, too few to calibrate with: give at least "
+            f"{FEWEST_HELD_OUT_ROWS} rows that were never trained on ({ROWS_LOOKED_AT:,} are better), or set "
+            "IAUConfig(scale=…, damping=…) yourself."
+        )
+    if (
+        len(context.forget) < 2
+        and context.train is None
+        and context.retain is None
+        and remembered_calibration(config, memory) is None
+    ):
+        raise CalibrationError(
+            "A single forget row cannot set the target of calibration, and the trainer has no other training rows to "
+            "try steps on: give it its train_dataset, pass retain_dataset=, or set IAUConfig(scale=…, damping=…)."
+        )
+    _refuse_overlap(context)
+
+
+def _refuse_overlap(context: ForgetContext) -> None:
+    """Held-out rows that are being forgotten, or were trained on, would set a false target."""
+    assert context.held_out is not None
+    probe = context.held_out.sample(_OVERLAP_ROWS, context.seed)
+    digests = {row_bytes(probe.dataset[i]) for i in range(len(probe))}
+    shared, share = len(digests & context.excluded), 1.0
+    if not shared and context.train is not None:
+        # The order in which retained rows are drawn: most of these are hashed for other reasons too.
+        positions = np.random.default_rng(context.seed).permutation(len(context.train))[:ROWS_LOOKED_AT]
+        shared = sum(context.train.digest(int(i)) in digests for i in positions)
+        share = len(positions) / max(len(context.train), 1)
+    if shared > max(_FEW_DUPLICATES, _SHARE_OF_DUPLICATES * len(probe) * share):
+        raise RequestError(
+            f"{shared} of {len(probe)} held-out rows looked at are training rows: a model treats those as known, so "
+            "calibrating on them would forget nothing. Pass held_out_dataset= with rows that were never trained on."
+        )

@@ -1,6 +1,6 @@
 """The search for k, λ and c by what held-out rows look like, with forward passes only.
 
-A retrained model treats forgotten rows like rows it never saw. So k is the length at which the loss attack cannot tell
+A retrained model treats forgotten rows like rows it never saw. So k is the scale at which the loss attack cannot tell
 forgotten from held-out rows (AUC one half), and λ and c are those with the lowest held-out loss. The rows on which this
 is tried must be exchangeable with the held-out ones: random training rows as proxies, or the forget rows themselves
 where they are many and pass a shift test. The step is additive in rows, so its scale carries over.
@@ -17,12 +17,16 @@ from hf_iau.methods.iau.trial import Trial, TrialRunner
 
 # Trials of one search for k: a guess from the first-order response, then interpolation.
 _TRIALS_PER_SCALE = 5
-_TRIALS_AFTER_A_GUESS = 3
+TRIALS_AFTER_A_GUESS = 3
 MOST_HALVINGS = 4
-# A length that was too short is raised at least so much, or the search would creep.
-_LEAST_FACTOR = 1.05
-MAX_DRIFT = 0.3
-"""A step that raises the held-out loss by more than this share is too long, whatever it forgets."""
+"""To a sixteenth: a step that is still too long then was not made for this model."""
+# A k that was too small is raised at least so much, or the search would creep; and no more, for the power is a guess.
+_LEAST_FACTOR, _LARGEST_FACTOR = 1.05, 4.0
+# The criterion need not come nearer to 0 than a quarter of its standard error, nor than half a point of AUC.
+_SHARE_OF_ERROR, LEAST_TOLERANCE = 0.25, 0.005
+MAX_HELD_OUT_RISE = 0.3
+"""A step that raises the held-out loss by more than this share is too long, whatever it forgets; the verdict on one
+would be "retrain"."""
 
 
 @dataclass
@@ -31,8 +35,8 @@ class Calibration:
 
     Attributes:
         scale, damping, retain_weight: k, λ (relative) and c.
-        source: "forget rows", "proxies", "class share", "remembered", "given", "uncalibrated" or "multi-step" (many short
-            steps were taken instead of one; `scale` and `retain_weight` are those of the one step not taken).
+        source: "forget rows", "proxies", "class share", "remembered", "given", "uncalibrated" or "multi-step" (many
+            short steps were taken instead of one; `scale` and `retain_weight` are those of the one step not taken).
         reached: whether the criterion was brought within its tolerance.
         criterion: its value at the trial next to the k chosen; `tolerance` and `standard_error` beside it.
         held_out_loss_before, held_out_loss: mean loss of the held-out rows without and with the step.
@@ -40,8 +44,8 @@ class Calibration:
         curve: every trial that looked for k and λ, for the report.
         draws: rows of each proxy draw.
         relative_step: ‖Δ‖/‖θ‖ of the request's step.
-        halvings: how often that step was halved to spare the held-out or the retained rows.
-        step_curve: every trial of the request's own step, in which c was chosen; every step of a walk.
+        halvings: how often that step was halved for the sake of the held-out or the retained rows.
+        step_curve: every trial of the request's own step, in which c was chosen; or every step of many.
     """
 
     scale: float
@@ -90,7 +94,8 @@ def find_scale(
     """The k at which the criterion vanishes, by bracketing and interpolation.
 
     Trials end where the criterion is within the tolerance. They come from below, so the k returned is where it vanishes
-    by one more interpolation, which is not tried. Where the held-out loss rises by more than `MAX_DRIFT` before that, the longest step tried that spares it is taken.
+    by one more interpolation, which is not tried. Where the held-out loss rises by more than `MAX_HELD_OUT_RISE` before
+    that, the longest step tried that stays within that budget is taken.
 
     Args:
         runner: tries steps.
@@ -102,39 +107,53 @@ def find_scale(
         trials: how many steps may be tried.
 
     Returns:
-        The best trial, whether it is within the tolerance, and k: near that trial's, or the trial's own where it is not.
+        The best trial, whether it is within the tolerance, and k: near that trial's, or else the trial's own.
     """
     limit = runner.longest(damping, max_relative_step)
-    ruin = (1.0 + MAX_DRIFT) * start.held_out_loss
-    low, low_value = 0.0, start.criterion
-    high: float | None = None
-    high_value = 0.0
+    most = (1.0 + MAX_HELD_OUT_RISE) * start.held_out_loss
+    bracket = _Bracket(low_value=start.criterion)
     tried: list[Trial] = []
     scale = min(guess if guess is not None else _first_guess(runner, damping, start), limit)
     for _ in range(trials):
         trial = runner.run(scale, damping, retain_weight)
         tried.append(trial)
-        spared = trial.held_out_loss <= ruin
-        if spared and abs(trial.criterion) <= tolerance:
+        within_budget = trial.held_out_loss <= most
+        if within_budget and abs(trial.criterion) <= tolerance:
             return trial, True, min(_root(start.criterion, tried), limit)
-        if spared and trial.criterion > 0:
+        if within_budget and trial.criterion > 0:
             if scale >= limit:
                 break
-            low, low_value = scale, trial.criterion
+            bracket.low, bracket.low_value = scale, trial.criterion
         else:
-            high, high_value = scale, min(trial.criterion, -start.criterion if not spared else 0.0)
-        if high is None:
-            scale = min(scale * min(max(_power(start.criterion, tried), _LEAST_FACTOR), 4.0), limit)
+            bracket.high = scale
+            bracket.high_value = min(trial.criterion, -start.criterion if not within_budget else 0.0)
+        if bracket.high is None:
+            factor = min(max(_power(start.criterion, tried), _LEAST_FACTOR), _LARGEST_FACTOR)
+            scale = min(scale * factor, limit)
         else:
-            gap = low_value - high_value  # not positive where the rows look no better known than held-out ones at k = 0
-            share = min(max(low_value / gap, 0.1), 0.9) if gap > 0 else 0.1
-            if low > 0.0:
-                scale = math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
-            else:
-                scale = share * high
-    sparing = [trial for trial in tried if trial.held_out_loss <= ruin]
-    best = min(sparing, key=lambda trial: abs(trial.criterion)) if sparing else min(tried, key=lambda t: t.scale)
+            scale = bracket.between()
+    affordable = [trial for trial in tried if trial.held_out_loss <= most]
+    best = min(affordable, key=lambda trial: abs(trial.criterion)) if affordable else min(tried, key=lambda t: t.scale)
     return best, False, best.scale
+
+
+@dataclass
+class _Bracket:
+    """A k that is too small and, once there is one, a k that is too large, with the criterion there."""
+
+    low_value: float
+    low: float = 0.0
+    high: float | None = None
+    high_value: float = 0.0
+
+    def between(self) -> float:
+        """Where the criterion vanishes along a line; over log k, where both are above 0."""
+        assert self.high is not None
+        gap = self.low_value - self.high_value  # not positive where the rows look like held-out ones at k = 0
+        share = min(max(self.low_value / gap, 0.1), 0.9) if gap > 0 else 0.1
+        if self.low > 0.0:
+            return math.exp(math.log(self.low) + share * (math.log(self.high) - math.log(self.low)))
+        return share * self.high
 
 
 def _power(distance: float, tried: list[Trial]) -> float:
@@ -213,7 +232,7 @@ def calibrate(
         start: the trial of no step at all.
     """
     error = standard_error_of_auc(runner.n_target, len(runner.held_out))
-    tolerance = tolerance if tolerance is not None else max(0.005, 0.25 * error)
+    tolerance = tolerance if tolerance is not None else max(LEAST_TOLERANCE, _SHARE_OF_ERROR * error)
 
     def at(value: float, neighbour: _Candidate | None) -> _Candidate:
         if scale is not None:
@@ -230,7 +249,7 @@ def calibrate(
             tolerance=tolerance,
             max_relative_step=max_relative_step,
             guess=guess,
-            trials=_TRIALS_PER_SCALE if guess is None else _TRIALS_AFTER_A_GUESS,
+            trials=_TRIALS_PER_SCALE if guess is None else TRIALS_AFTER_A_GUESS,
         )
         return _Candidate(*found, slope=runner.directions.slope(value))
 
@@ -251,7 +270,7 @@ def calibrate(
     )
 
 
-def finish(
+def add_retain_correction(
     runner: TrialRunner,
     calibration: Calibration,
     *,
@@ -261,9 +280,9 @@ def finish(
     retain_weight: float | None = None,
     keep_scale: bool = False,
 ) -> Calibration:
-    """Look at the request's own step: choose c for it, and halve it (up to four times) while it ruins the held-out rows.
+    """Choose c for the request's own step, and halve it (up to four times) while it ruins the held-out rows.
 
-    c ("finish the training") repairs what forgetting costs the held-out rows. It is raised only while that helps, and
+    The retain correction repairs what forgetting costs the held-out rows. It is raised only while that helps, and
     not further than to the held-out loss of before (by interpolation): a retrained model is not better trained than
     the original.
 
@@ -274,7 +293,7 @@ def finish(
         retain_weights: c to be tried beside 0, ascending; empty without a gradient sum.
         max_relative_step: longest ‖Δ‖/‖θ‖ allowed.
         retain_weight: keep c at this value.
-        keep_scale: keep k as well; else it grows by c, so that what is finished on is the retained rows alone.
+        keep_scale: keep k as well; else it grows by c, so that the correction is of the retained rows alone.
 
     Returns:
         The calibration with c, the held-out losses and `halvings` filled in.
@@ -284,26 +303,19 @@ def finish(
     given = retain_weight or 0.0
 
     def run(scale: float, weight: float) -> Trial:
-        # Σ_D is of the forget rows too, and c·Σ_D would learn them again: (k + c)·Σ_f − c·Σ_D finishes on the others.
+        # Σ_D is of the forget rows too, and c·Σ_D would learn them again: (k + c)·Σ_f − c·Σ_D corrects with the others
+        # alone.
         return runner.run(scale if keep_scale else scale + weight, calibration.damping, weight)
 
     best = run(scale, given)
     halvings = 0
-    while not best.held_out_loss <= (1.0 + MAX_DRIFT) * before.held_out_loss and halvings < MOST_HALVINGS:
+    while not best.held_out_loss <= (1.0 + MAX_HELD_OUT_RISE) * before.held_out_loss and halvings < MOST_HALVINGS:
         halvings += 1
         best = run(scale * 0.5**halvings, given)
-    for weight in retain_weights if retain_weight is None else ():
-        if best.held_out_loss <= before.held_out_loss:
-            break
-        tried = run(scale * 0.5**halvings, weight)
-        if not tried.held_out_loss < best.held_out_loss or tried.relative_step > max_relative_step:
-            break
-        if tried.held_out_loss < before.held_out_loss:
-            share = (best.held_out_loss - before.held_out_loss) / (best.held_out_loss - tried.held_out_loss)
-            between = best.retain_weight + share * (weight - best.retain_weight)
-            best = run(scale * 0.5**halvings, between)
-            break
-        best = tried
+    if retain_weight is None:
+        best = _raise_retain_weight(
+            lambda weight: run(scale * 0.5**halvings, weight), best, before, retain_weights, max_relative_step
+        )
     return replace(
         calibration,
         scale=best.scale,
@@ -315,6 +327,35 @@ def finish(
         reached=calibration.reached and scale >= calibration.scale * (1 - 1e-6) and halvings == 0,
         step_curve=[t.to_dict() for t in (before, *runner.trials[first:])],
     )
+
+
+def _raise_retain_weight(
+    run: Callable[[float], Trial],
+    best: Trial,
+    before: Trial,
+    retain_weights: tuple[float, ...],
+    max_relative_step: float,
+) -> Trial:
+    """The trial with the c that lowers the held-out loss most, but not below that of `before`.
+
+    Args:
+        run: tries a c.
+        best: the trial without one.
+        before: that of no step.
+        retain_weights: c to be tried, ascending.
+        max_relative_step: longest ‖Δ‖/‖θ‖ allowed.
+    """
+    for weight in retain_weights:
+        if best.held_out_loss <= before.held_out_loss:
+            break
+        tried = run(weight)
+        if not tried.held_out_loss < best.held_out_loss or tried.relative_step > max_relative_step:
+            break
+        if tried.held_out_loss < before.held_out_loss:
+            share = (best.held_out_loss - before.held_out_loss) / (best.held_out_loss - tried.held_out_loss)
+            return run(best.retain_weight + share * (weight - best.retain_weight))
+        best = tried
+    return best
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from hf_iau.data import RowPredictions, RowSource, predict_rows
-from hf_iau.data.working import kept_copy
 from hf_iau.evaluation.attacks import attack_auc
 from hf_iau.methods.iau.directions import Directions
 from hf_iau.methods.step import step_norm, weights_norm
+from hf_iau.methods.weights import WeightSnapshot
 
 
 @dataclass(frozen=True)
@@ -86,10 +85,7 @@ class TrialRunner:
         self.held_out_at = {} if held_out_at is None else held_out_at
         self._names = list(directions.forget_sum)
         self._weights_norm = weights_norm(model, self._names)
-        parameters = dict(model.named_parameters())
-        self._weights = {
-            name: kept_copy(parameters[name]) if weights is None else weights[name] for name in self._names
-        }
+        self._before = WeightSnapshot.of(model, self._names, weights)
 
     @property
     def n_target(self) -> int:
@@ -125,7 +121,7 @@ class TrialRunner:
             self.directions.apply(self.model, scale, damping, retain_weight)
             return [predict_rows(self.model, source) for source in sources]
         finally:
-            self._restore()
+            self._before.restore()
 
     def run(self, scale: float, damping: float, retain_weight: float = 0.0) -> Trial:
         """Apply the step, look, and undo it."""
@@ -138,7 +134,7 @@ class TrialRunner:
                 if held_out is None:  # many of them are kept, and no criterion looks at single tokens
                     held_out = replace(predict_rows(self.model, self.held_out), token_losses=None)
             finally:
-                self._restore()
+                self._before.restore()
         else:
             size = self.directions.norm(*place)
         self.held_out_at[place] = held_out
@@ -165,12 +161,6 @@ class TrialRunner:
             held_out_loss=_loss_or_infinity(kept),
             target_loss=float("nan") if target is None else _loss_or_infinity(target),
         )
-
-    def _restore(self) -> None:
-        parameters = dict(self.model.named_parameters())
-        with torch.no_grad():
-            for name, value in self._weights.items():
-                parameters[name].copy_(value)
 
 
 def auc_distance(target: RowPredictions | None, held_out: RowPredictions) -> float:

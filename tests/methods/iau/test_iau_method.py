@@ -115,7 +115,7 @@ def test_no_rows_are_looked_at_twice_at_the_same_weights(trainer_of, monkeypatch
     assert len(looks) > 10 and not twice
 
 
-def test_proxies_give_about_the_same_length(trainer_of):
+def test_proxies_give_about_the_same_scale(trainer_of):
     own = figures(
         trainer_of()
         .unlearn(forget_indices=RANDOM, config=IAUConfig(multi_step=False, calibrate_on="forget-rows"))
@@ -237,7 +237,7 @@ def test_an_answer_is_remembered_and_reused(trainer_of):
     assert again.diagnostics["calibration"]["source"] == "proxies"
 
 
-def test_a_remembered_answer_that_is_dear_is_found_anew(trainer_of):
+def test_a_remembered_answer_that_is_too_costly_is_found_anew(trainer_of):
     """k = 20 would raise the held-out loss by far more than 2 %."""
     trainer = trainer_of()
     first = trainer.unlearn(forget_indices=[3, 4, 5])
@@ -276,7 +276,7 @@ def test_a_remembered_answer_does_not_override_the_configuration(trainer_of):
     assert found.diagnostics["calibration"]["source"] == "forget rows"
 
 
-def test_a_finish_weight_needs_a_gradient_sum(scene, trainer_of):
+def test_a_retain_weight_needs_a_gradient_sum(scene, trainer_of):
     memory = replace(scene.memory, gradient_sum=None, gradient_sum_kind="none")
     with pytest.raises(MissingMemoryError, match=r"retain_weight=0\.01"):
         trainer_of(memory=memory).unlearn(
@@ -305,7 +305,7 @@ def test_what_a_given_step_costs_retained_rows_is_seen(scene, trainer_of, held_o
     assert any("accuracy on retained rows" in reason for reason in report.diagnostics["reasons"])
 
 
-def test_a_given_length_holds_without_held_out_rows(trainer_of):
+def test_a_given_scale_holds_without_held_out_rows(trainer_of):
     report = trainer_of(eval_dataset=None).unlearn(forget_indices=[5], config=IAUConfig(scale=0.003)).report
     assert report.calibrated is False
     assert report.diagnostics["calibration"]["scale"] == 0.003

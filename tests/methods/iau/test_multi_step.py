@@ -1,9 +1,8 @@
-"""Short steps towards held-out ranks, where one does not arrive."""
+"""Many short steps towards held-out ranks, where one does not arrive."""
 
 from __future__ import annotations
 
 import dataclasses
-from importlib import import_module
 
 import numpy as np
 import pytest
@@ -19,27 +18,33 @@ from hf_iau import GatherConfig, IAUConfig, gather
 from hf_iau.curvature import fit_curvature
 from hf_iau.data import ModelRowLoss, RowSource, Targets, TaskKind, predict_rows
 from hf_iau.memory.gradient_sum import sum_row_gradients
+from hf_iau.methods.iau import multi_step
+from hf_iau.methods.iau import run as calibration_run
 from hf_iau.methods.iau.directions import Directions
 from hf_iau.methods.iau.multi_step import (
     ARRIVED,
-    DEAR,
+    TOO_COSTLY,
     MultiStep,
-    _lengthen,
-    drift,
-    push_gradient,
-    run_multi_step,
-    watched_rows,
+    MultiStepResult,
+    MultiStepRows,
+    MultiStepSettings,
+    lengthen,
+    rows_per_step,
+)
+from hf_iau.methods.iau.multi_step_gradients import (
+    RetainReference,
+    forget_gradient,
+    prediction_divergence,
     weighted_gradient,
 )
 from hf_iau.methods.iau.targets import ForgetTargets
 from hf_iau.methods.iau.trial import TrialRunner
 from hf_iau.methods.iau.verdict import CHECK, OK
 from hf_iau.methods.step import step_norm
+from hf_iau.methods.weights import WeightSnapshot
 
-# The module; the package has a function of the same name.
-WALK = import_module("hf_iau.methods.iau.multi_step")
 FORGET = np.random.default_rng(11).choice(1200, 200, replace=False)
-KEPT = np.setdiff1d(np.arange(1200), FORGET)
+RETAINED = np.setdiff1d(np.arange(1200), FORGET)
 
 
 def rows_of(dataset, batch_size=512):
@@ -62,20 +67,25 @@ def scene(memorised) -> Scene:
     return memorised
 
 
-def walked(scene, *, forget=FORGET, batch_size=512, **options) -> MultiStep:
-    model, rows = scene.model, rows_of(scene.train.take(forget), batch_size)
-    known, held_out = rows_of(scene.train.take(KEPT), batch_size), rows_of(scene.held_out)
-    forget_targets = ForgetTargets.of(*(predict_rows(model, source) for source in (rows, known, held_out)))
-    return run_multi_step(
-        model,
-        scene.memory.curvature,
-        rows,
-        known,
-        held_out,
-        forget_targets,
-        names=list(scene.memory.parameters),
-        **{"max_relative_step": 0.5, **options},
+def targets_of(model, *sources) -> ForgetTargets:
+    """From forget, retained and held-out rows."""
+    return ForgetTargets.of(*(predict_rows(model, source) for source in sources))
+
+
+def stepped(scene, *, forget=FORGET, batch_size=512, rows=None, **settings) -> MultiStepResult:
+    """What many steps come to, with `MultiStepSettings` and further `MultiStepRows`."""
+    sources = (
+        rows_of(scene.train.take(forget), batch_size),
+        rows_of(scene.train.take(RETAINED), batch_size),
+        rows_of(scene.held_out),
     )
+    return MultiStep(
+        WeightSnapshot.of(scene.model, scene.memory.parameters),
+        scene.memory.curvature,
+        MultiStepRows(*sources, **(rows or {})),
+        targets_of(scene.model, *sources),
+        MultiStepSettings(**settings),
+    ).run()
 
 
 def unchanged(scene) -> bool:
@@ -107,7 +117,7 @@ def test_the_weighted_gradient_is_that_of_a_loop_over_rows(scene, batch_size):
 
 
 @pytest.mark.parametrize("batch_size", [7, 64])
-def test_a_push_is_the_weighted_gradient_by_the_losses_of_the_same_pass(scene, batch_size):
+def test_the_forget_gradient_is_the_weighted_one_by_the_losses_of_the_same_pass(scene, batch_size):
     model = scene.model.double()
     try:
         rows = scene.train.take(FORGET[:20])
@@ -116,7 +126,7 @@ def test_a_push_is_the_weighted_gradient_by_the_losses_of_the_same_pass(scene, b
         targets = np.random.default_rng(0).uniform(0.0, 2.0, 20)
         targets[3] = np.nan
         forget_targets = ForgetTargets(targets, 1.0, 1.0)
-        found, losses = push_gradient(model, source, forget_targets, names)
+        found, losses = forget_gradient(model, source, forget_targets, names)
         assert np.allclose(losses, predict_rows(model, source).loss, rtol=0, atol=1e-12)
         p = np.exp(-losses)
         weights = [
@@ -133,7 +143,7 @@ def test_a_push_is_the_weighted_gradient_by_the_losses_of_the_same_pass(scene, b
 
 
 @pytest.mark.parametrize("batch_size, collate", [(1, pad_right()), (3, pad_right()), (12, pad_right(extra=3))])
-def test_a_push_of_tokens_is_that_of_a_loop_over_rows_and_tokens(batch_size, collate):
+def test_the_forget_gradient_of_tokens_is_that_of_a_loop_over_rows_and_tokens(batch_size, collate):
     model, rows = build("gpt2", dtype=torch.float64), tiny_rows("gpt2", 12)
     rows[2]["labels"] = [-100] * len(rows[2]["labels"])
     source = RowSource(RowList(rows), collate, batch_size=batch_size)
@@ -143,7 +153,7 @@ def test_a_push_of_tokens_is_that_of_a_loop_over_rows_and_tokens(batch_size, col
     # As if held-out rows were known much worse, so that there is something to do.
     unseen = dataclasses.replace(unseen, token_losses=1.5 * unseen.token_losses)
     forget_targets = ForgetTargets.of(seen, seen, unseen)
-    found, losses = push_gradient(model, source, forget_targets, names)
+    found, losses = forget_gradient(model, source, forget_targets, names)
     assert np.allclose(losses, seen.token_losses, rtol=0, atol=1e-12, equal_nan=True)
     expected = {name: torch.zeros_like(model.get_parameter(name)) for name in names}
     for number, row in enumerate(rows):
@@ -166,14 +176,14 @@ def test_a_push_of_tokens_is_that_of_a_loop_over_rows_and_tokens(batch_size, col
 
 
 @pytest.mark.parametrize("kind", [TaskKind.SINGLE_LABEL, TaskKind.MULTI_LABEL, TaskKind.REGRESSION])
-def test_drift_has_no_slope_at_the_start_and_the_fisher_matrix_as_its_hessian(kind):
+def test_the_divergence_has_no_slope_at_the_start_and_the_fisher_matrix_as_its_hessian(kind):
     torch.manual_seed(0)
     before = torch.randn(3, 4, dtype=torch.float64)
     labels = torch.zeros(3, dtype=torch.long) if kind is TaskKind.SINGLE_LABEL else torch.zeros_like(before)
     rows = torch.arange(3)
 
     def moved(flat):
-        return drift(Targets(kind, flat.reshape(3, 4), labels, rows, 3, torch.zeros_like(rows)), before)
+        return prediction_divergence(Targets(kind, flat.reshape(3, 4), labels, rows, 3, torch.zeros_like(rows)), before)
 
     start = before.flatten()
     assert torch.autograd.functional.jacobian(moved, start).abs().max() < 1e-12
@@ -190,19 +200,19 @@ def test_drift_has_no_slope_at_the_start_and_the_fisher_matrix_as_its_hessian(ki
     assert torch.allclose(hessian, expected, atol=1e-10)
 
 
-def test_anchors_pull_back_to_where_they_were(scene):
-    """Short steps along the pulls of all groups undo part of what a push did to the retained rows' predictions."""
+def test_the_retain_gradient_leads_back_to_the_predictions_before(scene):
+    """Short steps along those of all groups undo part of what forgetting did to the retained rows' predictions."""
     model, names = scene.model, list(scene.memory.parameters)
-    anchors = WALK._Anchors(model, rows_of(scene.train.take(KEPT), 128))
-    assert len(anchors.groups) == 4 and all(len(group) <= 256 for group in anchors.groups)
-    curvature = fit_curvature(model, rows_of(scene.train.take(KEPT)), seed=0)
-    push = curvature.solve(sum_row_gradients(model, ModelRowLoss(), rows_of(scene.train.take(FORGET))).tensors, 0.1)
-    length = step_norm(push)
+    reference = RetainReference(model, rows_of(scene.train.take(RETAINED), 128))
+    assert len(reference.groups) == 4 and all(len(group) <= 256 for group in reference.groups)
+    curvature = fit_curvature(model, rows_of(scene.train.take(RETAINED)), seed=0)
+    forget = curvature.solve(sum_row_gradients(model, ModelRowLoss(), rows_of(scene.train.take(FORGET))).tensors, 0.1)
+    length = step_norm(forget)
 
-    def drifted() -> float:
+    def divergence() -> float:
         with torch.no_grad():
             total = 0.0
-            for group, outputs in zip(anchors.groups, anchors.outputs, strict=True):
+            for group, outputs in zip(reference.groups, reference.outputs, strict=True):
                 for (_, inputs), before in zip(group, outputs, strict=True):
                     now = model(**inputs)["logits"]
                     total += float(
@@ -210,46 +220,44 @@ def test_anchors_pull_back_to_where_they_were(scene):
                     )
         return total
 
-    assert drifted() == pytest.approx(0.0, abs=1e-5)
+    assert divergence() == pytest.approx(0.0, abs=1e-5)
     with torch.no_grad():
         for name in names:
-            model.get_parameter(name).add_(0.3 * push[name] / length)
-    after_push = drifted()
-    for number in range(len(anchors.groups)):
-        pull = curvature.solve(anchors.drift_gradient(model, number, names), 0.1)
+            model.get_parameter(name).add_(0.3 * forget[name] / length)
+    after_forgetting = divergence()
+    for number in range(len(reference.groups)):
+        retain = curvature.solve(reference.gradient(model, number, names), 0.1)
         with torch.no_grad():
             for name in names:
-                model.get_parameter(name).sub_(0.05 * (pull[name] / step_norm(pull)).float())
-    assert after_push > 0.05 and drifted() < 0.9 * after_push
+                model.get_parameter(name).sub_(0.05 * (retain[name] / step_norm(retain)).float())
+    assert after_forgetting > 0.05 and divergence() < 0.9 * after_forgetting
 
 
-def test_no_more_anchors_are_kept_than_there_is_room_for(scene, monkeypatch):
+def test_no_more_reference_rows_are_kept_than_there_is_room_for(scene):
     """For a large vocabulary a row's logits alone are many megabytes."""
-    retained = rows_of(scene.train.take(KEPT), 128)
+    retained = rows_of(scene.train.take(RETAINED), 128)
     a_row = 4 * (WIDTH + CLASSES) + 8  # inputs and logits, and a label
-    monkeypatch.setattr(WALK, "_ANCHOR_BYTES", 300 * a_row)
-    anchors = WALK._Anchors(scene.model, retained)
-    assert [len(group) for group in anchors.groups] == [150, 150]
-    assert [sum(len(part) for part in outputs) for outputs in anchors.outputs] == [150, 150]
-    monkeypatch.setattr(WALK, "_ANCHOR_BYTES", 1)
-    assert [len(group) for group in WALK._Anchors(scene.model, retained).groups] == [8]
+    reference = RetainReference(scene.model, retained, 300 * a_row)
+    assert [len(group) for group in reference.groups] == [150, 150]
+    assert [sum(len(part) for part in outputs) for outputs in reference.outputs] == [150, 150]
+    assert [len(group) for group in RetainReference(scene.model, retained, 1).groups] == [8]
 
 
-def test_anchors_that_take_turns_come_from_all_over_rows_that_are_sorted(scene):
+def test_groups_that_take_turns_come_from_all_over_rows_that_are_sorted(scene):
     ordered = scene.train.take(np.argsort(scene.train.labels.numpy(), kind="stable"))
-    anchors = WALK._Anchors(scene.model, rows_of(ordered, 128))
+    reference = RetainReference(scene.model, rows_of(ordered, 128))
     shares = np.bincount(scene.train.labels.numpy(), minlength=CLASSES) / len(scene.train)
-    assert len(anchors.groups) > 2
-    for group in anchors.groups:
+    assert len(reference.groups) > 2
+    for group in reference.groups:
         labels = torch.cat([inputs["labels"] for _, inputs in group]).numpy()
         assert np.abs(np.bincount(labels, minlength=CLASSES) / len(labels) - shares).max() < 0.03
 
 
-# --- the walk --------------------------------------------------------------------------------------------------------
+# --- the steps -------------------------------------------------------------------------------------------------------
 
 
 def test_the_weights_are_put_back_bit_for_bit(scene):
-    path = walked(scene)
+    path = stepped(scene)
     assert path.steps > 0 and unchanged(scene)
     assert all(change.dtype == torch.float32 for change in path.step.values())
 
@@ -268,95 +276,91 @@ def test_the_weights_are_put_back_after_an_exception(scene, monkeypatch, call):
             raise RuntimeError("boom")
         return predict_rows(model, rows, **options)
 
-    monkeypatch.setattr(WALK, "predict_rows", fail)
+    monkeypatch.setattr(multi_step, "predict_rows", fail)
     with pytest.raises(RuntimeError, match="boom"):
-        walked(scene)
+        stepped(scene)
     assert moved == [call > 2]  # the first two looks are before the first step
     assert unchanged(scene)
 
 
-def test_the_walk_stays_within_its_bound(scene):
-    path = walked(scene, max_relative_step=0.04)
+def test_the_steps_stay_within_their_bound(scene):
+    path = stepped(scene, max_relative_step=0.04)
     assert path.curve and all(point["relative_step"] <= 0.04 for point in path.curve)
     assert path.relative_step <= 0.04
-    assert walked(scene, max_relative_step=1e-4).steps == 0
+    assert stepped(scene, max_relative_step=1e-4).steps == 0
 
 
 def test_the_point_told_of_is_the_step_returned(scene):
-    path = walked(scene)
-    known, held_out = rows_of(scene.train.take(KEPT)), rows_of(scene.held_out)
+    path = stepped(scene)
+    known, held_out = rows_of(scene.train.take(RETAINED)), rows_of(scene.held_out)
     forget = rows_of(scene.train.take(FORGET))
     forget_targets = ForgetTargets.of(*(predict_rows(scene.model, source) for source in (forget, known, held_out)))
-    assert path.curve[path.steps - 1]["criterion"] == path.remaining
+    assert path.curve[path.steps - 1]["criterion"] == path.share_remaining
     with torch.no_grad():
         for name, change in path.step.items():
             scene.model.get_parameter(name).copy_(scene.state[name].double() + change)
-    assert path.remaining == pytest.approx(forget_targets.remaining(predict_rows(scene.model, forget).loss), abs=1e-6)
+    assert path.share_remaining == pytest.approx(
+        forget_targets.share_remaining(predict_rows(scene.model, forget).loss), abs=1e-6
+    )
     assert path.held_out_loss == pytest.approx(predict_rows(scene.model, held_out).mean_loss, rel=1e-6)
 
 
-def test_the_walk_does_not_depend_on_the_batch_size(scene):
-    paths = [walked(scene, batch_size=size) for size in (512, 61)]
+def test_the_steps_do_not_depend_on_the_batch_size(scene):
+    paths = [stepped(scene, batch_size=size) for size in (512, 61)]
     assert paths[0].steps == paths[1].steps
     for name, change in paths[0].step.items():
         assert torch.allclose(change, paths[1].step[name], rtol=0, atol=1e-3 * float(change.abs().max()))
 
 
-def test_steps_that_cost_too_much_are_taken_back(scene, monkeypatch):
-    monkeypatch.setattr(WALK, "_JUMP", -1.0)  # every step of full stride does
-    path = walked(scene)
-    assert path.curve and all(point["stride"] <= WALK._SHORTEST_STRIDE for point in path.curve)
+def test_steps_that_cost_too_much_are_taken_back(scene):
+    path = stepped(scene, largest_rise=-1.0)  # every step of full size does
+    smallest = MultiStepSettings().smallest_step_size
+    assert path.curve and all(point["step_size"] <= smallest for point in path.curve)
     assert path.steps <= len(path.curve)
 
 
-def test_a_first_step_that_would_take_rows_past_their_targets_is_made_shorter(scene, monkeypatch):
+def test_a_first_step_that_would_take_rows_past_their_targets_is_made_shorter(scene):
     """The gradient of a few rows brings those few far at once, where it is not followed with care."""
     few = np.random.default_rng(5).choice(1200, 40, replace=False)
     rows = rows_of(scene.train.take(few))
-    known, held_out = rows_of(scene.train.take(KEPT)), rows_of(scene.held_out)
+    known, held_out = rows_of(scene.train.take(RETAINED)), rows_of(scene.held_out)
     forget_targets = ForgetTargets.of(*(predict_rows(scene.model, source) for source in (rows, known, held_out)))
 
-    def past_their_targets(path: MultiStep) -> float:
+    def past_their_targets(path: MultiStepResult) -> float:
         """Mean of what rows are known worse than they should be, sorted against sorted."""
         with torch.no_grad():
             for name, change in path.step.items():
                 scene.model.get_parameter(name).copy_(scene.state[name].double() + change)
-        now = np.sort(forget_targets.known(predict_rows(scene.model, rows).loss))
+        now = np.sort(forget_targets.soft_confidence(predict_rows(scene.model, rows).loss))
         scene.model.load_state_dict(scene.state)
-        return float(np.maximum(np.sort(forget_targets.known(forget_targets.targets)) - now, 0.0).mean())
+        return float(np.maximum(np.sort(forget_targets.soft_confidence(forget_targets.targets)) - now, 0.0).mean())
 
-    monkeypatch.setattr(WALK, "_STRIDE", 0.12)
-    careful = walked(scene, forget=few)
-    assert careful.reached and careful.curve[0]["stride"] < 0.12
-    assert 1.0 - careful.curve[0]["criterion"] <= WALK._TOO_MUCH
-    monkeypatch.setattr(WALK, "_TOO_MUCH", float("inf"))
-    careless = walked(scene, forget=few)
-    assert careless.reached and careless.curve[0]["stride"] == 0.12
+    careful = stepped(scene, forget=few, step_size=0.12)
+    assert careful.reached and careful.curve[0]["step_size"] < 0.12
+    assert 1.0 - careful.curve[0]["criterion"] <= 0.4
+    careless = stepped(scene, forget=few, step_size=0.12, most_at_first=float("inf"))
+    assert careless.reached and careless.curve[0]["step_size"] == 0.12
     assert 1.0 - careless.curve[0]["criterion"] > 0.4
     assert past_their_targets(careful) < past_their_targets(careless)
 
 
-def test_where_the_forget_rows_are_looked_at_does_not_matter(scene, monkeypatch):
+def test_where_the_forget_rows_are_looked_at_does_not_matter(scene):
     """In the pass that takes the next gradient, or in one of its own after every step."""
-    paths = []
-    for near in (0.0, 1e9):
-        monkeypatch.setattr(WALK, "_NEAR", near)
-        paths.append(walked(scene))
-    sync_errors, apart = paths
-    assert sync_errors.reached and sync_errors.steps == apart.steps > 2
-    assert sync_errors.forget is None and apart.forget is not None
-    assert sync_errors.remaining == pytest.approx(apart.remaining, abs=1e-5)
-    for name, change in sync_errors.step.items():
+    with_the_gradient, apart = (stepped(scene, near_the_end=near) for near in (0.0, 1e9))
+    assert with_the_gradient.reached and with_the_gradient.steps == apart.steps > 2
+    assert with_the_gradient.forget is None and apart.forget is not None
+    assert with_the_gradient.share_remaining == pytest.approx(apart.share_remaining, abs=1e-5)
+    for name, change in with_the_gradient.step.items():
         assert torch.allclose(change, apart.step[name], rtol=0, atol=1e-4 * float(change.abs().max()))
 
 
 def test_what_is_known_of_the_start_is_not_looked_at_again(scene, monkeypatch):
     model, rows, held_out = scene.model, rows_of(scene.train.take(FORGET)), rows_of(scene.held_out)
     before = (predict_rows(model, rows), predict_rows(model, held_out))
-    fresh = walked(scene)
+    fresh = stepped(scene)
     looks = []
-    monkeypatch.setattr(WALK, "predict_rows", lambda model, rows: looks.append(rows) or predict_rows(model, rows))
-    told = walked(scene, looked_at=rows, before=before)
+    monkeypatch.setattr(multi_step, "predict_rows", lambda model, rows: looks.append(rows) or predict_rows(model, rows))
+    told = stepped(scene, rows={"forget_to_predict": rows, "before": before})
     # One look at the watched rows a step, at the end one at all held-out rows, and those at the forget rows.
     of_forget_rows = sum(source is rows for source in looks)
     assert 0 < of_forget_rows < told.steps
@@ -364,41 +368,39 @@ def test_what_is_known_of_the_start_is_not_looked_at_again(scene, monkeypatch):
     assert all(torch.equal(change, fresh.step[name]) for name, change in told.step.items())
 
 
-def test_nothing_known_nothing_walked(scene):
+def test_no_step_where_nothing_is_known(scene):
     """Rows that are known worse than held-out rows already."""
     model, rows = scene.model, rows_of(scene.held_out)
     found = predict_rows(model, rows)
     forget_targets = ForgetTargets(np.zeros(len(found)), 1.0, 1.0)
-    names = list(scene.memory.parameters)
-    path = run_multi_step(
-        model, scene.memory.curvature, rows, rows, rows, forget_targets, names=names, max_relative_step=0.5
-    )
+    start = WeightSnapshot.of(model, scene.memory.parameters)
+    path = MultiStep(start, scene.memory.curvature, MultiStepRows(rows, rows, rows), forget_targets).run()
     assert path.steps == 0 and not path.curve and unchanged(scene)
 
 
 def test_a_memorised_request_arrives_and_costs_little_where_one_step_does_not(scene):
-    """One step of any length at the same damping, as dear as the walk, leaves more of the way."""
+    """One step of any length at the same damping, as costly as the many, leaves more of the way."""
     model, rows, held_out = scene.model, rows_of(scene.train.take(FORGET)), rows_of(scene.held_out)
-    known = predict_rows(model, rows_of(scene.train.take(KEPT)))
+    known = predict_rows(model, rows_of(scene.train.take(RETAINED)))
     forget_targets = ForgetTargets.of(predict_rows(model, rows), known, predict_rows(model, held_out))
-    path = walked(scene)
+    path = stepped(scene)
     before = predict_rows(model, held_out).mean_loss
-    assert path.reached and path.remaining <= ARRIVED
-    assert path.held_out_loss <= (1.0 + DEAR) * before
+    assert path.reached and path.share_remaining <= ARRIVED
+    assert path.held_out_loss <= (1.0 + TOO_COSTLY) * before
     total = sum_row_gradients(model, ModelRowLoss(), rows)
     directions = Directions(scene.memory.curvature, total.tensors, None, scene.memory.n_targets - total.n_targets)
     runner = TrialRunner(model, directions, rows, held_out)
-    left = []
+    remaining = []
     for k in np.geomspace(0.01, 1.0, 20) * runner.longest(path.damping, 0.5):
         if runner.run(k, path.damping).held_out_loss <= path.held_out_loss:
-            left.append(forget_targets.remaining(runner.look([rows], k, path.damping)[0].loss))
-    assert min(left, default=1.0) > path.remaining + 0.05
+            remaining.append(forget_targets.share_remaining(runner.look([rows], k, path.damping)[0].loss))
+    assert min(remaining, default=1.0) > path.share_remaining + 0.05
     runner_state = all(torch.equal(v, scene.model.state_dict()[n]) for n, v in scene.state.items())
     assert runner_state
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert-tokens"])
-def test_models_of_tokens_are_walked_alike(family, monkeypatch):
+def test_models_of_tokens_take_many_steps_alike(family):
     """Some rows have ignored labels, one has nothing else."""
     model, train, held_out = build(family), tiny_rows(family, 60), tiny_rows(family, 40, seed=1)
     train[3]["labels"] = [-100] * len(train[3]["labels"])
@@ -416,28 +418,25 @@ def test_models_of_tokens_are_walked_alike(family, monkeypatch):
     forget, known, unseen = source(train[:20]), source(train[20:]), source(held_out)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     forget_targets = ForgetTargets.of(*(predict_rows(model, rows) for rows in (forget, known, unseen)))
-    assert forget_targets.at_start > 0 and forget_targets.lead_at_start > 0.05
-    monkeypatch.setattr(WALK, "MOST_STEPS", 15)
-    path = run_multi_step(
-        model,
+    assert forget_targets.deficit_at_start > 0 and forget_targets.advantage_at_start > 0.05
+    path = MultiStep(
+        WeightSnapshot.of(model, memory.parameters),
         memory.curvature,
-        forget,
-        known,
-        unseen,
+        MultiStepRows(forget, known, unseen),
         forget_targets,
-        names=list(memory.parameters),
-        max_relative_step=0.5,
-    )
-    # The attack on whole rows is the last to give way, and what the token classifier learned is as true of held-out rows.
+        MultiStepSettings(most_steps=15),
+    ).run()
+    # The attack on whole rows is the last to give way, and what the token classifier learned is as true of held-out
+    # rows.
     now = predict_rows(model, forget).token_losses
     with torch.no_grad():
         for name, change in path.step.items():
             model.get_parameter(name).add_(change.to(before[name]))
     after = predict_rows(model, forget).token_losses
     model.load_state_dict(before)
-    assert path.remaining == pytest.approx(forget_targets.remaining(after), abs=1e-4)
-    assert path.remaining < (0.6 if family == "gpt2" else 0.9)
-    assert forget_targets.mean(after) < (0.2 if family == "gpt2" else 0.9) * forget_targets.mean(now)
+    assert path.share_remaining == pytest.approx(forget_targets.share_remaining(after), abs=1e-4)
+    assert path.share_remaining < (0.6 if family == "gpt2" else 0.9)
+    assert forget_targets.mean_deficit(after) < (0.2 if family == "gpt2" else 0.9) * forget_targets.mean_deficit(now)
     assert path.held_out_loss < 1.1 * predict_rows(model, unseen).mean_loss
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -454,8 +453,8 @@ class Regressor(Classifier):
         return {"logits": values} | ({} if labels is None else {"loss": F.mse_loss(values, labels)})
 
 
-def test_a_regression_is_walked_and_told_of_without_accuracies(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_iau.methods.iau.multi_step_choice._LEFT", -1.0)  # no step is good enough
+def test_a_regression_takes_many_steps_and_is_told_of_without_accuracies(tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration_run, "MOST_REMAINING", -1.0)  # no step is good enough
     torch.manual_seed(0)
 
     def numbers(n, seed):
@@ -471,68 +470,68 @@ def test_a_regression_is_walked_and_told_of_without_accuracies(tmp_path, monkeyp
     report = trainer.unlearn(forget_indices=np.arange(60)).report
     found = report.diagnostics
     assert found["calibration"]["source"] == "multi-step" and found["calibration"]["criterion"] < 0.5
-    assert found["retained_accuracy_lost"] is None and found["accuracy_lead_of_forget_rows"] is None
+    assert found["retained_accuracy_lost"] is None and found["accuracy_gap_to_held_out"] is None
     assert "warnings" not in found
     assert not any("accuracy" in reason or "predicted" in reason for reason in found["reasons"])
 
 
-# --- the choice between a step and a walk ----------------------------------------------------------------------------
+# --- the choice between one step and many ----------------------------------------------------------------------------
 
 
-def fake_walk(monkeypatch, loss_of, *, remaining):
-    """A walk that goes nowhere and says what it is told to."""
+def fake_steps(monkeypatch, loss_of, *, remaining):
+    """Many steps that lead nowhere and say what they are told to."""
     seen = []
 
-    def pretend(model, curvature, forget, retained, held_out, forget_targets, *, names, damping, **options):
-        step = {name: torch.zeros_like(model.get_parameter(name), dtype=torch.float64) for name in names}
-        before = predict_rows(model, held_out).mean_loss
+    def pretend(steps: MultiStep) -> MultiStepResult:
+        step = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in steps.start.copies.items()}
+        before = predict_rows(steps.model, steps.rows.held_out).mean_loss
+        damping, reached = steps.settings.damping, remaining <= ARRIVED
         seen.append(damping)
-        reached = remaining <= ARRIVED
-        known = predict_rows(model, options["known"])
-        return MultiStep(
-            step, damping, 1, reached, remaining, loss_of(before), 0.0, [{"damping": damping}], known=known
+        retained = predict_rows(steps.model, steps.rows.retained_to_predict)
+        return MultiStepResult(
+            step, damping, 1, reached, remaining, loss_of(before), 0.0, [{"damping": damping}], retained=retained
         )
 
-    monkeypatch.setattr("hf_iau.methods.iau.multi_step_choice.run_multi_step", pretend)
-    monkeypatch.setattr("hf_iau.methods.iau.multi_step_choice._LEFT", -1.0)  # no step is good enough
+    monkeypatch.setattr(MultiStep, "run", pretend)
+    monkeypatch.setattr(calibration_run, "MOST_REMAINING", -1.0)  # no step is good enough
     return seen
 
 
-def test_a_walk_that_costs_more_than_a_step_is_not_taken(scene, tmp_path, monkeypatch):
-    seen = fake_walk(monkeypatch, lambda before: 10.0 * before, remaining=0.0)
+def test_many_steps_that_cost_more_than_one_are_not_taken(scene, tmp_path, monkeypatch):
+    seen = fake_steps(monkeypatch, lambda before: 10.0 * before, remaining=0.0)
     report = scene.trainer(tmp_path).unlearn(forget_indices=FORGET).report
-    assert seen and report.diagnostics["calibration"]["source"] != "multi_step"
+    assert seen and report.diagnostics["calibration"]["source"] != "multi-step"
     assert "multi_step" not in report.diagnostics
 
 
-def test_a_walk_that_gets_less_far_than_a_step_is_not_taken(scene, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_iau.methods.iau.multi_step_choice.TOO_MUCH_LOST", 1.0)
-    seen = fake_walk(monkeypatch, lambda before: 0.0, remaining=5.0)
+def test_many_steps_that_get_less_far_than_one_are_not_taken(scene, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration_run, "TOO_MUCH_LOST", 1.0)
+    seen = fake_steps(monkeypatch, lambda before: 0.0, remaining=5.0)
     assert (
         scene.trainer(tmp_path).unlearn(forget_indices=FORGET).report.diagnostics["calibration"]["source"]
-        != "multi_step"
+        != "multi-step"
     )
     assert seen
 
 
-def test_a_walk_that_gets_less_far_is_taken_where_the_step_ruins_the_retained_rows(scene, tmp_path, monkeypatch):
+def test_many_steps_that_get_less_far_are_taken_where_one_ruins_the_retained_rows(scene, tmp_path, monkeypatch):
     """A ruined model may be near to any target."""
-    fake_walk(monkeypatch, lambda before: 0.0, remaining=0.9)
-    monkeypatch.setattr("hf_iau.methods.iau.multi_step_choice.TOO_MUCH_LOST", -1.0)
+    fake_steps(monkeypatch, lambda before: 0.0, remaining=0.9)
+    monkeypatch.setattr(calibration_run, "TOO_MUCH_LOST", -1.0)
     report = scene.trainer(tmp_path).unlearn(forget_indices=FORGET).report
     assert report.diagnostics["calibration"]["source"] == "multi-step" and report.verdict == CHECK
-    assert any("90% of its way left" in reason for reason in report.diagnostics["reasons"])
+    assert any("90% of the way to their targets left" in reason for reason in report.diagnostics["reasons"])
 
 
-@pytest.mark.parametrize("rows", [FORGET, FORGET[:15]], ids=["many", "too few for a walk"])
-def test_a_step_that_ruins_the_retained_rows_is_halved_where_no_walk_is_taken(scene, tmp_path, monkeypatch, rows):
-    fake_walk(monkeypatch, lambda before: 10.0 * before, remaining=0.0)
-    monkeypatch.setattr("hf_iau.methods.iau.decision.TOO_MUCH_LOST", 1.0)
+@pytest.mark.parametrize("rows", [FORGET, FORGET[:15]], ids=["many", "too few for many steps"])
+def test_a_step_that_ruins_the_retained_rows_is_halved_where_many_are_not_taken(scene, tmp_path, monkeypatch, rows):
+    fake_steps(monkeypatch, lambda before: 10.0 * before, remaining=0.0)
+    monkeypatch.setattr(calibration_run, "TOO_MUCH_LOST", 1.0)
     whole = scene.trainer(tmp_path).unlearn(forget_indices=rows).report
     scene.model.load_state_dict(scene.state)
     lost = whole.diagnostics["retained_accuracy_lost"]
     assert lost > 0 and whole.diagnostics["calibration"]["halvings"] == 0
-    monkeypatch.setattr("hf_iau.methods.iau.decision.TOO_MUCH_LOST", lost)
+    monkeypatch.setattr(calibration_run, "TOO_MUCH_LOST", lost)
     report = scene.trainer(tmp_path).unlearn(forget_indices=rows).report
     found, before = report.diagnostics["calibration"], whole.diagnostics["calibration"]
     assert 1 <= found["halvings"] <= 4 and not found["reached"]
@@ -548,8 +547,8 @@ def test_a_step_that_ruins_the_retained_rows_is_halved_where_no_walk_is_taken(sc
     assert any("times to spare other rows" in reason for reason in report.diagnostics["reasons"])
 
 
-def test_a_walk_is_reported_as_one_and_not_remembered_as_a_step(scene, tmp_path, monkeypatch):
-    fake_walk(monkeypatch, lambda before: 0.0, remaining=0.0)
+def test_many_steps_are_reported_as_such_and_not_remembered_as_one(scene, tmp_path, monkeypatch):
+    fake_steps(monkeypatch, lambda before: 0.0, remaining=0.0)
     trainer = scene.trainer(tmp_path)
     result = trainer.unlearn(forget_indices=FORGET)
     found = result.report.diagnostics["calibration"]
@@ -560,37 +559,33 @@ def test_a_walk_is_reported_as_one_and_not_remembered_as_a_step(scene, tmp_path,
 
 
 def test_a_remembered_answer_does_not_hide_that_one_step_is_not_enough(scene, tmp_path, monkeypatch):
-    """It may have been found on a request too small to be walked."""
-    seen = fake_walk(monkeypatch, lambda before: 0.0, remaining=0.0)
+    """It may have been found on a request too small for many steps."""
+    seen = fake_steps(monkeypatch, lambda before: 0.0, remaining=0.0)
     known = {"scale": 0.01, "damping": 0.1, "retain_weight": 0.0, "source": "proxies", "relative_path": 0.0}
     trainer = scene.trainer(tmp_path, memory=dataclasses.replace(scene.memory, calibration=known))
     result = trainer.unlearn(forget_indices=FORGET)
     assert seen and result.report.diagnostics["multi_step"]["one_step"]["source"] == "remembered"
-    assert result.report.diagnostics["accuracy_lead_of_forget_rows"] is not None
+    assert result.report.diagnostics["accuracy_gap_to_held_out"] is not None
     assert result.memory.calibration == known
 
 
-def test_a_walk_keeps_to_a_damping_that_was_given(scene, tmp_path, monkeypatch):
-    seen = fake_walk(monkeypatch, lambda before: 0.0, remaining=0.0)
+def test_many_steps_keep_to_a_damping_that_was_given(scene, tmp_path, monkeypatch):
+    seen = fake_steps(monkeypatch, lambda before: 0.0, remaining=0.0)
     scene.trainer(tmp_path).unlearn(forget_indices=FORGET, config=IAUConfig(damping=0.5))
     assert seen == [0.5]
 
 
 @pytest.mark.parametrize("config", [IAUConfig(multi_step=False), IAUConfig(scale=0.01), IAUConfig(retain_weight=0.01)])
-def test_no_walk_when_it_is_switched_off_or_the_step_is_given(scene, tmp_path, monkeypatch, config):
-    monkeypatch.setattr(
-        "hf_iau.methods.iau.multi_step_choice.run_multi_step", lambda *_, **__: pytest.fail("took many steps")
-    )
-    monkeypatch.setattr("hf_iau.methods.iau.multi_step_choice._LEFT", -1.0)
+def test_one_step_where_many_are_switched_off_or_the_one_is_given(scene, tmp_path, monkeypatch, config):
+    monkeypatch.setattr(MultiStep, "run", lambda _: pytest.fail("took many steps"))
+    monkeypatch.setattr(calibration_run, "MOST_REMAINING", -1.0)
     scene.trainer(tmp_path).unlearn(forget_indices=FORGET, config=config)
 
 
-def test_rows_unlike_others_are_not_walked(scene, tmp_path, monkeypatch):
+def test_rows_unlike_others_take_one_step(scene, tmp_path, monkeypatch):
     """Of two of the four classes: a retrained model would not treat them as held-out rows of all classes."""
-    monkeypatch.setattr(
-        "hf_iau.methods.iau.multi_step_choice.run_multi_step", lambda *_, **__: pytest.fail("took many steps")
-    )
-    monkeypatch.setattr("hf_iau.methods.iau.multi_step_choice._LEFT", -1.0)
+    monkeypatch.setattr(MultiStep, "run", lambda _: pytest.fail("took many steps"))
+    monkeypatch.setattr(calibration_run, "MOST_REMAINING", -1.0)
     odd = np.flatnonzero(scene.train.labels.numpy() < 2)[:100]
     report = scene.trainer(tmp_path).unlearn(forget_indices=odd).report
     assert not report.diagnostics["shift_test"]["passed"]
@@ -600,14 +595,13 @@ def test_through_the_trainer_a_memorised_model_forgets(scene, tmp_path):
     report = scene.trainer(tmp_path).unlearn(forget_indices=FORGET, test_dataset=scene.test).report
     assert report.diagnostics["calibration"]["source"] == "multi-step"
     assert abs(report.after["mia_auc_test"] - 0.5) < 0.3 * (report.before["mia_auc_test"] - 0.5)
-    drift_ = report.after["held_out_loss"] / report.before["held_out_loss"] - 1.0
-    assert drift_ <= DEAR or report.verdict != OK
+    rise = report.after["held_out_loss"] / report.before["held_out_loss"] - 1.0
+    assert rise <= TOO_COSTLY or report.verdict != OK
 
 
-def test_directions_are_not_made_again_for_a_shorter_stride(scene, monkeypatch):
-    """One push a point; a pull only where something has moved."""
-    counts = {"push": 0, "pull": 0}
-    pull = WALK._Anchors.drift_gradient
+def test_directions_are_not_made_again_for_a_smaller_step_size(scene, monkeypatch):
+    """One forget gradient a point; a retain gradient only where something has moved."""
+    counts = {"forget": 0, "retain": 0}
 
     def count(name, function):
         def counted(*arguments):
@@ -616,23 +610,22 @@ def test_directions_are_not_made_again_for_a_shorter_stride(scene, monkeypatch):
 
         return counted
 
-    for name in ("weighted_gradient", "push_gradient"):
-        monkeypatch.setattr(WALK, name, count("push", getattr(WALK, name)))
-    monkeypatch.setattr(WALK._Anchors, "drift_gradient", count("pull", pull))
-    monkeypatch.setattr(WALK, "_STRIDE", 2.0)  # halved before the first step stands
-    path = walked(scene, max_relative_step=10.0)
-    assert path.curve and path.curve[0]["stride"] < 2.0
+    for name in ("weighted_gradient", "forget_gradient"):
+        monkeypatch.setattr(multi_step, name, count("forget", getattr(multi_step, name)))
+    monkeypatch.setattr(RetainReference, "gradient", count("retain", RetainReference.gradient))
+    path = stepped(scene, max_relative_step=10.0, step_size=2.0)  # halved before the first step stands
+    assert path.curve and path.curve[0]["step_size"] < 2.0
     points = len(path.curve)
-    assert points <= counts["push"] <= points + 1
-    assert points - 1 <= counts["pull"]
+    assert points <= counts["forget"] <= points + 1
+    assert points - 1 <= counts["retain"]
 
 
 @pytest.mark.parametrize(("least", "factor"), [(5.0, 1.0), (10.0, 2.0), (1000.0, 4.0)])
-def test_what_the_anchors_leave_of_a_stride_is_made_up_for(least: float, factor: float) -> None:
+def test_what_the_retain_gradient_leaves_of_a_step_is_made_up_for(least: float, factor: float) -> None:
     """The way is (3, 4): 5 long, never made shorter, and at most four times longer."""
     moved = {"a": torch.tensor([1.0, 1.0]), "b": torch.tensor([[2.0]])}
     further = {"a": torch.tensor([4.0, 1.0]), "b": torch.tensor([[6.0]])}
-    _lengthen(further, moved, least)
+    lengthen(further, moved, least, 4.0)
     torch.testing.assert_close(further["a"], torch.tensor([1.0 + 3.0 * factor, 1.0]))
     torch.testing.assert_close(further["b"], torch.tensor([[2.0 + 4.0 * factor]]))
     assert moved["a"].tolist() == [1.0, 1.0]
@@ -641,10 +634,10 @@ def test_what_the_anchors_leave_of_a_stride_is_made_up_for(least: float, factor:
 def test_a_way_of_no_length_stays_one() -> None:
     moved = {"a": torch.tensor([1.0, 1.0])}
     further = {"a": moved["a"].clone()}
-    _lengthen(further, moved, 1.0)
+    lengthen(further, moved, 1.0, 4.0)
     assert further["a"].tolist() == [1.0, 1.0]
 
 
-@pytest.mark.parametrize(("forget", "watched"), [(20, 256), (100, 400), (250, 1000), (2000, 1000)])
-def test_held_out_rows_by_which_a_step_is_judged(forget: int, watched: int) -> None:
-    assert watched_rows(forget) == watched
+@pytest.mark.parametrize(("forget", "rows"), [(20, 256), (100, 400), (250, 1000), (2000, 1000)])
+def test_held_out_rows_by_which_a_step_is_checked(forget: int, rows: int) -> None:
+    assert rows_per_step(forget) == rows

@@ -16,18 +16,18 @@ from transformers import default_data_collator
 
 from hf_iau import GatherConfig, gather
 from hf_iau.data import ModelRowLoss, RowSource, predict_rows
+from hf_iau.data.duplicates import find_near_duplicates
 from hf_iau.evaluation.attacks import attack_auc
 from hf_iau.memory.gradient_sum import sum_row_gradients
 from hf_iau.methods.iau.directions import Directions
-from hf_iau.methods.iau.duplicates import find_near_duplicates
-from hf_iau.methods.iau.exchangeability import shift_test
+from hf_iau.methods.iau.reference import shift_test
 from hf_iau.methods.iau.step_search import (
     Calibration,
     _first_guess,
     _power,
+    add_retain_correction,
     calibrate,
     find_scale,
-    finish,
     standard_error_of_auc,
 )
 from hf_iau.methods.iau.trial import Trial, TrialRunner, auc_distance, class_share_distance
@@ -43,7 +43,7 @@ def directions_of(scene, rows, correction_sum=None):
     return Directions(scene.memory.curvature, total.tensors, correction_sum, scene.memory.n_targets - total.n_targets)
 
 
-def test_finishing_has_a_damping_of_its_own(scene, runner):
+def test_the_retain_correction_has_a_damping_of_its_own(scene, runner):
     """(k − c)·(C+λ)⁻¹Σ_f − c·(C+λ_c)⁻¹Σ_r, where λ is below λ_c; else one λ for both."""
     curvature, exact, forget = scene.memory.curvature, scene.memory.gradient_sum, runner.directions.forget_sum
     directions = Directions(curvature, forget, exact, 900, retain_damping=0.1)
@@ -116,7 +116,7 @@ def test_a_failing_trial_restores_the_weights(scene, runner, monkeypatch):
     assert all(torch.equal(value, scene.model.state_dict()[name]) for name, value in scene.state.items())
 
 
-def test_the_length_found_is_the_root_of_a_fine_grid(runner):
+def test_the_scale_found_is_the_root_of_a_fine_grid(runner):
     start = runner.run(0.0, 0.1)
     assert start.criterion > 0.05  # the network has memorised
     trial, reached, _ = find_scale(runner, 0.1, 0.0, start=start, tolerance=0.005, max_relative_step=0.5)
@@ -146,7 +146,7 @@ def test_a_step_that_ruins_the_held_out_rows_is_too_long():
 
 
 @pytest.mark.parametrize("power", [0.5, 0.85, 1.0, 1.6])
-def test_a_length_that_is_too_short_is_raised_by_a_power_law(power):
+def test_a_scale_that_is_too_small_is_raised_by_a_power_law(power):
     """What the response is: so the third step arrives, wherever the first one was."""
 
     fake = Response(lambda k: 0.1 * (1 - (k / 0.8) ** power))
@@ -173,7 +173,7 @@ def test_the_power_law_of_what_steps_bring():
 
 
 @pytest.mark.parametrize("guess", [0.2, 0.74, 0.86, 0.97, 1.4])
-def test_the_length_returned_is_nearer_than_the_tolerance(guess):
+def test_the_scale_returned_is_nearer_than_the_tolerance(guess):
     """What a step brings is a power of k with exponent 0.85; a trial within 0.01 of 0.1 ends the search."""
 
     fake = Response(lambda k: 0.1 * (1 - (k / 0.8) ** 0.85), longest=0.81)
@@ -184,7 +184,7 @@ def test_the_length_returned_is_nearer_than_the_tolerance(guess):
     assert scale == pytest.approx(0.8, rel=0.015) and scale <= 0.81
 
 
-def test_a_length_that_is_not_reached_is_the_trials_own():
+def test_a_scale_that_is_not_reached_is_the_trials_own():
     fake = Response(lambda k: 0.1 * (1 - k / 0.8), longest=0.5)
     trial, reached, scale = find_scale(
         fake, 0.1, 0.0, start=fake.run(0.0, 0.1), tolerance=0.005, max_relative_step=0.5, guess=0.3
@@ -290,7 +290,7 @@ def test_the_first_guess_counts_tokens_and_not_texts():
 
 
 def test_luck_of_the_draw_is_taken_out(scene):
-    """Two draws of proxies, one easy and one hard, are to be forgotten by about the same length."""
+    """Two draws of proxies, one easy and one hard, are to be forgotten by about the same scale."""
     scene.model.load_state_dict(scene.state)
     held_out = rows_of(scene.held_out)
     losses = predict_rows(scene.model, rows_of(scene.train)).loss
@@ -301,7 +301,7 @@ def test_luck_of_the_draw_is_taken_out(scene):
         "easy": np.concatenate([order[:40], generator.choice(1200, 160, replace=False)]),
         "hard": np.concatenate([order[-40:], generator.choice(1200, 160, replace=False)]),
     }
-    lengths: dict[bool, dict[str, float]] = {True: {}, False: {}}
+    scales: dict[bool, dict[str, float]] = {True: {}, False: {}}
     for corrected in (True, False):
         for name, positions in draws.items():
             rows = rows_of(scene.train.take(np.unique(positions)))
@@ -312,12 +312,12 @@ def test_luck_of_the_draw_is_taken_out(scene):
                 start = runner.run(0.0, 0.1)
                 assert start.criterion == pytest.approx(advantage)
             trial, *_ = find_scale(runner, 0.1, 0.0, start=start, tolerance=0.005, max_relative_step=0.9)
-            lengths[corrected][name] = trial.scale
-    spread = {corrected: abs(math.log(found["easy"] / found["hard"])) for corrected, found in lengths.items()}
+            scales[corrected][name] = trial.scale
+    spread = {corrected: abs(math.log(found["easy"] / found["hard"])) for corrected, found in scales.items()}
     assert spread[True] < spread[False]
 
 
-def test_finishing_repairs_the_held_out_loss_and_no_more(scene):
+def test_the_retain_correction_repairs_the_held_out_loss_and_no_more(scene):
     scene.model.load_state_dict(scene.state)
     rows = rows_of(scene.train.take(np.arange(300)))
     directions = directions_of(scene, rows, scene.memory.gradient_sum)
@@ -327,7 +327,7 @@ def test_finishing_repairs_the_held_out_loss_and_no_more(scene):
         runner, source="forget rows", damping=0.1, damping_range=(0.1, 0.1), max_relative_step=0.5, start=start
     )
     own = TrialRunner(scene.model, directions, None, rows_of(scene.held_out), criterion=lambda *_: 0.0)
-    done = finish(
+    done = add_retain_correction(
         own,
         found,
         before=own.baseline_trial(None, predict_rows(scene.model, rows_of(scene.held_out))),
@@ -345,7 +345,7 @@ def test_finishing_repairs_the_held_out_loss_and_no_more(scene):
     assert done.retain_weight == 0.0 or done.retain_weight in weights
 
 
-def test_finishing_stops_at_the_loss_of_before():
+def test_the_retain_correction_stops_at_the_loss_of_before():
     """A held-out loss of 1.2 − 20 c (1.0 before): c = 0.01 by interpolation between 0.003 and 0.03."""
 
     class Fake:
@@ -361,7 +361,7 @@ def test_finishing_stops_at_the_loss_of_before():
             return trial
 
     fake = Fake()
-    done = finish(
+    done = add_retain_correction(
         fake,
         Calibration(0.5, 0.1, 0.0, source="proxies"),
         before=fake.run(0.0, 0.1),
@@ -373,7 +373,7 @@ def test_finishing_stops_at_the_loss_of_before():
     assert done.scale == pytest.approx(0.51)  # Σ_D holds Σ_f too
 
 
-def test_finishing_does_not_learn_the_forget_rows_again(scene):
+def test_the_retain_correction_does_not_learn_the_forget_rows_again(scene):
     """The step taken is k·Σ_f against c times the gradient sum of the *retained* rows."""
     scene.model.load_state_dict(scene.state)
     kept, rows = rows_of(scene.train.take(np.arange(300, 1200))), rows_of(scene.train.take(np.arange(300)))
@@ -382,14 +382,16 @@ def test_finishing_does_not_learn_the_forget_rows_again(scene):
     before = own.baseline_trial(None, predict_rows(scene.model, rows_of(scene.held_out)))
     found = Calibration(0.2, 0.1, 0.0, source="forget rows")
     weights = (0.003, 0.01, 0.03)
-    done = finish(own, found, before=before, retain_weights=weights, max_relative_step=0.5)
+    done = add_retain_correction(own, found, before=before, retain_weights=weights, max_relative_step=0.5)
     assert done.retain_weight > 0.0
     retained = sum_row_gradients(scene.model, ModelRowLoss(), kept)
     against = Directions(scene.memory.curvature, directions.forget_sum, retained.tensors, directions.remaining)
     step = directions.step(done.scale, done.damping, done.retain_weight)
     for name, change in against.step(0.2, 0.1, done.retain_weight).items():
         assert torch.allclose(step[name], change, rtol=0, atol=1e-4 * float(change.abs().max()))
-    kept_scale = finish(own, found, before=before, retain_weights=weights, max_relative_step=0.5, keep_scale=True)
+    kept_scale = add_retain_correction(
+        own, found, before=before, retain_weights=weights, max_relative_step=0.5, keep_scale=True
+    )
     assert kept_scale.scale == 0.2
 
 
@@ -411,7 +413,7 @@ def test_the_range_of_damping_is_kept(runner, damping_range):
     assert damping_range[0] <= found.damping <= damping_range[1]
 
 
-def test_a_given_finish_weight_is_kept():
+def test_a_given_retain_weight_is_kept():
     """Even where it makes the held-out loss worse, or better than before."""
 
     class Fake:
@@ -428,7 +430,9 @@ def test_a_given_finish_weight_is_kept():
         found = Calibration(0.5, 0.1, 0.0, source="proxies")
         fake = Fake(slope)
         before = fake.run(0.0, 0.1)
-        done = finish(fake, found, before=before, retain_weights=(), max_relative_step=0.5, retain_weight=0.02)
+        done = add_retain_correction(
+            fake, found, before=before, retain_weights=(), max_relative_step=0.5, retain_weight=0.02
+        )
         assert done.retain_weight == 0.02 and done.held_out_loss == pytest.approx(1.1 + slope * 0.02)
 
 
@@ -438,7 +442,7 @@ def test_a_ruinous_step_is_halved(scene):
     directions = directions_of(scene, rows)
     runner = TrialRunner(scene.model, directions, None, rows_of(scene.held_out), criterion=lambda *_: 0.0)
     limit = runner.longest(10.0, 0.5)
-    done = finish(
+    done = add_retain_correction(
         runner,
         Calibration(limit, 10.0, 0.0, source="proxies"),
         before=runner.run(0.0, 10.0),
@@ -514,7 +518,7 @@ def test_near_duplicate_sounds_are_found_however_far_batches_are_padded(longest,
     assert found is not None and found.similar == 2
 
 
-def test_the_outset_is_the_trial_of_no_step(scene):
+def test_the_baseline_is_the_trial_of_no_step(scene):
     """From predictions made before, with the luck of the draw taken out where it is known."""
     scene.model.load_state_dict(scene.state)
     rows, held_out = rows_of(scene.train.take(np.arange(300))), rows_of(scene.held_out)

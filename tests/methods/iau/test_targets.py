@@ -1,4 +1,4 @@
-"""What a walk is to make up for."""
+"""What a multi-step update is to make up for."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def test_rows_known_like_held_out_rows_have_nothing_left():
     losses = np.random.default_rng(0).exponential(size=500)
     same = classifier_rows(losses)
     found = ForgetTargets.of(same, same, same)
-    assert found.at_start < 0.005
+    assert found.deficit_at_start < 0.005
     known = classifier_rows(losses / 100.0)
     found = ForgetTargets.of(known, known, same)
-    assert found.at_start > 0.1 and found.remaining(known.loss) == pytest.approx(1.0)
-    assert found.remaining(losses) < 0.01 and found.remaining(2.0 * losses) == 0.0
-    assert found.remaining(np.random.default_rng(1).permutation(losses)) < 0.01  # rows may change places
-    assert found.remaining(np.full(500, np.nan)) == float("inf")
+    assert found.deficit_at_start > 0.1 and found.share_remaining(known.loss) == pytest.approx(1.0)
+    assert found.share_remaining(losses) < 0.01 and found.share_remaining(2.0 * losses) == 0.0
+    assert found.share_remaining(np.random.default_rng(1).permutation(losses)) < 0.01  # rows may change places
+    assert found.share_remaining(np.full(500, np.nan)) == float("inf")
 
 
 def test_the_luck_of_an_easy_draw_stays():
@@ -57,10 +57,10 @@ def test_a_row_without_targets_does_not_count():
     )
     known, held_out = classifier_rows(np.arange(1, 9) / 20), classifier_rows(np.arange(1, 9) / 2)
     found, without = (ForgetTargets.of(r, known, held_out) for r in (bare, rows.select(np.array([0, 2, 3]))))
-    assert found.at_start == without.at_start > 0
-    assert found.remaining(bare.loss) == pytest.approx(1.0)
-    assert found.each(bare.loss)[1] == 0.0 and np.isnan(found.targets[1])
-    assert found.remaining(np.array([0.11, np.nan, np.inf, 0.41])) == float("inf")
+    assert found.deficit_at_start == without.deficit_at_start > 0
+    assert found.share_remaining(bare.loss) == pytest.approx(1.0)
+    assert found.deficit(bare.loss)[1] == 0.0 and np.isnan(found.targets[1])
+    assert found.share_remaining(np.array([0.11, np.nan, np.inf, 0.41])) == float("inf")
 
 
 def token_rows(*rows) -> RowPredictions:
@@ -79,7 +79,8 @@ def test_tokens_get_the_losses_of_the_rows_counterpart_by_hand():
     held_out = token_rows([], [6.0, 2.0, 13.0], [1.0, 0.0])
     rows = token_rows([0.02, 0.0, 0.04], [0.9, 0.5], [])
     found = ForgetTargets.of(rows, known, held_out)
-    # Thirds of two tokens: the best, half of each, the worst. Halves of three: the better one and half of the middle one, ….
+    # Thirds of two tokens: the best, half of each, the worst. Halves of three: the better one and half of the middle
+    # one, ….
     assert found.targets[0] == pytest.approx([0.5, 0.0, 1.0])
     assert found.targets[1][:2] == pytest.approx([(13 + 6 / 2) / 1.5, (2 + 6 / 2) / 1.5])
     assert np.isnan(found.targets[1][2]) and np.isnan(found.targets[2]).all()
@@ -88,8 +89,8 @@ def test_tokens_get_the_losses_of_the_rows_counterpart_by_hand():
         np.array([[2, 13, 6.0]])
     )
     assert ForgetTargets.of(one, one, token_rows([6.0, 2.0, 13.0])).targets == pytest.approx(np.array([[7.0]]))
-    assert found.each(rows.token_losses).shape == (3, 3)
-    assert found.each(rows.token_losses[1:2, :2], np.array([1])).shape == (1, 2)  # of a batch of short rows alone
+    assert found.deficit(rows.token_losses).shape == (3, 3)
+    assert found.deficit(rows.token_losses[1:2, :2], np.array([1])).shape == (1, 2)  # of a batch of short rows alone
 
 
 def test_tokens_that_are_nearly_there_are_not_enough_while_rows_can_be_told_apart():
@@ -98,17 +99,22 @@ def test_tokens_that_are_nearly_there_are_not_enough_while_rows_can_be_told_apar
     held_out = token_rows(*rng.exponential(size=(200, 10)))
     rows = token_rows(*(rng.exponential(size=(200, 10)) / 1000.0))
     found = ForgetTargets.of(rows, rows, held_out)
-    assert found.remaining(rows.token_losses) == pytest.approx(1.0)
+    assert found.share_remaining(rows.token_losses) == pytest.approx(1.0)
     # As the targets say, whichever token of a row it is.
     assert (
-        found.remaining(np.take_along_axis(found.targets, rng.permuted(np.tile(np.arange(10), (200, 1)), axis=1), 1))
+        found.share_remaining(
+            np.take_along_axis(found.targets, rng.permuted(np.tile(np.arange(10), (200, 1)), axis=1), 1)
+        )
         < 1e-9
     )
     nearly = 0.85 * found.targets
-    lead = [[1.0 if a < b else 0.5 * (a == b) for b in found.targets.mean(axis=1)] for a in nearly.mean(axis=1)]
-    assert found.mean(nearly) < 0.05 * found.at_start
-    assert found.remaining(nearly) == pytest.approx((np.mean(lead) - 0.5) / 0.5) and found.remaining(nearly) > 0.2
-    assert found.remaining(np.full((200, 10), np.nan)) == float("inf")
+    wins = [[1.0 if a < b else 0.5 * (a == b) for b in found.targets.mean(axis=1)] for a in nearly.mean(axis=1)]
+    assert found.mean_deficit(nearly) < 0.05 * found.deficit_at_start
+    assert (
+        found.share_remaining(nearly) == pytest.approx((np.mean(wins) - 0.5) / 0.5)
+        and found.share_remaining(nearly) > 0.2
+    )
+    assert found.share_remaining(np.full((200, 10), np.nan)) == float("inf")
 
 
 @pytest.mark.parametrize("softness", [1.0, 4.0, 16.0])
@@ -116,7 +122,7 @@ def test_q_is_the_probability_at_softness_one_and_softer_beyond(softness):
     losses = np.array([1e-6, 0.01, 0.5, 3.0, 40.0])
     found = ForgetTargets(losses, 1.0, 1.0, softness=softness)
     p = np.exp(-losses)
-    assert found.known(losses) == pytest.approx(1 / (1 + np.exp(-np.log(p / (1 - p)) / softness)), rel=1e-6)
-    assert found.doubt(losses) == pytest.approx(1 - p, rel=1e-6)
+    assert found.soft_confidence(losses) == pytest.approx(1 / (1 + np.exp(-np.log(p / (1 - p)) / softness)), rel=1e-6)
+    assert found.error_probability(losses) == pytest.approx(1 - p, rel=1e-6)
     if softness == 1.0:
-        assert found.known(losses) == pytest.approx(p, rel=1e-6)
+        assert found.soft_confidence(losses) == pytest.approx(p, rel=1e-6)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hf_iau.methods.iau.final_state import LossAttack
 from hf_iau.methods.iau.step_search import Calibration
-from hf_iau.methods.iau.verdict import CHECK, OK, RETRAIN, assess
+from hf_iau.methods.iau.verdict import CHECK, OK, RETRAIN, LossAttack, Observations, assess
 
 
 def good(**changes):
@@ -32,14 +31,14 @@ def good(**changes):
         (good(scales=[0.2, 0.9]), {}, CHECK, "disagree"),
         (good(source="uncalibrated", held_out_loss=None, held_out_loss_before=None), {}, CHECK, "not calibrated"),
         (good(source="uncalibrated"), {"whole_class": 3}, RETRAIN, "for want of held-out rows of class 3"),
-        (good(source="multi-step", reached=False, criterion=0.34), {}, CHECK, "34% of its way left"),
+        (good(source="multi-step", reached=False, criterion=0.34), {}, CHECK, "34% of the way to their targets left"),
         (good(halvings=2), {}, CHECK, "halved 2"),
         (good(), {"retained_accuracy_lost": 0.07}, CHECK, "retained rows fell by 7.0"),
         (good(), {"retained_accuracy_lost": 0.2}, RETRAIN, "retained rows fell by 20.0"),
         (good(source="multi-step"), {}, OK, "known about as well as held-out rows"),
-        (good(source="multi-step"), {"accuracy_lead": 0.12}, CHECK, "12.0 points better"),
-        (good(), {"accuracy_lead": -0.08}, CHECK, "8.0 points worse"),
-        (good(), {"accuracy_lead": 0.01}, OK, "calibration"),
+        (good(source="multi-step"), {"accuracy_gap": 0.12}, CHECK, "12.0 points better"),
+        (good(), {"accuracy_gap": -0.08}, CHECK, "8.0 points worse"),
+        (good(), {"accuracy_gap": 0.01}, OK, "calibration"),
         (
             good(),
             {"attack": LossAttack(0.96, 0.50, 0.02)},
@@ -69,6 +68,6 @@ def good(**changes):
 )
 def test_verdicts(calibration, other, verdict, word):
     figures = {"relative_step": 0.1, "share_forgotten": 0.05, "kronecker_share": 1.0, "whole_class": None} | other
-    said, reasons = assess(calibration=calibration, **figures)
+    said, reasons = assess(calibration, Observations(**figures))
     assert said == verdict
     assert any(word in reason for reason in reasons)
