@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-OPTIONAL = ("evaluate", "rich", "sklearn", "typer")
+OPTIONAL = ("evaluate", "matplotlib", "rich", "sklearn", "typer")
 
 SCRIPT = """
 import json, sys
