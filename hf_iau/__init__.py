@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from hf_iau.cost_estimate import Estimate, estimate
 from hf_iau.deletion.artefacts import AuditReport, audit
 from hf_iau.deletion.ledger import Ledger, LedgerEntry
+from hf_iau.deletion.service import DeletionOutput, DeletionService
 from hf_iau.errors import (
     AlreadyForgottenError,
     CalibrationError,
@@ -50,6 +51,8 @@ __all__ = [
     "CalibrationError",
     "ConfigError",
     "CoupledRowsError",
+    "DeletionOutput",
+    "DeletionService",
     "Estimate",
     "GatherConfig",
     "GradientCheck",

@@ -12,7 +12,7 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from hf_iau.cli.inputs import load, memory_of, other_model, request_of, settings_of, training_arguments
+from hf_iau.cli.inputs import NamedRows, load, memory_of, other_model, request_of, settings_of, training_arguments
 from hf_iau.cli.options import (
     BatchOption,
     CpuOption,
@@ -39,13 +39,16 @@ from hf_iau.cli.task import local_folder
 from hf_iau.cost_estimate import estimate
 from hf_iau.data import RowSource
 from hf_iau.deletion.artefacts import audit
+from hf_iau.deletion.ids import all_forgotten, rows_still_in
 from hf_iau.deletion.ledger import Ledger
+from hf_iau.deletion.service import DeletionOutput, DeletionService
 from hf_iau.errors import RequestError
 from hf_iau.evaluation.measurement import measure_model
 from hf_iau.evaluation.retraining_gap import gap
 from hf_iau.memory.config import GatherConfig
 from hf_iau.memory.files import unmasked
 from hf_iau.memory.fit import default_collator, describe_memory, gather, keep_input_columns
+from hf_iau.memory.keys import find_key
 from hf_iau.memory.memory_files import MEMORY_FOLDER
 from hf_iau.methods.base import method_config
 from hf_iau.methods.iau.verdict import RETRAIN
@@ -53,6 +56,7 @@ from hf_iau.report import tables
 from hf_iau.report.card import UnlearningCard
 from hf_iau.report.report import UnlearningReport
 from hf_iau.trainer.unlearning_trainer import UnlearningTrainer
+from hf_iau.unlearn.output import UnlearnOutput
 
 app = typer.Typer(
     name="hf-iau",
@@ -216,7 +220,6 @@ def unlearn_command(
                 processing_class=loaded.task.processor,
                 data_collator=loaded.task.collator,
                 memory=None if in_place else memory_of(home, memory),
-                id_column=id_column,
             )
             if home is not None and not in_place:
                 trainer.unlearning_card = UnlearningCard.of_weights(home / MEMORY_FOLDER, loaded.task.model)
@@ -226,14 +229,9 @@ def unlearn_command(
                 "config": settings,
                 "test_dataset": loaded.test,
                 "retrained_model": others or None,
-                "dry_run": dry_run,
-                "save": in_place,
-                "request_id": request_id,
             }
-            if request.id_column is not None:
-                result = trainer.unlearn_by_id(request.ids, **asked)
-            else:
-                result = trainer.unlearn(forget_indices=request.rows, **asked)
+            result = _run(trainer, request, asked, in_place=in_place, request_id=request_id, dry_run=dry_run)
+            entry = result.entry if isinstance(result, DeletionOutput) else None
             withheld = strict and result.report.verdict == RETRAIN
             if output is not None and trainer.is_world_process_zero():
                 _write(trainer, result.report, output, home, with_model=not dry_run and not withheld)
@@ -247,7 +245,7 @@ def unlearn_command(
         values = {
             "applied": result.applied and not withheld,
             "output": str(home) if in_place else None if output is None else str(output),
-            "ledger_entry": None if result.entry is None else {"number": result.entry.number, "mac": result.entry.mac},
+            "ledger_entry": None if entry is None else {"number": entry.number, "mac": entry.mac},
             "pushed_to": None if dry_run or withheld else push_to_hub,
             "report": result.report.to_dict(),
         }
@@ -417,6 +415,32 @@ def demo_command(
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _run(
+    trainer: UnlearningTrainer,
+    request: NamedRows,
+    asked: dict[str, Any],
+    *,
+    in_place: bool,
+    request_id: str | None,
+    dry_run: bool,
+) -> UnlearnOutput:
+    """The request, written into the model's folder as one transaction or carried out in memory alone."""
+    if in_place:
+        service = DeletionService(trainer, id_column=request.id_column)
+        chosen: dict[str, Any] = {"forget_indices": request.rows} if request.id_column is None else {"ids": request.ids}
+        return service.unlearn(**chosen, request_id=request_id, **asked)
+    if request_id is not None:
+        raise RequestError("--request-id names a request in the ledger: give it with --in-place.")
+    rows, notes = request.rows, list[str]()
+    if request.id_column is not None and len(rows):
+        rows, notes = rows_still_in(trainer.view, request.rows, find_key(trainer.args.output_dir))
+        if not len(rows):
+            raise all_forgotten(len(request.rows))
+    output = trainer.unlearn(forget_indices=rows, dry_run=dry_run, **asked)
+    output.report.warnings += notes
+    return output
 
 
 def _check_destination(

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from hf_iau.cli.task import KINDS, Task, load_task
 from hf_iau.cli.task_rows import load_rows, read_ids
 from hf_iau.cli.where import rows_where
-from hf_iau.deletion.id_column import rows_of_ids
+from hf_iau.deletion.ids import rows_of_ids
 from hf_iau.errors import ConfigError, RequestError
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.memory.memory_files import MEMORY_FOLDER, MEMORY_HEADER
