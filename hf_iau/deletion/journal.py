@@ -67,6 +67,10 @@ class JournalFile:
         """Where new files lie until they are moved."""
         return self.output_dir / MEMORY_FOLDER / STAGED_FOLDER
 
+    def left_behind(self) -> bool:
+        """Whether an interrupted request left a journal or staged files."""
+        return self.path.is_file() or self.staged.exists()
+
     def read(self) -> Journal | None:
         """The journal, or None where no committed request waits to be finished.
 

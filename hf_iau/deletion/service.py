@@ -99,7 +99,7 @@ class DeletionService:
         self._journal = JournalFile(self.folder, self._key)
         self._queue = RequestQueue(self.folder, self._key)
         self._storage = RequestStorage(trainer, self.folder, self._journal, self.ledger, self._queue)
-        if run_on_main_process(self._journal.path.is_file, "the journal"):
+        if run_on_main_process(self._journal.left_behind, "the journal"):
             with self._alone():
                 self._recover()
 
