@@ -1,4 +1,4 @@
-"""What a trainer knows of the requests that its model has served."""
+"""What a trainer knows of the requests that its model has been through."""
 
 from __future__ import annotations
 
@@ -39,8 +39,10 @@ class UnlearningState:
         self.latest, self.ended = None, self.given is None
         self.forgotten, self.forgotten_positions, self.card = Counter(), (), None
 
-    def served(self, context: ForgetContext, memory: GradientMemory | None, card: UnlearningCard) -> Callable[[], None]:
-        """Note a request that was served. Returns the function that takes the note back.
+    def finished(
+        self, context: ForgetContext, memory: GradientMemory | None, card: UnlearningCard
+    ) -> Callable[[], None]:
+        """Note a request that was run. Returns the function that takes the note back.
 
         Args:
             context: the request.
