@@ -229,7 +229,7 @@ def _read(line: str, number: int, path: Path) -> LedgerEntry:
     if type(values["schema"]) is not int or values["schema"] != SCHEMA:
         raise LedgerError(
             f"Line {number} of {path} has schema {values['schema']!r}; this hf-iau reads {SCHEMA}. Read it with the "
-            "version that wrote it, or look whether it was edited."
+            "version that wrote it, or check whether it was edited."
         )
     texts = ("time", "request", "training_run", "method", "weights_before", "weights_after", "previous", "mac")
     right = (

@@ -35,21 +35,21 @@ def gather_remaining(view: TrainerView, config: GatherConfig, dataset: Any) -> G
     source = trainer_rows(view.trainer, dataset, "training rows", config.batch_size)
     model = view.model
     identity = _identity_of(view, source)
-    kept = source
+    remaining = source
     if identity is not None and bool(identity.forgotten.any()):
-        kept = source.select(np.flatnonzero(~identity.forgotten))
+        remaining = source.select(np.flatnonzero(~identity.forgotten))
     elif view.state.forgotten:
-        kept = source.select(positions := remaining_rows(view, source))
+        remaining = source.select(positions := remaining_rows(view, source))
         if identity is not None:
             identity = replace(identity, forgotten=~np.isin(np.arange(len(source)), positions))
-    memory = build_memory(model, kept, view.row_loss, config, optimizer=view.trainer.optimizer)
+    memory = build_memory(model, remaining, view.row_loss, config, optimizer=view.trainer.optimizer)
     memory.row_identity = identity
-    if len(kept) < len(source):
+    if len(remaining) < len(source):
         # Row numbers still name rows of the whole training set.
         memory.data = data_fingerprint(model, source.dataset)
         with compute_settings(config.precision):
             memory.loss["probe"] = memory.probe_loss(model, view.row_loss, source)
-        memory.forgotten_rows = len(source) - len(kept)
+        memory.forgotten_rows = len(source) - len(remaining)
     return memory
 
 
@@ -63,14 +63,14 @@ def _identity_of(view: TrainerView, source: RowSource) -> RowIdentity | None:
     model = view.model
     with contextlib.suppress(MissingMemoryError, MemoryFileError):
         memory = view.read_memory()
-        known = None if memory is None else memory.row_identity
-        if memory is not None and known is not None and memory.data == data_fingerprint(model, source.dataset):
+        identity = None if memory is None else memory.row_identity
+        if memory is not None and identity is not None and memory.data == data_fingerprint(model, source.dataset):
             if memory.model["weights"] == weights_fingerprint(model):
-                return known
-            if known.forgotten.any():
+                return identity
+            if identity.forgotten.any():
                 logger.warning(
                     "The memory that is there belongs to other weights; its %d forgotten rows are taken to have been "
                     "trained on again.",
-                    int(known.forgotten.sum()),
+                    int(identity.forgotten.sum()),
                 )
     return identify_rows(model, source.dataset, view.args.output_dir)

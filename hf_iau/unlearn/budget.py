@@ -34,8 +34,9 @@ _GRAVITY = (OK, CHECK, RETRAIN)
 class Budget:
     """What has been used up since the memory was gathered.
 
-    The path starts anew where the curvature is estimated anew (`IAUConfig(renew_curvature=…)`). A long path alone is a reason to look, and to gather anew. That the first-order picture has ended is said where
-    what was measured agrees, or was not measured.
+    The path starts anew where the curvature is estimated anew (`IAUConfig(renew_curvature=…)`). A long path alone is a
+    reason to check, and to gather anew. That the first-order picture has ended is said where what was measured agrees, or
+    was not measured.
 
     Attributes:
         relative_path: summed length of all steps since gathering, relative to the weights' norm.

@@ -113,8 +113,8 @@ def forgotten_before(digests: Counter[bytes], forgotten: Counter[bytes], train: 
         forgotten: the same of the rows that earlier requests took out.
         train: all training rows, where they are at hand.
     """
-    known = set(digests) & set(forgotten)
-    if not known or train is None:
-        return len(known)
-    trained = Counter(d for i in range(len(train)) if (d := row_bytes(train.dataset[i])) in known)
-    return sum(digests[digest] + forgotten[digest] > trained[digest] for digest in known)
+    shared = set(digests) & set(forgotten)
+    if not shared or train is None:
+        return len(shared)
+    trained = Counter(d for i in range(len(train)) if (d := row_bytes(train.dataset[i])) in shared)
+    return sum(digests[digest] + forgotten[digest] > trained[digest] for digest in shared)

@@ -186,7 +186,7 @@ def checked_models(retrained_model: Any) -> list[nn.Module]:
 
 
 class _MeasuredRows(NamedTuple):
-    """The rows that a report looks at, before and after."""
+    """The rows that a report measures, before and after."""
 
     forget: RowSource
     retain: RowSource | None
@@ -225,7 +225,8 @@ def _report(
     """What is told of a request: for people, and in types."""
     losses = [moment.figures(attacks=False, bootstrap=0) for moment in (before, after)]
     budget = budget_after(context, memory, losses[0], losses[1], effect.forecast_forget_loss_rise)
-    verdict, reasons = judged(outcome.verdict, outcome.step.reasons if outcome.step is not None else [], budget)
+    own_reasons = outcome.step.reasons if outcome.step is not None else []
+    verdict, reasons = judged(outcome.verdict, own_reasons, budget)
     report = UnlearningReport.build(
         method=method.name,
         config=config_values(config),
@@ -237,7 +238,7 @@ def _report(
         second_retrained=retrained[1] if len(retrained) > 1 else None,
         seconds=context.timer.seconds,
         peak_memory_bytes=context.timer.peak_memory_bytes,
-        diagnostics=_diagnostics(outcome, effect, budget, None if verdict == outcome.verdict else reasons),
+        diagnostics=_diagnostics(outcome, effect, budget, None if reasons == own_reasons else reasons),
         warnings=outcome.warnings,
         verdict=verdict,
         calibrated=outcome.calibrated,

@@ -23,7 +23,7 @@ class UnlearningState:
         ended: whether a request made the weights anew, so that every memory there was is of other weights.
         forgotten: digests of the rows that are out, with how often each occurs.
         forgotten_positions: numbers by which they were named, where they were.
-        card: None where it was not looked for yet.
+        card: None where it was not read yet.
     """
 
     given: GradientMemory | None = None
