@@ -39,8 +39,8 @@ from hf_iau import (
 from hf_iau.deletion import journal as journal_module
 from hf_iau.deletion import service, storage
 from hf_iau.memory.keys import Key
-from hf_iau.methods.iau import multi_step_choice as walk_choice
-from hf_iau.methods.iau.multi_step import MultiStep
+from hf_iau.methods.iau import run as calibration_run
+from hf_iau.methods.iau.multi_step import MultiStep, MultiStepResult
 from hf_iau.unlearn.transaction import WeightTransaction
 from hf_iau.utils.atomic_files import file_digest
 
@@ -482,19 +482,19 @@ def test_an_interrupted_request_is_run_again_from_the_start_and_comes_to_the_sam
     assert trainer.memory.calibration == memory.calibration
 
 
-def test_a_walk_is_not_recorded_as_one_step(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_steps_are_not_recorded_as_one_step(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """k and c of the one step that was not taken would say nothing of it."""
 
-    def walked(model: Any, *_: Any, names: list[str], damping: float, **__: Any) -> MultiStep:
-        step = {name: torch.full_like(model.get_parameter(name), 1e-4, dtype=torch.float64) for name in names}
-        return MultiStep(step, damping, 7, True, 0.0, 0.0, 0.0)
+    def run(steps: MultiStep) -> MultiStepResult:
+        step = {name: torch.full_like(value, 1e-4, dtype=torch.float64) for name, value in steps.start.copies.items()}
+        return MultiStepResult(step, steps.settings.damping, 7, True, 0.0, 0.0, 0.0)
 
-    monkeypatch.setattr(walk_choice, "run_multi_step", walked)
-    monkeypatch.setattr(walk_choice, "_LEFT", -1.0)  # no step is good enough
+    monkeypatch.setattr(MultiStep, "run", run)
+    monkeypatch.setattr(calibration_run, "MOST_REMAINING", -1.0)  # no single step is good enough
     entry = serve(scene_trainer(tmp_path, scene), range(40), config=None).entry
     assert entry.outcome["multi_step"] and entry.calibration is None
     text = (tmp_path / "_iau" / "receipts" / "00001.md").read_text()
-    assert "| method | `iau`, in many short steps |" in text and "finish weight" not in text
+    assert "| method | `iau`, in many short steps |" in text and "retain weight" not in text
 
 
 def test_another_request_in_between_loses_nothing(scene: Scene, tmp_path: Path) -> None:
