@@ -132,7 +132,7 @@ def memorised(folder: Path, device: torch.device, weights: dict[str, Tensor], **
     [
         (REQUEST, IAUConfig(multi_step=False), "forget rows"),
         (REQUEST[:4], IAUConfig(), "proxies"),
-        (REQUEST, IAUConfig(), "multi_step"),
+        (REQUEST, IAUConfig(), "multi-step"),
     ],
     ids=["own", "proxies", "multi_step"],
 )
