@@ -11,7 +11,7 @@ from unlearning_trainers import WITH_CURVATURE, gradient_loop, make_trainer, par
 
 from hf_iau import GradientMemory, IAUConfig, UnlearningReport
 from hf_iau.errors import ConfigError
-from hf_iau.unlearn.budget import Budget
+from hf_iau.unlearn.budget import Budget, judged
 
 
 def memory(**changes: object) -> GradientMemory:
@@ -60,6 +60,25 @@ def test_advice(
     assert (sentence is None) == (reason is None)
     if sentence is not None and reason is not None:
         assert reason in sentence and sentence.startswith("Retrain now" if advice == "retrain" else "Gather anew")
+
+
+@pytest.mark.parametrize(
+    "verdict, advice, expected",
+    [
+        ("ok", "go on", ("ok", ["own"])),
+        ("ok", "rebase", ("check", ["of the budget"])),
+        ("check", "rebase", ("check", ["of the budget", "own"])),
+        ("retrain", "rebase", ("retrain", ["own"])),
+        ("retrain", "retrain", ("retrain", ["of the budget", "own"])),
+        (None, "retrain", (None, ["own"])),
+    ],
+)
+def test_the_graver_of_method_and_budget_counts_and_reasons_add_up(
+    verdict: str | None, advice: str, expected: tuple[str | None, list[str]]
+) -> None:
+    budget = Budget(0.5, 0.5, None, None, 0.1, advice, ["of the budget"])
+    assert judged(verdict, ["own"], budget) == expected
+    assert judged(verdict, ["own"], None) == (verdict, ["own"])
 
 
 @pytest.mark.parametrize("method, config", [("iau", IAUConfig(scale=0.3, damping=0.1)), ("iau-released", None)])
