@@ -330,7 +330,7 @@ def test_memory_of_another_schema(shared: UnlearningTrainer, tmp_path: Path) -> 
     values = json.loads(header.read_text())
     header.write_text(json.dumps(values | {"schema_version": 99}))
     trainer = make_trainer(tmp_path, model=shared.model)
-    message = r"memory.json has schema version 99; this hf_iau reads version 3.*gather anew"
+    message = r"memory.json has schema version 99; this hf_iau reads version 4.*gather anew"
     refused(trainer, MemoryMismatchError, message, forget_indices=FORGET)
 
 
