@@ -2,7 +2,7 @@
 
 A million training rows as synthetic fingerprints, a ledger that is a year old, and a model so small that computing, writing
 weights and hashing rows cost next to nothing beside the rest. What is timed is what a request pays for being recorded: to
-look its rows up, to mark them, to verify and extend the ledger, to write the certificate and the journal, and to make the
+look its rows up, to mark them, to verify and extend the ledger, to write the receipt and the journal, and to make the
 whole a transaction. Medians over several requests of both wall and CPU seconds; on a shared machine the first include
 waiting for others.
 """
@@ -98,10 +98,9 @@ def measure(folder: Path, rows: int, request_rows: int, entries: int, repeats: i
         positions = random.choice(np.flatnonzero(~identity.forgotten), size=request_rows, replace=False)
         asked = fingerprints[positions]
         name = secrets.token_hex(16)
-        note = Journal(name, "now", request_rows, "iau", {}, "before", step={"scale": 0.1})
+        note = Journal(name, "now", request_rows, "before", "after")
         timed("is it known, and still in?", partial(identity.check_request, asked))
         timed("ledger read and verified", ledger.entries)
-        timed("journal, with the step", partial(journal.write, note))
         identity = timed("mark its rows", partial(identity.without, asked, positions))
         tensors = timed("rows for the memory's file", identity.tensors)
         assert int(tensors["row_identity.forgotten"].sum()) == (number + 1) * request_rows
@@ -114,7 +113,7 @@ def measure(folder: Path, rows: int, request_rows: int, entries: int, repeats: i
             write_text_atomically(private / f"{entry.number:05d}.md", render_receipt(entry))
             return entry
 
-        entry = timed("ledger and certificate", stage)
+        entry = timed("ledger and receipt", stage)
         names = ["_iau/ledger.jsonl", f"_iau/{entry.number:05d}.md"]
 
         def commit(note: Journal = note, names: list[str] = names) -> None:

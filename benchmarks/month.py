@@ -1,9 +1,9 @@
 """`python -m benchmarks.month --requests 30 --crashes 5 --seed 0`: a month of deletion requests, with everything going wrong.
 
-One small model serves the requests twice: in one go, and with kill -9 at random points (half of them at a named step of
+One small model runs the requests twice: in one go, and with kill -9 at random points (half of them at a named step of
 writing, half after a random time) and two restarts on another number of processes. Every process that starts hands in all
 requests from the first on, as somebody would who does not know how far the last one got. Exit code 0 only if the ledger
-verifies and still has every head that was given out, no request was lost or served twice, and the weights are those of the
+verifies and still has every head that was given out, no request was lost or run twice, and the weights are those of the
 uninterrupted run to 1e-5 of their norm.
 """
 
@@ -33,9 +33,9 @@ import typer
 
 from benchmarks import month_worker
 from benchmarks.hardware import hardware
+from benchmarks.interruptions import POINTS
 from benchmarks.month_worker import TRAIN_ROWS, weights
 from hf_iau import GradientMemory, Ledger
-from hf_iau.deletion.milestones import MILESTONES
 
 _TOLERANCE = 1e-5
 _OTHER_WORLD_SIZE = 2
@@ -91,7 +91,7 @@ def _month(folder: Path, requests: int, crashes: int, seed: int, rows: int) -> d
     if training.exitcode != 0:
         raise RuntimeError("Training failed: see above.")
     shutil.copytree(whole, broken)
-    if _serve(whole, plan) != 0:
+    if _run(whole, plan) != 0:
         raise RuntimeError("The uninterrupted run failed: see above.")
     usual = float(np.median([line["seconds"] for line in _log(whole)]))
 
@@ -103,13 +103,13 @@ def _month(folder: Path, requests: int, crashes: int, seed: int, rows: int) -> d
         if turn % 2:
             events.append({"request": number, "seconds": float(random.uniform(0, usual))})
         else:
-            events.append({"request": number, "milestone": str(random.choice(MILESTONES))})
+            events.append({"request": number, "point": str(random.choice(POINTS))})
     kills, starts = 0, 0
     for until, processes in ((changes[0], 1), (changes[1], _OTHER_WORLD_SIZE), (requests, 1)):
         while True:
             crash = next((event for event in events if event["request"] < until), None)
             starts += 1
-            code = _serve(broken, plan | {"until": until, "crash": crash}, processes)
+            code = _run(broken, plan | {"until": until, "crash": crash}, processes)
             if code == -signal.SIGKILL:
                 kills += 1
                 events.remove(crash or {})
@@ -119,7 +119,7 @@ def _month(folder: Path, requests: int, crashes: int, seed: int, rows: int) -> d
             if crash is None:
                 break
             # The time had not come when all was done: it comes in the next process.
-            crash.pop("milestone", None)
+            crash.pop("point", None)
             crash |= {"request": min(until, requests - 1), "seconds": crash.get("seconds", 0.0) / 2}
             if until < requests:
                 break
@@ -152,13 +152,13 @@ def _check(whole: Path, broken: Path, requests: list[list[int]], rows: int) -> t
         ledgers["broken"].verify(line["head"], line["entry"])
     checks["the ledger verifies, and has every head that was given out"] = True
     entries = {name: ledger.entries() for name, ledger in ledgers.items()}
-    checks["no request was lost or served twice"] = (
+    checks["no request was lost or run twice"] = (
         len(entries["broken"]) == len(requests)
         and [entry.request for entry in entries["broken"]] == [entry.request for entry in entries["whole"]]
         and len({row for entry in entries["broken"] for row in entry.row_ids}) == rows * len(requests)
     )
-    served = [line["request"] for line in _log(broken) if line["applied"]]
-    checks["no process was told twice that it served a request"] = len(served) == len(set(served))
+    ran = [line["request"] for line in _log(broken) if line["applied"]]
+    checks["no process was told twice that it ran a request"] = len(ran) == len(set(ran))
     chain = [entry.weights_before for entry in entries["broken"][1:]]
     checks["each request began with the weights that the last one left"] = chain == [
         entry.weights_after for entry in entries["broken"][:-1]
@@ -178,7 +178,7 @@ def _check(whole: Path, broken: Path, requests: list[list[int]], rows: int) -> t
     return checks, difference
 
 
-def _serve(output: Path, plan: dict[str, Any], processes: int = 1) -> int:
+def _run(output: Path, plan: dict[str, Any], processes: int = 1) -> int:
     """Serve a plan into `output` in so many processes; the first one's exit code, negative for a signal."""
     plan = plan | {"folder": str(output), "log": str(output.with_suffix(".jsonl"))}
     with socket.socket() as free:
@@ -196,7 +196,7 @@ def _serve(output: Path, plan: dict[str, Any], processes: int = 1) -> int:
                 "MASTER_PORT": port,
                 "ACCELERATE_USE_CPU": "true",
             }
-        running.append(_start(month_worker.serve, plan, environment))
+        running.append(_start(month_worker.run_requests, plan, environment))
     try:
         running[0].join(_LONGEST)
         code = running[0].exitcode

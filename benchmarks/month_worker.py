@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import TrainingArguments, set_seed
 
 from benchmarks.data import TensorRows
+from benchmarks.interruptions import observed
 from benchmarks.models import MLP
-from hf_iau import GatherConfig, IAUCallback, UnlearningTrainer
-from hf_iau.deletion import milestones
+from hf_iau import DeletionService, GatherConfig, IAUCallback, UnlearningTrainer
 from hf_iau.distributed import is_main_process
 
 TRAIN_ROWS = 3000
@@ -75,17 +75,17 @@ def prepare(folder: str) -> None:
     trainer.save_model()
 
 
-def serve(plan: dict[str, Any]) -> None:
+def run_requests(plan: dict[str, Any]) -> None:
     """Hand in the requests from the first to the plan's last, as a service that was just restarted would."""
     folder, log = Path(plan["folder"]), Path(plan["log"])
-    trainer = make_trainer(folder, folder / "model.safetensors")
     main = is_main_process()
+    service = DeletionService(make_trainer(folder, folder / "model.safetensors"))
     crash = plan.get("crash")
     for number, chosen in enumerate(plan["requests"][: plan["until"]]):
         if crash is not None and crash["request"] == number and main:
             _arrange(crash)
         started = time.perf_counter()
-        result = trainer.unlearn(forget_indices=chosen, save=True)
+        result = service.unlearn(forget_indices=chosen)
         if not main:
             continue
         assert result.entry is not None
@@ -102,13 +102,14 @@ def serve(plan: dict[str, Any]) -> None:
 
 
 def _arrange(crash: dict[str, Any]) -> None:
-    """Die by kill -9 when a step of writing is passed, or so many seconds from now."""
+    """Die by kill -9 when a point of writing is passed, or so many seconds from now."""
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    if "milestone" in crash:
-        milestones.observer = lambda passed: die() if passed == crash["milestone"] else None
+    if "point" in crash:
+        # Never left: the process dies in it.
+        observed(lambda passed: die() if passed == crash["point"] else None).__enter__()
     else:
         timer = threading.Timer(crash["seconds"], die)
         timer.daemon = True

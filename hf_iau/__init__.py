@@ -1,6 +1,6 @@
 """hf_iau: machine unlearning for `transformers.Trainer`.
 
-Data flows one way: gather → remember → forget → calibrate → measure → report.
+The trainer forgets, the service records, calibration is the inside of one method.
 
 Names are imported when they are first used (PEP 562), so that `import hf_iau` costs next to nothing: the errors are
 there at once, the rest loads PyTorch and Transformers.
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from hf_iau.cost_estimate import Estimate, estimate
     from hf_iau.deletion.artefacts import AuditReport, audit
     from hf_iau.deletion.ledger import Ledger, LedgerEntry
+    from hf_iau.deletion.service import DeletionOutput, DeletionService
     from hf_iau.memory.checker import GradientCheck, check_row_gradients
     from hf_iau.memory.config import GatherConfig
     from hf_iau.memory.gathering import gather
@@ -43,7 +44,8 @@ if TYPE_CHECKING:
     from hf_iau.report.report import UnlearningReport
     from hf_iau.trainer.callback import IAUCallback
     from hf_iau.trainer.restriction import RestrictionConfig
-    from hf_iau.trainer.unlearning_trainer import UnlearningTrainer, UnlearnOutput
+    from hf_iau.trainer.unlearning_trainer import UnlearningTrainer
+    from hf_iau.unlearn.output import UnlearnOutput
 
     __version__: str
 
@@ -54,6 +56,8 @@ _MODULES = {
     "audit": "hf_iau.deletion.artefacts",
     "Ledger": "hf_iau.deletion.ledger",
     "LedgerEntry": "hf_iau.deletion.ledger",
+    "DeletionOutput": "hf_iau.deletion.service",
+    "DeletionService": "hf_iau.deletion.service",
     "GradientCheck": "hf_iau.memory.checker",
     "check_row_gradients": "hf_iau.memory.checker",
     "GatherConfig": "hf_iau.memory.config",
@@ -68,7 +72,7 @@ _MODULES = {
     "UnlearningReport": "hf_iau.report.report",
     "IAUCallback": "hf_iau.trainer.callback",
     "RestrictionConfig": "hf_iau.trainer.restriction",
-    "UnlearnOutput": "hf_iau.trainer.unlearning_trainer",
+    "UnlearnOutput": "hf_iau.unlearn.output",
     "UnlearningTrainer": "hf_iau.trainer.unlearning_trainer",
 }
 """Where each name that is imported on first use comes from; the imports above say the same to type checkers."""
@@ -79,6 +83,8 @@ __all__ = [
     "CalibrationError",
     "ConfigError",
     "CoupledRowsError",
+    "DeletionOutput",
+    "DeletionService",
     "Estimate",
     "GatherConfig",
     "GradientCheck",

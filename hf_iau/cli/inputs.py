@@ -17,7 +17,7 @@ from hf_iau.cli.options import ComparisonOptions, ForgetOptions, ModelOptions
 from hf_iau.cli.task import Task, load_task
 from hf_iau.cli.task_rows import load_rows
 from hf_iau.cli.where import rows_where
-from hf_iau.deletion.id_column import rows_of_ids
+from hf_iau.deletion.ids import rows_of_ids
 from hf_iau.errors import RequestError
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.memory.memory_files import MEMORY_FOLDER, MEMORY_HEADER

@@ -12,12 +12,17 @@ import typer
 from hf_iau.cli.inputs import Loaded, NamedRows, load, memory_of, other_model, request_of, training_arguments
 from hf_iau.cli.options import ComparisonOptions, ForgetOptions, MethodOptions, ModelOptions, ResultOptions
 from hf_iau.cli.output import ExitCode, Output
+from hf_iau.deletion.ids import all_forgotten, rows_still_in
+from hf_iau.deletion.service import DeletionOutput, DeletionService
+from hf_iau.errors import RequestError
+from hf_iau.memory.keys import find_key
 from hf_iau.memory.memory_files import MEMORY_FOLDER
 from hf_iau.methods.base import method_config
 from hf_iau.methods.iau.verdict import RETRAIN
 from hf_iau.report.card import UnlearningCard
 from hf_iau.report.report import UnlearningReport
-from hf_iau.trainer.unlearning_trainer import UnlearningTrainer, UnlearnOutput
+from hf_iau.trainer.unlearning_trainer import UnlearningTrainer
+from hf_iau.unlearn.output import UnlearnOutput
 from hf_iau.utils.atomic_files import unmasked
 
 
@@ -34,13 +39,12 @@ def run_unlearn(
     loaded = load(options, compare)
     request = request_of(loaded.raw, forget)
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = _trainer(options, loaded, request, how, result, scratch, quiet=out.as_json)
+        trainer = _trainer(options, loaded, how, result, scratch, quiet=out.as_json)
         asked: dict[str, Any] = {
             "method": how.method,
             "config": settings,
             "test_dataset": loaded.test,
             "retrained_model": _others(options, compare, loaded),
-            "dry_run": result.dry_run,
         }
         done = _run_request(trainer, request, asked, result)
         withheld = result.strict and done.report.verdict == RETRAIN
@@ -56,7 +60,6 @@ def run_unlearn(
 def _trainer(
     options: ModelOptions,
     loaded: Loaded,
-    request: NamedRows,
     how: MethodOptions,
     result: ResultOptions,
     scratch: str,
@@ -72,7 +75,6 @@ def _trainer(
         processing_class=loaded.task.processor,
         data_collator=loaded.task.collator,
         memory=None if result.in_place else memory_of(home, how.memory),
-        id_column=request.id_column,
     )
     if home is not None and not result.in_place:
         trainer.unlearning_card = UnlearningCard.of_weights(home / MEMORY_FOLDER, loaded.task.model)
@@ -88,10 +90,21 @@ def _others(options: ModelOptions, compare: ComparisonOptions, loaded: Loaded) -
 def _run_request(
     trainer: UnlearningTrainer, request: NamedRows, asked: dict[str, Any], result: ResultOptions
 ) -> UnlearnOutput:
-    asked |= {"save": result.in_place, "request_id": result.request_id}
-    if request.id_column is not None:
-        return trainer.unlearn_by_id(request.ids, **asked)
-    return trainer.unlearn(forget_indices=request.rows, **asked)
+    """The request, written into the model's folder as one transaction or carried out in memory alone."""
+    if result.in_place:
+        service = DeletionService(trainer, id_column=request.id_column)
+        chosen: dict[str, Any] = {"forget_indices": request.rows} if request.id_column is None else {"ids": request.ids}
+        return service.unlearn(**chosen, request_id=result.request_id, **asked)
+    if result.request_id is not None:
+        raise RequestError("--request-id names a request in the ledger: give it with --in-place.")
+    rows, notes = request.rows, list[str]()
+    if request.id_column is not None and len(rows):
+        rows, notes = rows_still_in(trainer.view, request.rows, find_key(trainer.args.output_dir))
+        if not len(rows):
+            raise all_forgotten(len(request.rows))
+    output = trainer.unlearn(forget_indices=rows, dry_run=result.dry_run, **asked)
+    output.report.warnings += notes
+    return output
 
 
 def _keep(
@@ -132,10 +145,11 @@ def _write(
 def _tell(done: UnlearnOutput, home: Path | None, result: ResultOptions, out: Output, *, withheld: bool) -> None:
     """Print the result, and what is left to do; ends with `ExitCode.RETRAIN` where the model was withheld."""
     folder = home if result.in_place else result.output
+    entry = done.entry if isinstance(done, DeletionOutput) else None
     values = {
         "applied": done.applied and not withheld,
         "output": None if folder is None else str(folder),
-        "ledger_entry": None if done.entry is None else {"number": done.entry.number, "mac": done.entry.mac},
+        "ledger_entry": None if entry is None else {"number": entry.number, "mac": entry.mac},
         "pushed_to": None if result.dry_run or withheld else result.push_to_hub,
         "report": done.report.to_dict(),
     }

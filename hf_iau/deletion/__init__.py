@@ -3,6 +3,15 @@
 from hf_iau.deletion.artefacts import AuditReport, audit
 from hf_iau.deletion.ledger import Ledger, LedgerEntry, LedgerHead
 from hf_iau.deletion.queue import RequestQueue
-from hf_iau.deletion.service import RequestService
+from hf_iau.deletion.service import DeletionOutput, DeletionService
 
-__all__ = ["AuditReport", "Ledger", "LedgerEntry", "LedgerHead", "RequestQueue", "RequestService", "audit"]
+__all__ = [
+    "AuditReport",
+    "DeletionOutput",
+    "DeletionService",
+    "Ledger",
+    "LedgerEntry",
+    "LedgerHead",
+    "RequestQueue",
+    "audit",
+]

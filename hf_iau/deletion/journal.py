@@ -1,8 +1,7 @@
-"""The journal: what a request was about to do, so that a crash loses nothing and nothing is done twice."""
+"""The journal: a request that is committed and not moved into place yet, so that a crash neither loses nor repeats it."""
 
 from __future__ import annotations
 
-import dataclasses
 import hmac
 import json
 import os
@@ -12,50 +11,38 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hf_iau.deletion.milestones import passed
 from hf_iau.errors import StorageError
 from hf_iau.memory.keys import Key
 from hf_iau.memory.memory_files import MEMORY_FOLDER
+from hf_iau.unlearn.unfinished import JOURNAL_NAME
 from hf_iau.utils.atomic_files import PRIVATE_FOLDER, sync_folder, write_text_atomically
 
-JOURNAL_NAME = "journal.json"
 STAGED_FOLDER = "staged"
 _MAX_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class Journal:
-    """One request on its way.
+    """A committed request: everything is staged, and whoever comes next finishes it.
 
-    Nothing in it is a gradient or a row: it names the request by its keyed name, and holds what its step was made with.
+    Nothing in it is a gradient or a row.
 
     Attributes:
         request: keyed name of the request.
-        time: when it was begun.
+        time: when it was begun, UTC, ISO 8601.
         rows: how many rows it forgets.
-        method, config: of the request.
-        weights_before: fingerprint of the weights that it began with.
-        rows_name: keyed name of its rows, which `request` is not where the caller gave a name.
-        step: scale k, damping λ and finish weight c that were found, with what was judged of them; None where the
-            step is not made by these alone.
-        weights_after: fingerprint of the moved weights, once they are staged.
+        weights_before, weights_after: fingerprints of the weights.
         files: staged files that are to be moved into the output directory, in this order; paths relative to both.
         removed: files of the output directory that are to go.
-        ready: whether everything is staged: from then on the request is finished, by whoever comes next.
     """
 
     request: str
     time: str
     rows: int
-    method: str
-    config: dict[str, Any]
     weights_before: str
-    rows_name: str = ""
-    step: dict[str, Any] | None = None
     weights_after: str = ""
     files: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
-    ready: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,8 +67,12 @@ class JournalFile:
         """Where new files lie until they are moved."""
         return self.output_dir / MEMORY_FOLDER / STAGED_FOLDER
 
+    def left_behind(self) -> bool:
+        """Whether an interrupted request left a journal or staged files."""
+        return self.path.is_file() or self.staged.exists()
+
     def read(self) -> Journal | None:
-        """The journal, or None where no request is on its way.
+        """The journal, or None where no committed request waits to be finished.
 
         Raises:
             StorageError: it was damaged or edited, or sealed with another key.
@@ -99,47 +90,36 @@ class JournalFile:
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise StorageError(
                 f"The journal {self.path} of an interrupted request is not readable ({error}). Set the key that was set "
-                "when the request was served; if the file is damaged, restore the output directory from a copy."
+                "when the request was run; if the file is damaged, restore the output directory from a copy."
             ) from error
 
-    def write(self, journal: Journal) -> None:
-        """Write the journal whole, flushed to disk."""
-        values = json.loads(json.dumps(asdict(journal), allow_nan=False))
-        text = json.dumps(values | {"seal": self._seal(values)}, sort_keys=True)
-        write_text_atomically(self.path, text)
-
     def seal(self, journal: Journal) -> None:
-        """Make the staged files the new state: whatever happens from here on, `finish` brings it about.
+        """Commit: make the staged files the new state. Whatever happens from here on, `finish` brings it about.
 
         Args:
             journal: with the staged files in the order in which they are to be moved.
         """
         for folder in sorted({path.parent for path in self.staged.rglob("*")} | {self.staged}):
             sync_folder(folder)
-        passed("staged files flushed")
-        self.write(dataclasses.replace(journal, ready=True))
-        passed("journal ready")
+        values = json.loads(json.dumps(asdict(journal), allow_nan=False))
+        text = json.dumps(values | {"seal": self._seal(values)}, sort_keys=True)
+        write_text_atomically(self.path, text)
 
     def finish(self, journal: Journal) -> None:
         """Move what is still staged into place. May be begun any number of times, and ends in the same state."""
         folders = set()
-        for number, name in enumerate(journal.files):
+        for name in journal.files:
             source, target = self._inside(self.staged, name), self._inside(self.output_dir, name)
             if source.exists():
                 self._make_folder(target.parent)
                 os.replace(source, target)
                 folders.add(target.parent)
-            if number == 0:
-                passed("first file moved")
         for folder in folders:
             sync_folder(folder)
-        passed("files moved")
         for name in journal.removed:
             self._inside(self.output_dir, name).unlink(missing_ok=True)
-        passed("old files removed")
         sync_folder(self.path.parent)
         self.discard()
-        passed("journal removed")
 
     def discard(self) -> None:
         """Remove the journal and whatever is staged."""
@@ -147,11 +127,13 @@ class JournalFile:
         sync_folder(self.path.parent)
         self.clear_staged()
 
-    def clear_staged(self) -> None:
-        """Remove whatever is staged, and what a crash left of journals half written."""
+    def clear_staged(self) -> bool:
+        """Remove whatever is staged, and what a crash left of journals half written. Returns whether anything was."""
+        there = self.staged.exists()
         shutil.rmtree(self.staged, ignore_errors=True)
         for left in self.path.parent.glob(f".{JOURNAL_NAME}.*"):
             left.unlink(missing_ok=True)
+        return there
 
     def _make_folder(self, folder: Path) -> None:
         """Make a folder that files are moved into: only those below `_iau/` are closed to others."""

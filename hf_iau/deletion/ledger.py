@@ -26,7 +26,7 @@ _MAC = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class LedgerEntry:
-    """One request that was served.
+    """One request that was carried out.
 
     Attributes:
         number: 1 for the first entry.
@@ -37,8 +37,8 @@ class LedgerEntry:
         row_ids: their keyed fingerprints, 32 hexadecimal digits each; pseudonymous personal data.
         method: name of the method.
         config: its settings, as the caller gave them.
-        calibration: scale k, damping λ and finish weight c of the step, where the method has them; None for a
-            walk of many steps, which they do not describe.
+        calibration: scale k, damping λ and weight c of the retain correction, where the method has them; None where
+            many steps were taken, which they do not describe.
         weights_before, weights_after: fingerprints of the weights.
         outcome: measured figures before and after, verdict, and size of the step.
         versions: of Python and of the packages that did it.
@@ -76,7 +76,7 @@ class LedgerEntry:
 
 @dataclass(frozen=True)
 class LedgerHead:
-    """How many entries a ledger has, and the `mac` of the last one: what a certificate carries."""
+    """How many entries a ledger has, and the `mac` of the last one: what a receipt carries."""
 
     count: int
     head: str
@@ -88,7 +88,7 @@ class Ledger:
 
     Each line carries the HMAC-SHA256 of its content and of the line before, made with a key that is not stored here.
     So nobody without the key can edit, insert, drop or reorder lines unnoticed. Cutting lines off the end shows only
-    against a head that was kept elsewhere, such as the one on a certificate.
+    against a head that was kept elsewhere, such as the one on a receipt.
 
     Args:
         path: the file; it need not exist.
@@ -113,7 +113,7 @@ class Ledger:
         """Check every entry and the chain between them.
 
         Args:
-            head: `mac` of an entry that must still be there, as a certificate gives it.
+            head: `mac` of an entry that must still be there, as a receipt gives it.
             count: number of that entry.
 
         Returns:
@@ -229,7 +229,7 @@ def _read(line: str, number: int, path: Path) -> LedgerEntry:
     if type(values["schema"]) is not int or values["schema"] != SCHEMA:
         raise LedgerError(
             f"Line {number} of {path} has schema {values['schema']!r}; this hf-iau reads {SCHEMA}. Read it with the "
-            "version that wrote it, or look whether it was edited."
+            "version that wrote it, or check whether it was edited."
         )
     texts = ("time", "request", "training_run", "method", "weights_before", "weights_after", "previous", "mac")
     right = (

@@ -1,4 +1,4 @@
-"""Small requests waiting for company: keyed row names on disk, served together."""
+"""Small requests waiting for company: keyed row names on disk, forgotten together."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ class WaitingRows:
         both = WaitingRows(np.concatenate([self.fingerprints, new.fingerprints]), self.named + new.named)
         return both.select(identity.still_in(both.fingerprints))
 
-    def without_served(self, served: np.ndarray, identity: RowIdentity) -> WaitingRows:
+    def without_finished(self, finished: np.ndarray, identity: RowIdentity) -> WaitingRows:
         """The rows that wait on after a request.
 
         Args:
-            served: keyed fingerprints of the request's rows, each of which takes one waiting copy along.
+            finished: keyed fingerprints of the request's rows, each of which takes one waiting copy along.
             identity: of the training rows after the request.
         """
-        gone = Counter(row.tobytes() for row in served)
+        gone = Counter(row.tobytes() for row in finished)
         kept = np.ones(len(self), dtype=bool)
         for i, row in enumerate(self.fingerprints):
             if gone[row.tobytes()] > 0:

@@ -1,4 +1,4 @@
-"""Serving a request so that weights, memory and ledger have it wholly and once, or not at all."""
+"""Deletion requests carried out so that weights, memory and ledger have each of them wholly and once, or not at all."""
 
 from __future__ import annotations
 
@@ -9,174 +9,320 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import safetensors
 from filelock import FileLock, Timeout
 
 from hf_iau.data.trainer_rows import model_of, trainer_rows
-from hf_iau.deletion.journal import JOURNAL_NAME, Journal, JournalFile
-from hf_iau.deletion.journaled_method import JournaledMethod
+from hf_iau.deletion.ids import all_forgotten, rows_of_ids, rows_still_in
+from hf_iau.deletion.journal import Journal, JournalFile
 from hf_iau.deletion.ledger import LEDGER_NAME, Ledger, LedgerEntry
-from hf_iau.deletion.milestones import passed
 from hf_iau.deletion.queue import RequestQueue
 from hf_iau.deletion.storage import RequestStorage, full_weights, storage_errors
 from hf_iau.deletion.termination import Termination
 from hf_iau.distributed import is_main_process, run_on_main_process
-from hf_iau.errors import MissingMemoryError, RequestError, StorageError
+from hf_iau.errors import ConfigError, MissingMemoryError, RequestError, StorageError
 from hf_iau.memory.fingerprints import data_fingerprint, weights_fingerprint
 from hf_iau.memory.keys import Key, require_key
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.memory.memory_files import MEMORY_FOLDER
 from hf_iau.memory.row_identity import FINGERPRINT_BYTES, RowIdentity, keyed_fingerprints
-from hf_iau.methods.context import ForgetContext
 from hf_iau.report.report import UnlearningReport
-from hf_iau.unlearn.rows import requested_rows
+from hf_iau.trainer.unlearning_trainer import UnlearningTrainer
+from hf_iau.unlearn.budget import FEWEST_ROWS
+from hf_iau.unlearn.output import UnlearnOutput
+from hf_iau.unlearn.record import FinishedRequest
+from hf_iau.unlearn.rows import NamedRows, requested_rows
 from hf_iau.unlearn.transaction import WeightTransaction
 from hf_iau.utils.atomic_files import PRIVATE_FOLDER
-from hf_iau.utils.jsonable import jsonable
-
-if TYPE_CHECKING:
-    from hf_iau.trainer.unlearning_trainer import UnlearningTrainer
 
 logger = logging.getLogger(__name__)
 
 LOCK_NAME = "lock"
 
 
-class RequestService:
-    """Serves the requests of one trainer into its `output_dir`.
+@dataclass
+class DeletionOutput(UnlearnOutput):
+    """What `DeletionService.unlearn` returns.
+
+    Attributes:
+        entry: the ledger's entry of the request; None for one that named no rows.
+    """
+
+    entry: LedgerEntry | None = None
+
+    def revert(self) -> None:
+        """Refused: what the ledger has is final.
+
+        Raises:
+            RequestError: always.
+        """
+        raise RequestError("revert(): this request changed nothing, or was saved, which is final.")
+
+
+class DeletionService:
+    """Carries out deletion requests for one trainer: weights, memory, ledger and receipt change as one transaction.
 
     A request is written beside what is there, flushed, sealed in a journal and only then moved into place. Until the
-    journal is sealed a crash leaves the old state; from then on the new one, which the next request (or the next look at
-    the memory) finishes moving. Only the main process writes.
+    journal is sealed a crash leaves the old state; from then on the new one, which the next service of that `output_dir`
+    finishes moving when it is made. Only the main process writes; in several processes all make the service and call it.
 
     Args:
         trainer: whose model, memory and `output_dir` it is.
+        key: what row fingerprints and the ledger are made with: a `Key`, or a secret of at least 32 characters; default:
+            the one in `HF_IAU_KEY` or in the file that `HF_IAU_KEY_FILE` names.
+        id_column: the column of the trainer's `train_dataset` that says whose a row is, for `ids=`.
+
+    Attributes:
+        ledger: what was forgotten so far.
 
     Raises:
-        ConfigError: there is no key.
+        ConfigError: there is no key, or it cannot be used.
+        StorageError: an interrupted request that was committed could not be finished.
+        RequestError: there is one, and another process is at work in `output_dir`.
     """
 
-    def __init__(self, trainer: UnlearningTrainer) -> None:
+    def __init__(
+        self, trainer: UnlearningTrainer, key: Key | str | bytes | None = None, *, id_column: str | None = None
+    ) -> None:
         self.trainer = trainer
+        self.id_column = id_column
         self.folder = Path(trainer.args.output_dir or ".")
-        self.key = require_key("unlearn(save=True)", self.folder)
-        self.ledger = Ledger(self.folder / MEMORY_FOLDER / LEDGER_NAME, self.key)
-        self.journal = JournalFile(self.folder, self.key)
-        self.queue = RequestQueue(self.folder, self.key)
-        self.storage = RequestStorage(trainer, self.folder, self.journal, self.ledger, self.queue)
+        self._key = _checked_key(key, self.folder)
+        self.ledger = Ledger(self.folder / MEMORY_FOLDER / LEDGER_NAME, self._key)
+        self._journal = JournalFile(self.folder, self._key)
+        self._queue = RequestQueue(self.folder, self._key)
+        self._storage = RequestStorage(trainer, self.folder, self._journal, self.ledger, self._queue)
+        if run_on_main_process(self._journal.left_behind, "the journal"):
+            with self._alone():
+                self._recover()
 
-    def serve(
+    # --- requests ---------------------------------------------------------------------------------------------------
+
+    def unlearn(
         self,
-        run: Callable[..., Any],
-        forget_dataset: Any,
-        forget_indices: Any,
-        method: Any,
-        config: Mapping[str, Any],
-        request_id: str | None,
-    ) -> tuple[LedgerEntry | None, Any]:
-        """Serve a request once.
+        forget_dataset: Any = None,
+        *,
+        forget_indices: Any = None,
+        ids: Sequence[Any] | None = None,
+        request_id: str | None = None,
+        **settings: Any,
+    ) -> DeletionOutput:
+        """Make the model forget rows, and write weights, memory, ledger and receipt into `output_dir` as one transaction.
+
+        The same request run again is finished, or answered from the ledger, but never run twice. A request cannot be
+        reverted.
 
         Args:
-            run: `run(method, keep)`: the trainer's own serving, with the method to use and what keeps the result.
-            forget_dataset, forget_indices: the rows, as given.
-            method: as found.
-            config: its settings as a mapping, for the records.
-            request_id: the caller's name for the request, or None.
-
-        Returns:
-            The ledger's entry, and what `run` returned, or None if the request was served before.
+            forget_dataset, forget_indices: as for `UnlearningTrainer.unlearn`.
+            ids: instead, values of `id_column`, e.g. `["u17", "u23"]`: all of their rows, as far as they are still in.
+                Rows that are left out are told in the report's warnings.
+            request_id: your name for the request (kept only as a keyed hash); default: its rows.
+            **settings: as for `UnlearningTrainer.unlearn`: method, config, held_out_dataset and so on.
 
         Raises:
-            RequestError: another request is being served, or `request_id` was served before, for other rows.
+            RequestError: the request is at fault, another one is running, or `request_id` names one of other rows.
+            AlreadyForgottenError: all rows of `ids` are forgotten, by other requests than this one.
             StorageError: it could not be written; everything is as before.
+            IAUError: as `UnlearningTrainer.unlearn`.
         """
-        trainer = self.trainer
-        rows, _ = requested_rows(trainer.train_dataset, forget_dataset, forget_indices)
-        if len(rows) == 0:
-            return None, run(method, None)
-        with Termination() as termination, self.alone():
-            passed("locked")
-            interrupted = self.recover()
+        _refuse_settings(settings)
+        with Termination() as termination, self._alone():
+            self._recover()
             entries = self._catch_up()
-            model = model_of(trainer)
-            memory = trainer.memory
+            memory = self.trainer.memory
             self._identify(memory)
-            identity = None if memory is None else memory.row_identity
-            fingerprints = keyed_fingerprints(self.key, model, rows)
-            name = request_name(self.key, fingerprints, request_id)
-            run_name = "" if identity is None else identity.training_run
-            before = weights_fingerprint(model)
-            found = run_on_main_process(lambda: _served_before(entries, name, run_name, before), "the ledger")
-            if found is not None:
-                entry = LedgerEntry(**found)
-                if sorted(entry.row_ids) != sorted(row.tobytes().hex() for row in fingerprints):
-                    raise RequestError(
-                        f"request_id={request_id!r} names a request of {entry.rows} rows that was served at {entry.time}, "
-                        f"and the {len(rows)} rows given now are others: nothing was computed, and they are not "
-                        "forgotten. Give them a request_id of their own, or leave it out."
-                    )
-                return entry, None
+            rows, notes, all_out = self._named(forget_dataset, forget_indices, ids)
+            if len(rows) == 0:
+                return DeletionOutput(**vars(self.trainer.unlearn(rows, **settings)))
+            entry = self._entry_of(entries, rows, request_id, memory, exact=not all_out)
+            if entry is not None:
+                return DeletionOutput(_report_of(entry), applied=False, memory=self.trainer.memory, entry=entry)
+            if all_out:
+                raise all_forgotten(len(rows))
             self._check_room(memory)
-            journal = Journal(
-                request=name,
-                time=datetime.now(UTC).isoformat(timespec="seconds"),
-                rows=len(rows),
-                method=method.name,
-                config=jsonable(config),
-                weights_before=before,
-                rows_name=request_name(self.key, fingerprints),
+            output = self._carry_out(rows, request_id, memory, termination, settings)
+        _tell(output, notes)
+        return output
+
+    def _named(self, forget_dataset: Any, forget_indices: Any, ids: Any) -> tuple[NamedRows, list[str], bool]:
+        """The rows of a request with their fingerprints, what is to be said of them, and whether all of them are out.
+
+        Of `ids` those that are still in; where none is, all.
+        """
+        notes: list[str] = []
+        all_out = False
+        if ids is not None:
+            if forget_dataset is not None or forget_indices is not None:
+                raise RequestError("unlearn() was given ids= and other rows: pass one of them.")
+            positions = rows_of_ids(self.trainer.train_dataset, self.id_column, ids)
+            still, notes = rows_still_in(self.trainer.view, positions, self._key) if len(positions) else (positions, [])
+            all_out = len(positions) > 0 and len(still) == 0
+            forget_indices = positions if all_out else still
+        rows = requested_rows(self.trainer.train_dataset, forget_dataset, forget_indices)
+        fingerprints = keyed_fingerprints(self._key, model_of(self.trainer), rows.dataset)
+        return NamedRows(rows.dataset, rows.positions, fingerprints), notes, all_out
+
+    def _carry_out(
+        self,
+        rows: NamedRows,
+        request_id: str | None,
+        memory: GradientMemory | None,
+        termination: Termination,
+        settings: dict[str, Any],
+    ) -> DeletionOutput:
+        journal = Journal(
+            request=request_name(self._key, _fingerprints(rows), request_id),
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            rows=len(rows),
+            weights_before=weights_fingerprint(model_of(self.trainer)),
+        )
+        run_name = _training_run(memory)
+        written: list[LedgerEntry] = []
+
+        def commit(request: FinishedRequest) -> None:
+            started = time.perf_counter()
+            entry = run_on_main_process(
+                lambda: asdict(self._storage.write(journal, run_name, request, termination)), "writing the request"
             )
-            journaled = JournaledMethod(method, journal, self._found_before(interrupted, journal), self._note)
-            kept: list[LedgerEntry] = []
+            written.append(LedgerEntry(**entry))
+            request.report.seconds["save"] = time.perf_counter() - started
 
-            def keep(context: ForgetContext, newer: GradientMemory | None, report: UnlearningReport, card: Any) -> None:
-                started = time.perf_counter()
-                stored = run_on_main_process(
-                    lambda: asdict(
-                        self.storage.write(
-                            journaled.journal, run_name, fingerprints, context, newer, report, card, termination
-                        )
-                    ),
-                    "writing the request",
-                )
-                kept.append(LedgerEntry(**stored))
-                report.seconds["save"] = time.perf_counter() - started
+        output = self.trainer.unlearn(rows, commit=commit, **settings)
+        return DeletionOutput(output.report, output.applied, output.memory, entry=written[0])
 
-            output = run(journaled, keep)
-        return kept[0], output
-
-    def answer(self, forget_indices: Any, request_id: str | None) -> LedgerEntry | None:
-        """The entry of a request of these rows that was served before, or of that name and some of these rows; else None.
+    def _entry_of(
+        self,
+        entries: list[LedgerEntry],
+        rows: NamedRows,
+        request_id: str | None,
+        memory: GradientMemory | None,
+        exact: bool,
+    ) -> LedgerEntry | None:
+        """The ledger's entry of this request, or None where it has none.
 
         Args:
-            forget_indices: numbers of rows that are all out by now.
-            request_id: the caller's name for the request, or None.
+            entries: of the ledger, on the main process.
+            rows: of the request, with fingerprints.
+            request_id: the caller's name for it, or None.
+            memory: in force.
+            exact: whether a request of that name must be of exactly these rows; else of some of them, and one of others
+                is not meant.
         """
-        rows, _ = requested_rows(self.trainer.train_dataset, None, forget_indices)
-        with self.alone():
-            self.recover()
-            entries = self._catch_up()
-            model, memory = model_of(self.trainer), self.trainer.memory
-            identity = None if memory is None else memory.row_identity
-            run_name = "" if identity is None else identity.training_run
-            fingerprints = keyed_fingerprints(self.key, model, rows)
-            name, weights = request_name(self.key, fingerprints, request_id), weights_fingerprint(model)
-            found = run_on_main_process(lambda: _served_before(entries, name, run_name, weights), "the ledger")
+        fingerprints = _fingerprints(rows)
+        name = request_name(self._key, fingerprints, request_id)
+        run_name, weights = _training_run(memory), weights_fingerprint(model_of(self.trainer))
+        found = run_on_main_process(lambda: _last_entry(entries, name, run_name, weights), "the ledger")
         if found is None:
             return None
         entry = LedgerEntry(**found)
-        others = Counter(entry.row_ids) - Counter(row.tobytes().hex() for row in fingerprints)
-        return None if others else entry
+        named, given = Counter(entry.row_ids), Counter(row.tobytes().hex() for row in fingerprints)
+        if not exact:
+            return None if named - given else entry
+        if named != given:
+            raise RequestError(
+                f"request_id={request_id!r} names a request of {entry.rows} rows that was carried out at {entry.time}, "
+                f"and the {len(rows)} rows given now are others: nothing was computed, and they are not "
+                "forgotten. Give them a request_id of their own, or leave it out."
+            )
+        return entry
+
+    # --- queue ------------------------------------------------------------------------------------------------------
+
+    def queue(
+        self,
+        forget_dataset: Any = None,
+        *,
+        forget_indices: Any = None,
+        ids: Sequence[Any] | None = None,
+        **settings: Any,
+    ) -> DeletionOutput | None:
+        """Have rows forgotten together with others: they wait on disk until there are 16, and are then one request.
+
+        Small requests are better batched, for two versions of the weights differ by an image of the rows. Needs a memory
+        that was gathered with the key. What waits is kept as keyed fingerprints alone. A row number that waits is not
+        queued again; rows that are given by their content add a further copy as long as there is one.
+
+        Args:
+            forget_dataset, forget_indices, ids: as for `unlearn`.
+            **settings: as for `unlearn`, for the case that the request is run now.
+
+        Returns:
+            What `unlearn` returned, or None where the rows wait.
+
+        Raises:
+            UnknownRowsError: rows that were never trained on.
+            AlreadyForgottenError: rows that are out already.
+        """
+        if ids is not None:
+            if forget_dataset is not None or forget_indices is not None:
+                raise RequestError("queue() was given ids= and other rows: pass one of them.")
+            forget_indices = rows_of_ids(self.trainer.train_dataset, self.id_column, ids)
+        waiting = self._enqueue(forget_dataset, forget_indices)
+        return self.serve_queue(**settings) if waiting >= FEWEST_ROWS else None
+
+    def serve_queue(self, **settings: Any) -> DeletionOutput | None:
+        """Run one request of the rows that wait, however few; None where none wait.
+
+        Args:
+            **settings: as for `unlearn`.
+        """
+        with self._alone():
+            self._recover()
+            identity = self._identity()
+
+            def read() -> list[list[int]]:
+                waiting = self._queue.read().fingerprints
+                return waiting[identity.still_in(waiting)].tolist()
+
+            waiting = run_on_main_process(read, "the queue")
+        fingerprints = np.asarray(waiting, dtype=np.uint8).reshape(-1, FINGERPRINT_BYTES)
+        positions = identity.positions(fingerprints)
+        return self.unlearn(forget_indices=positions, **settings) if len(positions) else None
+
+    def _enqueue(self, forget_dataset: Any, forget_indices: Any) -> int:
+        """Add rows to the queue. Returns how many wait now."""
+        rows = requested_rows(self.trainer.train_dataset, forget_dataset, forget_indices)
+        with self._alone():
+            self._recover()
+            identity = self._identity()
+            fingerprints = keyed_fingerprints(self._key, model_of(self.trainer), rows.dataset)
+            identity.check_request(fingerprints)
+
+            def add() -> list[int]:
+                before = self._queue.read()
+                after = before.with_asked(self._queue.asked(fingerprints, rows.positions), identity)
+                with storage_errors("The rows could not be queued"):
+                    self._queue.write(after)
+                return [len(after), len(after) - int(identity.still_in(before.fingerprints).sum())]
+
+            waiting, added = run_on_main_process(add, "the queue")
+        if added < len(rows) and is_main_process():
+            logger.warning(
+                "%d of the %d rows wait in the queue already and were not queued again.", len(rows) - added, len(rows)
+            )
+        return int(waiting)
+
+    def _identity(self) -> RowIdentity:
+        memory = self.trainer.memory
+        self._identify(memory)
+        if memory is None or memory.row_identity is None:
+            raise MissingMemoryError(
+                "The queue names rows by their fingerprints, and the memory holds none: gather with HF_IAU_KEY set."
+            )
+        memory.row_identity.check_key(self._key)
+        return memory.row_identity
+
+    # --- before a request -------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def _alone(self) -> Iterator[None]:
         """Hold the lock of the output directory.
 
         Raises:
@@ -196,7 +342,7 @@ class RequestService:
                     raise OSError(f"{private} lies on another file system, so files cannot be moved into place at once")
             except Timeout as error:
                 raise RequestError(
-                    f"Another request is being served in {self.folder} (it holds {private / LOCK_NAME}): wait until it "
+                    f"Another request is running in {self.folder} (it holds {private / LOCK_NAME}): wait until it "
                     "has ended, then run this one again."
                 ) from error
             except OSError as error:
@@ -211,40 +357,38 @@ class RequestService:
         finally:
             lock.release()
 
-    def recover(self) -> Journal | None:
+    def _recover(self) -> None:
         """Finish a request that was committed but not moved into place; tidy up after one that was not committed.
 
         To be called with the lock held. A model that still has the old weights gets the new ones.
-
-        Returns:
-            The journal of a request that was not committed, if there is one.
         """
 
         def tidy() -> dict[str, Any] | None:
-            journal = self.journal.read()
+            journal = self._journal.read()
+            if journal is None:
+                if self._journal.clear_staged():
+                    logger.warning(
+                        "A request was interrupted before it was committed, and nothing of it was kept: run it again."
+                    )
+                return None
             with storage_errors("An interrupted request was committed, but could not be moved into place", True):
-                if journal is None or not journal.ready:
-                    self.journal.clear_staged()
-                else:
-                    self.journal.finish(journal)
-            return None if journal is None else asdict(journal)
+                self._journal.finish(journal)
+            return asdict(journal)
 
         found = run_on_main_process(tidy, "finishing an interrupted request")
-        journal = None if found is None else Journal(**found)
-        if journal is None or not journal.ready:
-            return journal
+        if found is None:
+            return
+        journal = Journal(**found)
         logger.warning(
             "A request of %d rows, begun at %s, had been interrupted after it was committed; it is finished now.",
             journal.rows,
             journal.time,
         )
-        trainer = self.trainer
-        model = model_of(trainer)
-        if weights_fingerprint(model) == journal.weights_before:
+        now = weights_fingerprint(model_of(self.trainer))
+        if now == journal.weights_before:
             self._load_weights(journal.weights_after)
-        elif weights_fingerprint(model) == journal.weights_after:
-            trainer.unlearning_state.adopt(self.folder / MEMORY_FOLDER)
-        return None
+        elif now == journal.weights_after:
+            self.trainer.unlearning_state.adopt(self.folder / MEMORY_FOLDER)
 
     def _catch_up(self) -> list[LedgerEntry]:
         """Give a model from before the last request, which would undo it when saved, the weights that it left.
@@ -280,69 +424,8 @@ class RequestService:
         return StorageError(
             f"The model has the weights from before the last request in the ledger, and those that it left are not in "
             f"{self.folder}, or could not be loaded from there: load the model that was saved by that request, and give it "
-            "to a new trainer. Serving on from here would bring the forgotten rows back."
+            "to a new trainer. Going on from here would bring the forgotten rows back."
         )
-
-    # --- queue ------------------------------------------------------------------------------------------------------
-
-    def enqueue(self, forget_dataset: Any, forget_indices: Any) -> int:
-        """Add rows to the queue: none that waits there already, and no more copies of a row than are still in.
-
-        A row number that waits is not added again. Rows that are given by their content add a further copy as long as
-        there is one.
-
-        Returns:
-            How many rows wait now.
-
-        Raises:
-            UnknownRowsError: rows that were never trained on.
-            AlreadyForgottenError: rows that are out already.
-        """
-        rows, positions = requested_rows(self.trainer.train_dataset, forget_dataset, forget_indices)
-        with self.alone():
-            self.recover()
-            identity = self._known_rows()
-            fingerprints = keyed_fingerprints(self.key, model_of(self.trainer), rows)
-            identity.check_request(fingerprints)
-
-            def add() -> list[int]:
-                before = self.queue.read()
-                after = before.with_asked(self.queue.asked(fingerprints, positions), identity)
-                with storage_errors("The rows could not be queued"):
-                    self.queue.write(after)
-                return [len(after), len(after) - int(identity.still_in(before.fingerprints).sum())]
-
-            waiting, added = run_on_main_process(add, "the queue")
-        if added < len(rows) and is_main_process():
-            logger.warning(
-                "%d of the %d rows wait in the queue already and were not queued again.", len(rows) - added, len(rows)
-            )
-        return int(waiting)
-
-    def queued_positions(self) -> np.ndarray:
-        """Numbers in `train_dataset` of the rows that wait, int64."""
-        with self.alone():
-            self.recover()
-            identity = self._known_rows()
-
-            def read() -> list[list[int]]:
-                waiting = self.queue.read().fingerprints
-                return waiting[identity.still_in(waiting)].tolist()
-
-            waiting = run_on_main_process(read, "the queue")
-            return identity.positions(np.asarray(waiting, dtype=np.uint8).reshape(-1, FINGERPRINT_BYTES))
-
-    def _known_rows(self) -> RowIdentity:
-        memory = self.trainer.memory
-        self._identify(memory)
-        if memory is None or memory.row_identity is None:
-            raise MissingMemoryError(
-                "The queue names rows by their fingerprints, and the memory holds none: gather with HF_IAU_KEY set."
-            )
-        memory.row_identity.check_key(self.key)
-        return memory.row_identity
-
-    # --- before -----------------------------------------------------------------------------------------------------
 
     def _identify(self, memory: GradientMemory | None) -> None:
         """Give a memory that was gathered without a key the rows' identity, while it can still be known."""
@@ -352,32 +435,14 @@ class RequestService:
         model = model_of(trainer)
         source = trainer_rows(trainer, trainer.train_dataset, "training rows", 1)
         if memory.data == data_fingerprint(model, source.dataset):
-            memory.row_identity = RowIdentity.of(self.key, model, source.dataset)
-
-    def _found_before(self, interrupted: Journal | None, journal: Journal) -> dict[str, Any] | None:
-        """k, λ and c that the same request had found before it was interrupted."""
-        if interrupted is None:
-            return None
-        if interrupted.request != journal.request:
-            logger.warning(
-                "A request of %d rows, begun at %s, was interrupted before it was committed, and is not served: run it "
-                "again.",
-                interrupted.rows,
-                interrupted.time,
-            )
-            return None
-
-        def made_with(one: Journal) -> tuple[Any, ...]:
-            return one.rows_name, one.method, one.config, one.weights_before
-
-        return interrupted.step if made_with(interrupted) == made_with(journal) else None
+            memory.row_identity = RowIdentity.of(self._key, model, source.dataset)
 
     def _check_room(self, memory: GradientMemory | None) -> None:
         model = model_of(self.trainer)
         needed = sum(p.numel() * p.element_size() for p in model.parameters()) + 2**20
         needed += memory.nbytes() if memory is not None else 0
 
-        def look() -> None:
+        def check() -> None:
             free = shutil.disk_usage(self.folder).free
             if free < needed:
                 raise StorageError(
@@ -385,14 +450,44 @@ class RequestService:
                     f"{needed / 2**20:.0f} MiB for weights and memory beside the old ones: nothing was changed. Free some."
                 )
 
-        run_on_main_process(look, "room on the disk")
+        run_on_main_process(check, "room on the disk")
 
-    def _note(self, journal: Journal) -> None:
-        def write() -> None:
-            with storage_errors("The request could not be noted in the journal"):
-                self.journal.write(journal)
 
-        run_on_main_process(write, "the journal")
+def _checked_key(key: Key | str | bytes | None, folder: Path) -> Key:
+    if key is None:
+        return require_key("DeletionService", folder)
+    if isinstance(key, Key):
+        return key
+    if not isinstance(key, (str, bytes)):
+        raise ConfigError(
+            f"key is a {type(key).__name__}: give a Key, a secret as str or bytes, or leave it out and set HF_IAU_KEY."
+        )
+    return Key.from_secret(key, "key")
+
+
+def _refuse_settings(settings: dict[str, Any]) -> None:
+    if settings.get("dry_run"):
+        raise RequestError("A deletion request is written, so dry_run=True contradicts it: use trainer.unlearn().")
+    for name in ("commit", "save"):
+        if name in settings:
+            raise RequestError(f"{name}= is no setting of a deletion request, which is always written: leave it out.")
+
+
+def _tell(output: UnlearnOutput, notes: list[str]) -> None:
+    output.report.warnings += notes
+    if is_main_process():
+        for sentence in notes:
+            logger.warning(sentence)
+
+
+def _fingerprints(rows: NamedRows) -> np.ndarray:
+    assert rows.fingerprints is not None
+    return rows.fingerprints
+
+
+def _training_run(memory: GradientMemory | None) -> str:
+    """Keyed name of the training run that the memory's rows were part of; "" where it is not known."""
+    return "" if memory is None or memory.row_identity is None else memory.row_identity.training_run
 
 
 def request_name(key: Key, fingerprints: np.ndarray, request_id: str | None = None) -> str:
@@ -404,7 +499,7 @@ def request_name(key: Key, fingerprints: np.ndarray, request_id: str | None = No
     return hmac.digest(key.requests, content, "sha256").hex()[:32]
 
 
-def _served_before(entries: list[LedgerEntry], name: str, run_name: str, weights: str) -> dict[str, Any] | None:
+def _last_entry(entries: list[LedgerEntry], name: str, run_name: str, weights: str) -> dict[str, Any] | None:
     """The last entry of that request in that training run."""
     for entry in reversed(entries):
         # Without a memory there is no telling one training run from the next, except by the weights.
@@ -413,8 +508,8 @@ def _served_before(entries: list[LedgerEntry], name: str, run_name: str, weights
     return None
 
 
-def report_of(entry: LedgerEntry) -> UnlearningReport:
-    """What the ledger still knows of a request that was served before."""
+def _report_of(entry: LedgerEntry) -> UnlearningReport:
+    """What the ledger still knows of a request that was carried out before."""
     return UnlearningReport(
         method=entry.method,
         config=entry.config,
@@ -424,22 +519,10 @@ def report_of(entry: LedgerEntry) -> UnlearningReport:
         after=entry.outcome.get("after", {}),
         diagnostics={"calibration": entry.calibration} if entry.calibration else {},
         warnings=[
-            f"This request was served at {entry.time} already (entry {entry.number} of the ledger): nothing was changed. "
-            "To have another copy of the same rows forgotten, give it a request_id of its own."
+            f"This request was carried out at {entry.time} already (entry {entry.number} of the ledger): nothing was "
+            "changed. To have another copy of the same rows forgotten, give it a request_id of its own."
         ],
         versions=entry.versions,
         verdict=entry.outcome.get("verdict"),
         calibrated=entry.outcome.get("calibrated"),
     )
-
-
-def finish_interrupted_request(trainer: UnlearningTrainer) -> None:
-    """Finish a request that a crash kept from being moved into place, before the memory on disk is read."""
-    if not (Path(trainer.args.output_dir or ".") / MEMORY_FOLDER / JOURNAL_NAME).is_file():
-        return
-    service = RequestService(trainer)
-    journal = service.journal.read()
-    if journal is None or not journal.ready:
-        return
-    with service.alone():
-        service.recover()

@@ -17,23 +17,19 @@ from transformers import Trainer
 
 from hf_iau.data.trainer_rows import model_of
 from hf_iau.deletion.journal import Journal, JournalFile
-from hf_iau.deletion.journaled_method import STEP
 from hf_iau.deletion.ledger import LEDGER_NAME, Ledger, LedgerEntry
-from hf_iau.deletion.milestones import passed
 from hf_iau.deletion.queue import QUEUE_NAME, RequestQueue
-from hf_iau.deletion.receipt import render_receipt
+from hf_iau.deletion.receipt import render_receipt, render_receipt_html
 from hf_iau.deletion.termination import Termination
 from hf_iau.distributed import full_parameters
 from hf_iau.errors import IAUError, StorageError
 from hf_iau.memory.fingerprints import package_versions, weights_fingerprint
-from hf_iau.memory.memory import GradientMemory
 from hf_iau.memory.memory_files import MEMORY_FOLDER, MEMORY_HEADER, is_memory_file
-from hf_iau.methods.context import ForgetContext
-from hf_iau.report.report import UnlearningReport
+from hf_iau.unlearn.record import FinishedRequest, UnlearnRecord
 from hf_iau.utils.atomic_files import PRIVATE_FOLDER, write_text_atomically
 from hf_iau.utils.jsonable import jsonable
 
-CERTIFICATE_FOLDER = "certificates"
+RECEIPT_FOLDER = "receipts"
 _INDEX = "model.safetensors.index.json"
 
 
@@ -56,27 +52,22 @@ class RequestStorage:
         self,
         journal: Journal,
         run_name: str,
-        fingerprints: np.ndarray,
-        context: ForgetContext,
-        memory: GradientMemory | None,
-        report: UnlearningReport,
-        card: Any,
+        request: FinishedRequest,
         termination: Termination,
     ) -> LedgerEntry:
         """Write everything beside what is there, then move it into place.
 
         Args:
-            journal: of the request, with its step.
-            run_name: of the training run.
-            fingerprints: keyed ones of the rows.
-            context: of the request, with the moved weights.
-            memory: of those; None where there is none.
-            report, card: what is told of it.
+            journal: of the request, without what is only known once it is staged.
+            run_name: keyed name of the training run.
+            request: with the changed weights, and the keyed fingerprints of its rows.
             termination: is deferred from where the old state is no more.
 
         Raises:
             StorageError: it could not be written, or not be moved into place.
         """
+        context, memory, fingerprints = request.context, request.memory, request.context.fingerprints
+        assert fingerprints is not None
         staged = self._journal.staged
         private = staged / MEMORY_FOLDER
         try:
@@ -85,17 +76,14 @@ class RequestStorage:
                 for folder in (staged, private):
                     folder.mkdir(mode=PRIVATE_FOLDER)
                 self._stage_weights(staged)
-                passed("weights staged")
                 if memory is not None:
                     memory.save(private)
-                card.save(private, context.model)
+                request.card.save(private, context.model)
                 if memory is not None and memory.row_identity is not None and self._queue.path.exists():
-                    waiting = self._queue.read().without_served(fingerprints, memory.row_identity)
+                    waiting = self._queue.read().without_finished(fingerprints, memory.row_identity)
                     self._queue.write(waiting, private / QUEUE_NAME)
-                passed("memory staged")
                 after = weights_fingerprint(context.model)
-                entry = self._stage_entry(journal, run_name, fingerprints, after, report, private)
-                passed("ledger staged")
+                entry = self._stage_entry(journal, run_name, fingerprints, after, request.record, private)
                 weights, removed = self._weight_files(journal.request)
                 files = [*weights, *self._private_files()]
                 for name in files:
@@ -110,8 +98,7 @@ class RequestStorage:
             return entry
         except BaseException:
             with contextlib.suppress(IAUError):
-                committed = self._journal.read()
-                if committed is None or not committed.ready:
+                if self._journal.read() is None:
                     termination.deferred = False
                     self._journal.clear_staged()
             raise
@@ -129,45 +116,39 @@ class RequestStorage:
         run_name: str,
         fingerprints: np.ndarray,
         after: str,
-        report: UnlearningReport,
+        record: UnlearnRecord,
         private: Path,
     ) -> LedgerEntry:
-        figures = {
-            moment: {
-                name: value
-                for name, value in getattr(report, moment).items()
-                if isinstance(value, (int, float)) and not isinstance(value, bool)
-            }
-            for moment in ("before", "after")
-        }
-        # A walk is many steps, which k, λ and c do not describe.
-        walked = "multi_step" in report.diagnostics
-        found = {} if walked else report.diagnostics.get("calibration") or {}
         entry, text = self._ledger.extended(
             request=journal.request,
             training_run=run_name,
             rows=len(fingerprints),
             row_ids=[row.tobytes().hex() for row in fingerprints],
-            method=journal.method,
-            config=journal.config,
-            calibration={name: found[name] for name in STEP} if all(name in found for name in STEP) else None,
+            method=record.method,
+            config=record.config,
+            calibration=None if record.step is None else record.step.values,
             weights_before=journal.weights_before,
             weights_after=after,
             outcome=jsonable(
-                figures
-                | {
-                    "seed": report.seed,
-                    "verdict": report.verdict,
-                    "calibrated": report.calibrated,
-                    "multi_step": walked,
+                {
+                    "before": record.before,
+                    "after": record.after,
+                    "seed": record.seed,
+                    "verdict": record.verdict,
+                    "calibrated": record.calibrated,
+                    "multi_step": record.step is not None and record.step.values is None,
+                    "step_norm": record.effect.step_norm,
+                    "relative_step_norm": record.effect.relative_step_norm,
+                    "budget": None if record.budget is None else record.budget.to_dict(),
                 }
-                | {name: report.diagnostics.get(name) for name in ("step_norm", "relative_step_norm", "budget")}
             ),
-            versions=report.versions or package_versions(),
+            versions=record.versions or package_versions(),
         )
         write_text_atomically(private / LEDGER_NAME, text)
-        (private / CERTIFICATE_FOLDER).mkdir(mode=PRIVATE_FOLDER)
-        write_text_atomically(private / CERTIFICATE_FOLDER / f"{entry.number:05d}.md", render_receipt(entry))
+        receipt = private / RECEIPT_FOLDER / f"{entry.number:05d}"
+        receipt.parent.mkdir(mode=PRIVATE_FOLDER)
+        write_text_atomically(receipt.with_suffix(".md"), render_receipt(entry))
+        write_text_atomically(receipt.with_suffix(".html"), render_receipt_html(entry))
         return entry
 
     def _weight_files(self, request: str) -> tuple[list[str], list[str]]:

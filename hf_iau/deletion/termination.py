@@ -1,4 +1,4 @@
-"""SIGTERM while a request is served: undone cleanly, or finished first, and then obeyed."""
+"""SIGTERM while a request runs: undone cleanly, or finished first, and then obeyed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Termination:
             return
         undone = kind is not None
         logger.error(
-            "SIGTERM while a request was served: %s",
+            "SIGTERM while a request ran: %s",
             "nothing was changed; run the request again." if undone else "the request was finished first.",
         )
         os.kill(os.getpid(), signal.SIGTERM)

@@ -25,7 +25,7 @@ then 1.1 points at most, and that of the AUC between two such sets 0.9."""
 
 @dataclass
 class ForgetContext:
-    """All that a method may use to serve one request.
+    """All that a method may use to run one request.
 
     Attributes:
         model: the bare model; a method changes it in place, inside a transaction.
@@ -41,7 +41,7 @@ class ForgetContext:
         fingerprints: keyed fingerprints of the forget rows in their order, uint8 `(m, 16)`; None without a key.
         forgotten: digests of the rows that earlier requests took out, with how often each occurs.
         forgotten_positions: numbers by which earlier requests named rows; looked at first, and trusted no further.
-        trainer: the Trainer that serves the request, for methods that train anew with its settings.
+        trainer: the Trainer that runs the request, for methods that train anew with its settings.
         weights: copies of the trained parameters as the request finds them, by name, which nothing may change; None
             where a method has to make its own.
         predicted: what the model makes of some rows at the weights that the request finds, where that was looked at.

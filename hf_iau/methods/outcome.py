@@ -46,7 +46,7 @@ class MethodOutcome:
         step: of methods that take a curvature-aware step.
         diagnostics: further figures for the report, plain JSON, which nothing else reads.
         calibrated: whether the step was calibrated; None for methods that do not calibrate.
-        verdict: "ok", "check" or "retrain", where the method judges.
+        verdict: "ok", "check" or "retrain", where the method assesses what it did.
         warnings: sentences for people.
         calibration: what to remember for later requests.
         memory: of the weights that the request found, where the method renewed it; else None.

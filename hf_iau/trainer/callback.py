@@ -14,13 +14,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from hf_iau.data import RowLoss, RowSource, probe_additivity, probe_targets
 from hf_iau.data.row_loss import UserLossFunction
-from hf_iau.data.validation import check_before_gathering, refuse_device
+from hf_iau.data.validation import refuse_device
 from hf_iau.distributed import sync_errors
 from hf_iau.distributed.wrappers import unwrap_model
 from hf_iau.errors import MissingMemoryError, UnsupportedModelError
 from hf_iau.memory.config import GatherConfig
 from hf_iau.memory.gathering import (
     build_memory,
+    check_before_gathering,
     choose_row_loss,
     identify_rows,
     keep_input_columns,
@@ -45,7 +46,7 @@ def announce_row_loss(model: nn.Module, row_loss: RowLoss) -> None:
 class IAUCallback(TrainerCallback):
     """Gathers, at the end of fine-tuning, what a later request to forget rows needs.
 
-    Works on a plain `Trainer(callbacks=[IAUCallback()])` and on `UnlearningTrainer`. The memory is made once, in
+    Works on a plain `Trainer(callbacks=[IAUCallback()])`; an `UnlearningTrainer` adds one itself. The memory is made once, in
     `on_train_end` and so after `load_best_model_at_end`, kept as `.memory` and saved under `<output_dir>/_iau/`, which
     `push_to_hub` never uploads. Nothing is read off `param.grad` during training (it is clipped, scaled by a divisor
     that depends on model and version, and taken at older weights), so training itself is not slowed down and
@@ -60,7 +61,6 @@ class IAUCallback(TrainerCallback):
             the model's own (`compute_loss_func=` is not visible to callbacks; `UnlearningTrainer` needs none of this).
         dataset: the training rows without augmentation, when the Trainer's own are augmented at random.
         save: write the memory below `output_dir`.
-        restriction: gradient restriction for training; taken up by `UnlearningTrainer`, refused on a plain Trainer.
     """
 
     # Training is the same without it, so retraining need not repeat it.
@@ -73,13 +73,11 @@ class IAUCallback(TrainerCallback):
         row_loss: UserLossFunction | RowLoss | None = None,
         dataset: Any = None,
         save: bool = True,
-        restriction: Any = None,
     ) -> None:
         self.config = config or GatherConfig()
         self.row_loss = row_loss
         self.dataset = dataset
         self.save = save
-        self.restriction = restriction
         self._memory: GradientMemory | None = None
         self.failure: Exception | None = None
         self._finished = False
@@ -111,11 +109,6 @@ class IAUCallback(TrainerCallback):
         # auto_find_batch_size enters the loop again and again; every entry starts afresh.
         self._memory, self.failure, self._finished = None, None, False
         model = unwrap_model(kwargs["model"])
-        if self.restriction is not None and model not in _ROW_LOSS_OF_MODEL:
-            raise UnsupportedModelError(
-                f"restriction={self.restriction!r} changes the training step, which a callback cannot do on a plain "
-                "Trainer. Use hf_iau.UnlearningTrainer, or drop restriction=."
-            )
         refuse_unsupported_engines(args)
         with sync_errors("the check before training"):
             find_key(args.output_dir)  # a key that cannot be used is better refused now than after training
@@ -175,6 +168,30 @@ class IAUCallback(TrainerCallback):
             device=args.device,
             name="training rows",
         )
+
+
+class UnaskedIAUCallback(IAUCallback):
+    """The callback that an `UnlearningTrainer` adds where none was given: what it cannot do, it says, and trains on."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """As its base; what would be refused there is told once, and kept as `failure`."""
+        try:
+            super().on_train_begin(args, state, control, **kwargs)
+        except Exception as error:  # whatever it is: nobody has asked for a memory
+            self.failure = error
+            logger.warning(
+                "No gradient memory will be gathered after this training, so unlearn(method='iau') will have none: %s",
+                error,
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """As its base, unless that was given up when training began."""
+        if self.failure is None:
+            super().on_train_end(args, state, control, **kwargs)
 
 
 def refuse_unsupported_engines(args: TrainingArguments) -> None:

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import nn
 
-from hf_iau.data.trainer_rows import model_of
 from hf_iau.distributed import full_parameters
 from hf_iau.errors import IAUError
 from hf_iau.memory.fingerprints import weights_fingerprint
+from hf_iau.memory.memory import GradientMemory
 from hf_iau.memory.memory_files import MEMORY_HEADER, read_header, remove_memory
-
-if TYPE_CHECKING:
-    from hf_iau.trainer.unlearning_trainer import UnlearningTrainer
+from hf_iau.unlearn.state import UnlearningState
 
 
-def save_private_files(trainer: UnlearningTrainer, folder: Path, write: bool) -> None:
+def save_private_files(
+    model: nn.Module, memory: GradientMemory | None, state: UnlearningState, folder: Path, write: bool
+) -> None:
     """Save memory and card into `folder`; remove a memory of other weights that lies there where a request ended it.
 
     Args:
-        trainer: of whose weights they are.
+        model: the bare model, of whose weights they are.
+        memory: the one in force, as far as it was read; None where there is none.
+        state: of the trainer.
         folder: below which they go.
         write: whether this process writes; all have to call.
     """
-    memory, state, model = trainer.memory_in_ram, trainer.unlearning_state, model_of(trainer)
     memory = None if memory is None else memory.on_main_process()
     with full_parameters(model):
         if not write:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,43 +14,41 @@ from transformers import Trainer
 from hf_iau.data import RowLoss
 from hf_iau.data.row_loss import TrainerRowLoss, UserLossFunction
 from hf_iau.data.trainer_rows import model_of
-from hf_iau.deletion.id_column import rows_of_ids
-from hf_iau.deletion.service import RequestService, finish_interrupted_request, report_of
-from hf_iau.distributed import full_parameters, is_main_process, is_sharded
+from hf_iau.distributed import full_parameters, is_sharded
 from hf_iau.distributed.wrappers import unwrap_model
-from hf_iau.errors import AlreadyForgottenError, ConfigError, MissingMemoryError, RequestError, UnsupportedModelError
+from hf_iau.errors import ConfigError, MissingMemoryError, RequestError, UnsupportedModelError
 from hf_iau.memory.config import GatherConfig
 from hf_iau.memory.gathering import choose_row_loss
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.memory.memory_files import MEMORY_FOLDER, MEMORY_HEADER
 from hf_iau.memory.private_files import TRAINER_IGNORES, refuse_private_files
-from hf_iau.methods.base import UnlearningMethod, config_values, find_method
+from hf_iau.methods.base import find_method
 from hf_iau.report.card import UnlearningCard, card_metadata, task_of_model
-from hf_iau.trainer.callback import IAUCallback, announce_row_loss, refuse_unsupported_engines
-from hf_iau.trainer.output import UnlearnOutput
-from hf_iau.trainer.regather import gather_remaining, rows_still_in
+from hf_iau.trainer.callback import IAUCallback, UnaskedIAUCallback, announce_row_loss, refuse_unsupported_engines
+from hf_iau.trainer.regather import gather_remaining
 from hf_iau.trainer.restriction import GradientRestriction, RestrictionConfig
 from hf_iau.trainer.saving import save_private_files
-from hf_iau.trainer.state import UnlearningState
 from hf_iau.trainer.upload import hub_errors_explained
-from hf_iau.unlearn.budget import FEWEST_ROWS
-from hf_iau.unlearn.run import Keep, Request, checked_models, serve_request, serving_conditions
-
-logger = logging.getLogger(__name__)
+from hf_iau.unlearn.output import UnlearnOutput
+from hf_iau.unlearn.record import Commit
+from hf_iau.unlearn.run import Request, checked_models, run_request
+from hf_iau.unlearn.state import UnlearningState
+from hf_iau.unlearn.unfinished import refuse_unfinished
+from hf_iau.unlearn.view import TrainerView
 
 
 class UnlearningTrainer(Trainer):
     """A drop-in `Trainer` that can forget training rows.
 
     Args:
-        *args, **kwargs: as for `transformers.Trainer`; add `callbacks=[IAUCallback()]` to gather a memory.
+        *args, **kwargs: as for `transformers.Trainer`. Without an `IAUCallback` among `callbacks=` one with the default
+            `GatherConfig` is added; `remove_callback(IAUCallback)` trains without gathering.
         row_loss: `row_loss(model, inputs)`, each row's loss or their sum, where the objective is neither the model's
             own loss nor `compute_loss_func=` nor an overridden `compute_loss` that honours `num_items_in_batch`.
         memory: a `GradientMemory` of the model as it is now, gathered earlier; default: the callback's, else the one
             below `args.output_dir`, if there is one.
         restriction: gradient restriction in training: a `RestrictionConfig`, or its mode "exact" or
             "finite-difference"; default: none.
-        id_column: the column of `train_dataset` that says whose a row is, for `unlearn_by_id`.
     """
 
     def __init__(
@@ -60,20 +57,18 @@ class UnlearningTrainer(Trainer):
         row_loss: UserLossFunction | RowLoss | None = None,
         memory: GradientMemory | None = None,
         restriction: RestrictionConfig | str | None = None,
-        id_column: str | None = None,
         **kwargs: Any,
     ) -> None:
-        self.id_column = id_column
         self.unlearning_state = UnlearningState(given=memory)
         self._given_row_loss = row_loss
-        self._given_restriction = restriction
-        self._restriction_config: RestrictionConfig | None = None
+        self._restriction_config = _restriction_config(restriction)
         self._restriction: GradientRestriction | None = None
         super().__init__(*args, **kwargs)
+        if self._gathering_callback() is None:
+            self.add_callback(UnaskedIAUCallback())
         refuse_unsupported_engines(self.args)
         self.given_optimizer = self.optimizer is not None
         self.row_loss: RowLoss = self._choose_row_loss()
-        self._restriction_config = self._choose_restriction()
         if self.model is not None:
             self._prepare_model(self.model)
 
@@ -95,11 +90,6 @@ class UnlearningTrainer(Trainer):
                 "gather with hf_iau.gather(model, rows), and use this trainer to unlearn()."
             )
         self.unlearning_state = UnlearningState(card=UnlearningCard())
-        restriction = self._choose_restriction()
-        if restriction != self._restriction_config:  # a callback with restriction= was added or removed since
-            self._restriction_config, self._restriction = restriction, None
-            if self.model is not None:
-                self._prepare_model(self.model)
         return super().train(*args, **kwargs)
 
     def training_step(
@@ -137,19 +127,6 @@ class UnlearningTrainer(Trainer):
         """How gradients are restricted in training, or None."""
         return self._restriction_config
 
-    def _choose_restriction(self) -> RestrictionConfig | None:
-        callbacks = [cb.restriction for cb in self.callback_handler.callbacks if isinstance(cb, IAUCallback)]
-        for asked in [self._given_restriction, *callbacks]:
-            if asked is None:
-                continue
-            config = RestrictionConfig(mode=asked) if isinstance(asked, str) else asked  # type: ignore[arg-type]
-            if not isinstance(config, RestrictionConfig):
-                raise ConfigError(
-                    f"restriction={asked!r}: give a RestrictionConfig, or one of 'none', 'exact', 'finite-difference'."
-                )
-            return None if config.mode == "none" else config
-        return None
-
     def _prepare_model(self, model: nn.Module) -> None:
         announce_row_loss(unwrap_model(model), self.row_loss)
         if self._restriction_config is not None:
@@ -179,24 +156,26 @@ class UnlearningTrainer(Trainer):
         """The memory in force: after the last request, else the one given, gathered, or saved under `output_dir`.
 
         None after a request that made the weights anew (`method="retrain"`), until `gather()`.
+
+        Raises:
+            MissingMemoryError: an `IAUCallback` that was given could not gather.
+            MemoryFileError: the one under `output_dir` cannot be read.
+            StorageError: a committed request that was interrupted lies there; `DeletionService(trainer)` finishes it.
         """
-        state = self.unlearning_state
+        refuse_unfinished(self.args.output_dir)
+        state, callback = self.unlearning_state, self._gathering_callback()
         if state.ended:
             return None
-        if state.latest is not None:
-            return state.latest
-        if state.given is not None:
-            return state.given
-        callback = self._gathering_callback()
-        if callback is not None and (callback.has_memory or callback.failure is not None):
-            return callback.memory
-        finish_interrupted_request(self)  # which may change the state
-        if state.given is None and (self._private_folder / MEMORY_HEADER).is_file():
-            state.given = GradientMemory.load(self._private_folder)
-        return state.given
+        if state.latest is None and state.given is None:
+            if callback is not None and callback.failure is not None:
+                # Where nobody asked for a memory there is none; else this raises, and says why.
+                return None if isinstance(callback, UnaskedIAUCallback) else callback.memory
+            gathered = callback is not None and callback.has_memory
+            if not gathered and (self._private_folder / MEMORY_HEADER).is_file():
+                state.given = GradientMemory.load(self._private_folder)
+        return self._memory_read()
 
-    @property
-    def memory_in_ram(self) -> GradientMemory | None:
+    def _memory_read(self) -> GradientMemory | None:
         """The same, but for one that lies below `output_dir` and was not read yet."""
         state, callback = self.unlearning_state, self._gathering_callback()
         if state.ended:
@@ -220,7 +199,7 @@ class UnlearningTrainer(Trainer):
         rows = dataset if dataset is not None else self.train_dataset
         if rows is None:
             raise RequestError("gather(): the trainer has no train_dataset. Give it one, or pass dataset=.")
-        memory = gather_remaining(self, config, rows)
+        memory = gather_remaining(self.view, config, rows)
         self.unlearning_state.latest, self.unlearning_state.ended = memory, False
         return memory
 
@@ -254,18 +233,47 @@ class UnlearningTrainer(Trainer):
         Where a request has ended the memory, an old one that lies there is removed, for it is of other weights.
         Checkpoints (saved by the training loop itself) carry no memory. A model or memory that is spread over processes is
         saved by all of them together.
+
+        Raises:
+            StorageError: a committed request that was interrupted lies in `output_dir`; `DeletionService(trainer)`
+                finishes it.
         """
+        beside_weights = not _internal_call and not self.is_in_train
+        if beside_weights:
+            refuse_unfinished(self.args.output_dir)
         # Accelerate writes what it has sharded itself.
         alone = self.model is None or self.is_fsdp_enabled
         with contextlib.nullcontext() if alone else full_parameters(model_of(self)):
             super().save_model(output_dir, _internal_call)
-        if not _internal_call and not self.is_in_train:
+        if beside_weights:
             folder = Path(output_dir or self.args.output_dir or ".") / MEMORY_FOLDER
-            save_private_files(self, folder, self.args.should_save)
+            self._save_private_files(folder, self.args.should_save)
+
+    def _save_private_files(self, folder: Path, write: bool) -> None:
+        save_private_files(model_of(self), self._memory_read(), self.unlearning_state, folder, write)
+
+    def add_callback(self, callback: Any) -> None:
+        """As in `Trainer`; an `IAUCallback` takes the place of the one that the trainer added itself."""
+        if isinstance(callback, IAUCallback) or (isinstance(callback, type) and issubclass(callback, IAUCallback)):
+            self.remove_callback(UnaskedIAUCallback)
+        super().add_callback(callback)
 
     def _gathering_callback(self) -> IAUCallback | None:
         # Looked up each time: restoring callback states puts other objects into the handler.
         return next((cb for cb in self.callback_handler.callbacks if isinstance(cb, IAUCallback)), None)
+
+    @property
+    def view(self) -> TrainerView:
+        """What a request uses of this trainer."""
+        callback = self._gathering_callback()
+        return TrainerView(
+            trainer=self,
+            row_loss=self.row_loss,
+            state=self.unlearning_state,
+            read_memory=lambda: self.memory,
+            read_card=lambda: self.unlearning_card,
+            why_no_memory=None if callback is None else callback.failure,
+        )
 
     # --- forgetting -----------------------------------------------------------------------------------------------
 
@@ -281,12 +289,13 @@ class UnlearningTrainer(Trainer):
         test_dataset: Any = None,
         retrained_model: nn.Module | Sequence[nn.Module] | None = None,
         dry_run: bool = False,
-        save: bool = False,
-        request_id: str | None = None,
+        commit: Commit | None = None,
     ) -> UnlearnOutput:
         """Make the model forget training rows, and report how well it did.
 
-        The update is applied whole or not at all: after any exception the weights are bit-identical to before.
+        Weights and memory change in RAM alone; `save_model()` writes both, and `DeletionService` does it for requests that
+        must never be lost or run twice. The update is applied whole or not at all: after any exception the weights are
+        bit-identical to before.
 
         Args:
             forget_dataset: the rows to forget, e.g. `train_dataset.select(ids)`, with the training rows' columns.
@@ -299,10 +308,8 @@ class UnlearningTrainer(Trainer):
             retrained_model: a model trained without the forget rows, for comparison only; of several, the first is
                 the reference and the next gives the noise floor between two retrained models.
             dry_run: do everything, report, and put the weights back.
-            save: write weights, memory and ledger into `output_dir` as one transaction: a crash leaves either the old
-                ones or the new ones, and the same request run again is finished, or answered, but never served twice.
-                Needs a key (`HF_IAU_KEY`). A saved request cannot be reverted.
-            request_id: with `save=True`, your name for the request (kept only as a keyed hash); default: its rows.
+            commit: is given a `FinishedRequest` while the changed weights are whole and not yet final, in every process;
+                what it raises undoes the request.
 
         Returns:
             The report, `revert()`, and the memory that belongs to the new weights.
@@ -313,8 +320,10 @@ class UnlearningTrainer(Trainer):
             MemoryMismatchError: the memory belongs to another model, data or loss.
             MissingMemoryError: the method needs something that was not gathered.
             NonFiniteGradientError: a forget row's gradient is NaN or infinite.
-            StorageError: with `save=True`, it could not be written; everything is as before.
+            StorageError: a committed request that was interrupted lies in `output_dir`.
         """
+        if commit is not None and dry_run:
+            raise RequestError("commit= and dry_run=True contradict each other: leave one out.")
         chosen, config = find_method(method, config)
         request = Request(
             forget_dataset=forget_dataset,
@@ -325,96 +334,13 @@ class UnlearningTrainer(Trainer):
             retrained_models=checked_models(retrained_model),
             dry_run=dry_run,
         )
-
-        def run(served: UnlearningMethod, keep: Keep | None = None) -> UnlearnOutput:
-            with serving_conditions(self, chosen):
-                return serve_request(self, request, served, config, keep)
-
-        if not save:
-            if request_id is not None:
-                raise RequestError("request_id= names a request in the ledger: give save=True with it.")
-            return run(chosen)
-        if dry_run:
-            raise RequestError("save=True and dry_run=True contradict each other: leave one out.")
-        service = RequestService(self)
-        entry, output = service.serve(run, forget_dataset, forget_indices, chosen, config_values(config), request_id)
-        if output is None:
-            assert entry is not None
-            return UnlearnOutput(report_of(entry), applied=False, memory=self.memory, entry=entry)
-        output.entry, output.undo = entry, None
-        return output
-
-    def unlearn_by_id(self, ids: Sequence[Any], **settings: Any) -> UnlearnOutput:
-        """`unlearn` all rows of `train_dataset` whose `id_column` holds one of `ids`, as far as they are still in.
-
-        With a key the memory knows which rows are out, without one only the trainer that served the requests does. Rows
-        that are left out, and rows that may be out without this trainer knowing, are told in the report's warnings.
-
-        Args:
-            ids: values of that column, e.g. `["u17", "u23"]`.
-            **settings: as for `unlearn`.
-
-        Raises:
-            RequestError: no `id_column`, or ids that no training row has.
-            AlreadyForgottenError: all their rows are forgotten; with `save=True`, by other requests than this one.
-        """
-        positions = rows_of_ids(self.train_dataset, self.id_column, ids)
-        still, notes = rows_still_in(self, positions) if len(positions) else (positions, [])
-        if len(positions) and not len(still):
-            if settings.get("save"):
-                entry = RequestService(self).answer(positions, settings.get("request_id"))
-                if entry is not None:
-                    return UnlearnOutput(report_of(entry), applied=False, memory=self.memory, entry=entry)
-            raise AlreadyForgottenError(
-                f"All {len(positions)} rows of these ids were already forgotten by an earlier request: there is nothing "
-                "left to do."
-            )
-        output = self.unlearn(forget_indices=still, **settings)
-        output.report.warnings += notes
-        if is_main_process():
-            for sentence in notes:
-                logger.warning(sentence)
-        return output
-
-    def queue(
-        self,
-        forget_dataset: Any = None,
-        *,
-        forget_indices: Sequence[int] | None = None,
-        ids: Any = None,
-        **settings: Any,
-    ) -> UnlearnOutput | None:
-        """Have rows forgotten together with others: they wait on disk until there are 16, and are then served at once.
-
-        Small requests are better batched, for two versions of the weights differ by an image of the rows. Needs a key
-        and a memory that was gathered with it. What waits is kept as keyed fingerprints alone; rows
-        that wait already are not queued again.
-
-        Args:
-            forget_dataset, forget_indices: as for `unlearn`.
-            ids: instead, values of `id_column`.
-            **settings: as for `unlearn`, for the case that the rows are served now.
-
-        Returns:
-            What `unlearn(save=True)` returned, or None where the rows wait.
-        """
-        if ids is not None:
-            if forget_dataset is not None or forget_indices is not None:
-                raise RequestError("queue() was given ids= and other rows: pass one of them.")
-            forget_indices = rows_of_ids(self.train_dataset, self.id_column, ids)  # type: ignore[assignment]
-        waiting = RequestService(self).enqueue(forget_dataset, forget_indices)
-        return self.serve_queue(**settings) if waiting >= FEWEST_ROWS else None
-
-    def serve_queue(self, **settings: Any) -> UnlearnOutput | None:
-        """Serve the rows that wait, however few, with `unlearn(save=True)`; None where none wait."""
-        positions = RequestService(self).queued_positions()
-        return self.unlearn(forget_indices=positions, save=True, **settings) if len(positions) else None
+        return run_request(self.view, request, chosen, config, commit)
 
     # --- publishing -----------------------------------------------------------------------------------------------
 
     @property
     def unlearning_card(self) -> UnlearningCard:
-        """What the model card tells of the requests served so far, also by earlier processes: counts and means only."""
+        """What the model card tells of the requests so far, also by earlier processes: counts and means only."""
         state = self.unlearning_state
         if state.card is None:
             state.card = UnlearningCard.of_weights(self._private_folder, model_of(self))
@@ -425,7 +351,7 @@ class UnlearningTrainer(Trainer):
         self.unlearning_state.card = card
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As in `Trainer`; once a request was served the card has a section on unlearning, its figures and tags."""
+        """As in `Trainer`; once a request was run the card has a section on unlearning, its figures and tags."""
         path = Path(self.args.output_dir or ".") / "README.md"
         earlier = card_metadata(path)
         super().create_model_card(*args, **kwargs)
@@ -445,14 +371,15 @@ class UnlearningTrainer(Trainer):
         """As in `Trainer`: weights, configuration and the model card are uploaded, `_iau/` is not.
 
         The memory that belongs to the weights is saved beside them first. Earlier revisions of the repository keep the
-        forgotten rows; see docs/how_to/publish.md for how to take them away before.
+        forgotten rows; see docs/publishing.md for how to take them away before.
 
         Raises:
             PublishError: no token, no access, no connection, or a memory lies where it would be uploaded.
         """
         if self.is_world_process_zero():
             refuse_private_files(self.args.output_dir or ".", TRAINER_IGNORES)
-        save_private_files(self, self._private_folder, self.is_world_process_zero())
+        refuse_unfinished(self.args.output_dir)
+        self._save_private_files(self._private_folder, self.is_world_process_zero())
         with hub_errors_explained(self._repository()):
             return super().push_to_hub(*args, **kwargs)
 
@@ -464,6 +391,17 @@ class UnlearningTrainer(Trainer):
 
     def _repository(self) -> str:
         return self.args.hub_model_id or Path(self.args.output_dir or ".").absolute().name
+
+
+def _restriction_config(asked: RestrictionConfig | str | None) -> RestrictionConfig | None:
+    config = RestrictionConfig(mode=asked) if isinstance(asked, str) else asked  # type: ignore[arg-type]
+    if config is None:
+        return None
+    if not isinstance(config, RestrictionConfig):
+        raise ConfigError(
+            f"restriction={asked!r}: give a RestrictionConfig, or one of 'none', 'exact', 'finite-difference'."
+        )
+    return None if config.mode == "none" else config
 
 
 __all__ = ["UnlearnOutput", "UnlearningTrainer"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from hf_iau.evaluation.figures import Figures
 from hf_iau.memory.fingerprints import data_fingerprint
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.methods.context import ForgetContext
@@ -18,10 +20,9 @@ from hf_iau.methods.iau.verdict import (
     TOO_LONG_STEP,
     TOO_MUCH_DRIFT,
 )
-from hf_iau.report.report import UnlearningReport
 
 FEWEST_ROWS = 16
-"""Requests of fewer rows are better served together: see `RequestQueue`."""
+"""Requests of fewer rows are better run together: see `DeletionService.queue`."""
 
 # What first order leaves unexplained of a step's effect, as a share of it. From a half on, it is no longer first order
 # that says what a step does.
@@ -33,8 +34,9 @@ _GRAVITY = (OK, CHECK, RETRAIN)
 class Budget:
     """What has been used up since the memory was gathered.
 
-    The path starts anew where the curvature is estimated anew (`IAUConfig(renew_curvature=…)`). A long path alone is a reason to look, and to gather anew. That the first-order picture has ended is said where
-    what was measured agrees, or was not measured.
+    The path starts anew where the curvature is estimated anew (`IAUConfig(renew_curvature=…)`). A long path alone is a
+    reason to check, and to gather anew. That the first-order picture has ended is said where what was measured agrees, or
+    was not measured.
 
     Attributes:
         relative_path: summed length of all steps since gathering, relative to the weights' norm.
@@ -116,47 +118,68 @@ def _signs(drift: float | None, forecast_error: float | None) -> list[str]:
     return signs
 
 
-def record_budget(report: UnlearningReport, context: ForgetContext, memory: GradientMemory | None) -> None:
-    """Put the budget after a request, and warnings that follow from it, into its report.
+def few_rows_warning(rows: int) -> str | None:
+    """What is to be said of a request of so few rows; None for one that is large enough."""
+    if rows >= FEWEST_ROWS:
+        return None
+    return (
+        f"The request has {rows} rows, fewer than {FEWEST_ROWS}: who has the weights or the memory before and after it can "
+        "work out the rows from the difference. Collect small requests with DeletionService(trainer).queue(...), and keep "
+        "neither version of the other."
+    )
+
+
+def budget_after(
+    context: ForgetContext,
+    memory: GradientMemory | None,
+    before: Figures,
+    after: Figures,
+    forecast_forget_loss_rise: float | None,
+) -> Budget | None:
+    """The budget after a request; None without a memory.
 
     Args:
-        report: of the request; changed in place.
-        context: of the request, with the memory before it.
+        context: the request, with the memory before it.
         memory: after it; learns the held-out loss at gathering, if this is the first request since.
+        before, after: figures of the model.
+        forecast_forget_loss_rise: that the forget rows' gradient foresaw of the step, where it was known.
     """
-    if len(context.forget) < FEWEST_ROWS:
-        report.warnings.append(
-            f"The request has {len(context.forget)} rows, fewer than {FEWEST_ROWS}: who has the weights or the memory "
-            "before and after it can work out the rows from the difference. Collect small requests with "
-            "trainer.queue(...), and keep neither version of the other."
-        )
     if memory is None or context.memory is None:
-        return
-    known: float | None = None
-    if context.held_out is not None and report.before.get("held_out_loss") is not None:
+        return None
+    at_gathering, now = _finite(before.held_out_loss), None
+    if context.held_out is not None and at_gathering is not None:
         content = data_fingerprint(context.model, context.held_out.dataset)["content"]
         if context.memory.held_out is None and context.memory.relative_path == 0.0:
-            memory.held_out = {"loss": float(report.before["held_out_loss"]), "content": content}
+            memory.held_out = {"loss": at_gathering, "content": content}
         if memory.held_out is not None and memory.held_out["content"] == content:
-            known = report.after.get("held_out_loss")
-    budget = Budget.of(memory, known, _forecast_error(report))
-    report.diagnostics["budget"] = budget.to_dict()
-    sentence = budget.sentence()
-    if sentence is not None:
-        report.warnings.append(sentence)
-    if budget.advice == "go on" or report.verdict is None:
-        return
-    verdict = RETRAIN if budget.advice == "retrain" else CHECK
-    if _GRAVITY.index(verdict) >= _GRAVITY.index(report.verdict):
-        earlier = [] if report.verdict == OK else report.diagnostics.get("reasons", [])
-        report.verdict = verdict
-        report.diagnostics["reasons"] = [*budget.reasons, *earlier]
+            now = _finite(after.held_out_loss)
+    return Budget.of(memory, now, _forecast_error(before, after, _finite(forecast_forget_loss_rise)))
 
 
-def _forecast_error(report: UnlearningReport) -> float | None:
-    forecast = report.diagnostics.get("forecast_forget_loss_rise")
-    before, after = (moment.get("forget_loss") for moment in (report.before, report.after))
-    if forecast is None or before is None or after is None:
+def judged(verdict: str | None, reasons: list[str], budget: Budget | None) -> tuple[str | None, list[str]]:
+    """The verdict of method and budget together, with its reasons.
+
+    Args:
+        verdict: the method's; None where it judges nothing, and then the budget does not either.
+        reasons: for it.
+        budget: after the request.
+    """
+    if budget is None or budget.advice == "go on" or verdict is None:
+        return verdict, reasons
+    advised = RETRAIN if budget.advice == "retrain" else CHECK
+    if _GRAVITY.index(advised) < _GRAVITY.index(verdict):
+        return verdict, reasons
+    return advised, [*budget.reasons, *([] if verdict == OK else reasons)]
+
+
+def _forecast_error(before: Figures, after: Figures, forecast: float | None) -> float | None:
+    losses = _finite(before.forget_loss), _finite(after.forget_loss)
+    if forecast is None or losses[0] is None or losses[1] is None:
         return None
-    rise = after - before
+    rise = losses[1] - losses[0]
     return abs(rise - forecast) / max(abs(rise), 1e-12)
+
+
+def _finite(value: float | None) -> float | None:
+    """A figure, or None where it is not known or the model has diverged."""
+    return value if value is not None and math.isfinite(value) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from hf_iau.data import RowSource, probe_additivity
 from hf_iau.data.rows import refuse_iterable, row_bytes
 from hf_iau.data.targets import find_real_valued_labels
-from hf_iau.data.trainer_rows import model_of, optional_rows, trainer_rows
+from hf_iau.data.trainer_rows import optional_rows, trainer_rows
 from hf_iau.data.validation import (
     check_adapters,
     check_columns,
@@ -29,18 +29,15 @@ from hf_iau.memory.keys import find_key
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.memory.row_identity import keyed_fingerprints
 from hf_iau.methods.context import ForgetContext
-from hf_iau.trainer.state import UnlearningState
-from hf_iau.unlearn.rows import forgotten_before, refuse_repeated_rows
+from hf_iau.unlearn.rows import NamedRows, forgotten_before, refuse_repeated_rows
+from hf_iau.unlearn.state import UnlearningState
+from hf_iau.unlearn.view import TrainerView
 from hf_iau.utils.timing import PhaseTimer
-
-if TYPE_CHECKING:
-    from hf_iau.trainer.unlearning_trainer import UnlearningTrainer
 
 
 def request_context(
-    trainer: UnlearningTrainer,
-    forget_rows: Any,
-    positions: np.ndarray | None,
+    view: TrainerView,
+    rows: NamedRows,
     held_out_dataset: Any,
     retain_dataset: Any,
     timer: PhaseTimer,
@@ -48,9 +45,8 @@ def request_context(
     """The context of one request.
 
     Args:
-        trainer: serves it.
-        forget_rows: a data set of the rows to forget.
-        positions: their numbers in the training set, where they were named so.
+        view: of the trainer that runs it.
+        rows: to be forgotten.
         held_out_dataset, retain_dataset: as given to `unlearn`.
         timer: of the request.
 
@@ -60,11 +56,11 @@ def request_context(
         MemoryMismatchError: the memory is of other weights, data or loss.
         ConfigError: the memory holds fingerprints, and there is no key.
     """
-    args, state = trainer.args, trainer.unlearning_state
+    trainer, args, state, positions = view.trainer, view.args, view.state, rows.positions
     for wrapped in (trainer.model, trainer.model_wrapped):
         if wrapped is not None:  # a compiled model has no truth value
             refuse_wrapped(wrapped)
-    model = model_of(trainer)
+    model = view.model
     check_adapters(model)
     check_placement(model)
     train = None
@@ -73,28 +69,30 @@ def request_context(
         train = trainer_rows(trainer, trainer.train_dataset, "training rows")
         if not rows_are_deterministic(train.dataset):
             train = None
-    forget = trainer_rows(trainer, forget_rows, "forget rows")
+    forget = trainer_rows(trainer, rows.dataset, "forget rows")
     refuse_random_rows(forget)
     check_columns(trainer, forget)
     find_real_valued_labels(model, forget.dataset if train is None else train.dataset)
-    memory = trainer.memory
+    memory = view.read_memory()
     if memory is not None:
         memory = memory.sharded_like(model) if is_sharded(model) else memory.unsharded()
         memory.check_model(model)
         memory = memory if is_sharded(model) else memory.placed_for(model)
-        memory.check_loss(trainer.row_loss)
+        memory.check_loss(view.row_loss)
         if positions is not None and train is not None:
             memory.check_data(model, train.dataset)
     trainable_parameters(model, None if memory is None else list(memory.parameters))
-    known = memory.n_rows if memory is not None else len(train) - state.forgotten.total() if train is not None else None
-    if known is not None and len(forget) >= known:
+    still_in = (
+        memory.n_rows if memory is not None else len(train) - state.forgotten.total() if train is not None else None
+    )
+    if still_in is not None and len(forget) >= still_in:
         raise RequestError(
-            f"The request is to forget {len(forget)} of {known} training rows, that is all of them: nothing would "
+            f"The request is to forget {len(forget)} of {still_in} training rows, that is all of them: nothing would "
             "be left to keep. Start again from the pretrained weights instead."
         )
     digests = Counter(row_bytes(forget.dataset[i]) for i in range(len(forget)))
     refuse_repeated_rows(forget, digests, train)
-    fingerprints = _fingerprints(args.output_dir, model, memory, forget)
+    fingerprints = _fingerprints(args.output_dir, model, memory, forget, rows.fingerprints)
     _recall_forgotten(state, model, memory, train)
     again = forgotten_before(digests, state.forgotten, train)
     if again:
@@ -105,13 +103,13 @@ def request_context(
     retain = None
     if retain_dataset is not None:
         retain = trainer_rows(trainer, retain_dataset, "retained rows")
-        _check_retained(retain, len(forget), set(digests), known)
+        _check_retained(retain, len(forget), set(digests), still_in)
     held_out = optional_rows(
         trainer, held_out_dataset if held_out_dataset is not None else trainer.eval_dataset, "held-out rows"
     )
     return ForgetContext(
         model=model,
-        row_loss=trainer.row_loss,
+        row_loss=view.row_loss,
         forget=forget,
         memory=memory,
         train=train,
@@ -132,7 +130,7 @@ def request_context(
 
 
 def check_loss(context: ForgetContext) -> None:
-    """A look at the loss of a few rows: is it a sum over rows, and the one that the memory was made with?
+    """Check on a few rows that the loss is a sum over rows, and the one that the memory was made with.
 
     Raises:
         CoupledRowsError: it is none.
@@ -147,12 +145,12 @@ def check_loss(context: ForgetContext) -> None:
         memory.check_probe(context.model, context.row_loss, train)
 
 
-def _check_retained(retain: RowSource, forget_rows: int, digests: set[bytes], known: int | None) -> None:
+def _check_retained(retain: RowSource, forget_rows: int, digests: set[bytes], still_in: int | None) -> None:
     if len(retain) == 0:
         raise RequestError("retain_dataset is empty: pass the rows to be kept, or leave it out.")
     refuse_random_rows(retain)
     # A kept duplicate of a forget row is no mistake, as long as the two sets can be disjoint.
-    if known is None or len(retain) + forget_rows > known:
+    if still_in is None or len(retain) + forget_rows > still_in:
         shared = sum(row_bytes(retain.dataset[i]) in digests for i in range(len(retain)))
         if shared:
             raise RequestError(
@@ -162,11 +160,19 @@ def _check_retained(retain: RowSource, forget_rows: int, digests: set[bytes], kn
 
 
 def _fingerprints(
-    output_dir: str | None, model: nn.Module, memory: GradientMemory | None, forget: RowSource
+    output_dir: str | None,
+    model: nn.Module,
+    memory: GradientMemory | None,
+    forget: RowSource,
+    fingerprints: np.ndarray | None,
 ) -> np.ndarray | None:
-    """Keyed fingerprints of the forget rows, checked against the memory's; None without a key."""
-    key = find_key(output_dir)
+    """Keyed fingerprints of the forget rows, given or made, checked against the memory's; None without a key."""
     identity = None if memory is None else memory.row_identity
+    if fingerprints is not None:  # whoever made them has checked the key
+        if identity is not None:
+            identity.check_request(fingerprints)
+        return fingerprints
+    key = find_key(output_dir)
     if key is None:
         if identity is not None:
             raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,25 @@ from hf_iau.data.rows import refuse_iterable, row_bytes, select_rows
 from hf_iau.errors import RequestError
 
 
-def requested_rows(train_dataset: Any, forget_dataset: Any, forget_indices: Any) -> tuple[Any, np.ndarray | None]:
+@dataclass(frozen=True, eq=False)
+class NamedRows:
+    """The rows of a request, found and checked once; may be passed to `unlearn` as its forget_dataset.
+
+    Attributes:
+        dataset: the forget rows.
+        positions: their numbers in the training set, int64, `(m,)`, where they were named so; else None.
+        fingerprints: keyed fingerprints of their content, uint8, `(m, 16)`; None where they were not made yet.
+    """
+
+    dataset: Any
+    positions: np.ndarray | None = None
+    fingerprints: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+def requested_rows(train_dataset: Any, forget_dataset: Any, forget_indices: Any) -> NamedRows:
     """The forget rows and, where they were named by number, their positions in `train_dataset`.
 
     Args:
@@ -28,15 +47,17 @@ def requested_rows(train_dataset: Any, forget_dataset: Any, forget_indices: Any)
     if (forget_dataset is None) == (forget_indices is None):
         given = "neither" if forget_dataset is None else "both"
         raise RequestError(f"unlearn() was given {given}: pass either forget_dataset= or forget_indices=.")
+    if isinstance(forget_dataset, NamedRows):
+        return forget_dataset
     if forget_dataset is not None:
         refuse_iterable(forget_dataset, "forget rows")
-        return forget_dataset, None
+        return NamedRows(forget_dataset)
     if train_dataset is None:
         raise RequestError(
             "forget_indices= name rows of train_dataset, but the trainer has none: pass forget_dataset=."
         )
     refuse_iterable(train_dataset, "training rows")
-    return _checked_positions(train_dataset, forget_indices)
+    return NamedRows(*_checked_positions(train_dataset, forget_indices))
 
 
 def _checked_positions(train_dataset: Any, forget_indices: Any) -> tuple[Any, np.ndarray]:
@@ -92,8 +113,8 @@ def forgotten_before(digests: Counter[bytes], forgotten: Counter[bytes], train: 
         forgotten: the same of the rows that earlier requests took out.
         train: all training rows, where they are at hand.
     """
-    known = set(digests) & set(forgotten)
-    if not known or train is None:
-        return len(known)
-    trained = Counter(d for i in range(len(train)) if (d := row_bytes(train.dataset[i])) in known)
-    return sum(digests[digest] + forgotten[digest] > trained[digest] for digest in known)
+    shared = set(digests) & set(forgotten)
+    if not shared or train is None:
+        return len(shared)
+    trained = Counter(d for i in range(len(train)) if (d := row_bytes(train.dataset[i])) in shared)
+    return sum(digests[digest] + forgotten[digest] > trained[digest] for digest in shared)

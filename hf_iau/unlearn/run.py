@@ -5,20 +5,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from hf_iau.data import RowSource
 from hf_iau.data.model_mode import placed_on, preserved_random_state
 from hf_iau.data.precision import compute_settings, memory_device
-from hf_iau.data.trainer_rows import model_of, optional_rows
+from hf_iau.data.trainer_rows import optional_rows
 from hf_iau.data.validation import check_same_columns
 from hf_iau.distributed import full_parameters, is_main_process, is_sharded, sync_errors
 from hf_iau.distributed.wrappers import unwrap_model
-from hf_iau.errors import IAUError, RequestError
+from hf_iau.errors import IAUError, MissingMemoryError, RequestError
 from hf_iau.evaluation.measurement import Measurement, measure_model
 from hf_iau.memory.fingerprints import package_versions
 from hf_iau.memory.memory import GradientMemory
@@ -27,26 +27,23 @@ from hf_iau.methods.context import ROWS_LOOKED_AT, ForgetContext
 from hf_iau.methods.outcome import MethodOutcome
 from hf_iau.report.card import UnlearningCard
 from hf_iau.report.report import UnlearningReport
-from hf_iau.trainer.output import UnlearnOutput
-from hf_iau.unlearn.budget import record_budget
+from hf_iau.unlearn.budget import Budget, budget_after, few_rows_warning, judged
+from hf_iau.unlearn.output import UnlearnOutput
 from hf_iau.unlearn.prepare import check_loss, request_context
-from hf_iau.unlearn.rows import requested_rows
+from hf_iau.unlearn.record import Commit, FinishedRequest, StepEffect, UnlearnRecord
+from hf_iau.unlearn.rows import NamedRows, requested_rows
+from hf_iau.unlearn.state import UnlearningState
 from hf_iau.unlearn.sync import agree_on_request, settle_weights
 from hf_iau.unlearn.transaction import WeightTransaction
 from hf_iau.unlearn.update_memory import move_memory
+from hf_iau.unlearn.view import TrainerView
 from hf_iau.utils.timing import PhaseTimer
-
-if TYPE_CHECKING:
-    from hf_iau.trainer.unlearning_trainer import UnlearningTrainer
 
 logger = logging.getLogger(__name__)
 
 # Rows that a report measures; their accuracy is then good to about one point.
 _MEASURED_RETAINED_ROWS = ROWS_LOOKED_AT
 _MEASURED_HELD_OUT_ROWS = ROWS_LOOKED_AT
-
-Keep = Callable[[ForgetContext, GradientMemory | None, UnlearningReport, UnlearningCard], None]
-"""Writes what a request came to: context, memory, report and card, while the changed weights are whole."""
 
 
 @dataclass(frozen=True)
@@ -62,65 +59,86 @@ class Request:
     dry_run: bool = False
 
 
-def serve_request(
-    trainer: UnlearningTrainer, request: Request, method: UnlearningMethod, config: Any, keep: Keep | None = None
+def run_request(
+    view: TrainerView, request: Request, method: UnlearningMethod, config: Any, commit: Commit | None = None
 ) -> UnlearnOutput:
     """Change the trainer's model as asked, wholly or not at all, and report.
 
     Args:
-        trainer: whose model it is.
+        view: of the trainer whose model it is.
         request: what was asked for.
         method: how to forget.
         config: of that method.
-        keep: is to write what the request came to; what it raises undoes the request.
+        commit: is called while the changed weights are whole and not yet final; what it raises undoes the request.
     """
-    timer = PhaseTimer(trainer.args.device)
-    with timer.phase("check"):
-        forget_rows, positions = requested_rows(trainer.train_dataset, request.forget_dataset, request.forget_indices)
-        if len(forget_rows) == 0:
-            return _nothing_to_forget(trainer, method, config)
-        context = request_context(
-            trainer, forget_rows, positions, request.held_out_dataset, request.retain_dataset, timer
-        )
-        test = optional_rows(trainer, request.test_dataset, "test rows")
-        for others in (context.retain, context.held_out, test):
-            check_same_columns(trainer, others, context.forget)
+    with _conditions(view, method):
+        timer = PhaseTimer(view.args.device)
+        with timer.phase("check"):
+            rows = requested_rows(view.train_dataset, request.forget_dataset, request.forget_indices)
+            if len(rows) == 0:
+                return _nothing_to_forget(view, method, config)
+            context, test = _checked(view, request, rows, method, config, timer)
+        output = _change_weights(view, request, context, test, method, config, commit)
+    return output
+
+
+def _checked(
+    view: TrainerView, request: Request, rows: NamedRows, method: UnlearningMethod, config: Any, timer: PhaseTimer
+) -> tuple[ForgetContext, RowSource | None]:
+    """The context of a request that has passed every check, and the test rows."""
+    context = request_context(view, rows, request.held_out_dataset, request.retain_dataset, timer)
+    test = optional_rows(view.trainer, request.test_dataset, "test rows")
+    for others in (context.retain, context.held_out, test):
+        check_same_columns(view.trainer, others, context.forget)
+    try:
         method.check(context, config)
-        check_loss(context)
-        agree_on_request(context, method.name, config_values(config))
-    model = context.model
-    card = trainer.unlearning_card  # read while the weights are those that it describes
+    except MissingMemoryError as error:
+        raise view.missing_memory(error) from view.why_no_memory
+    check_loss(context)
+    agree_on_request(context, method.name, config_values(config))
+    return context, test
+
+
+def _change_weights(
+    view: TrainerView,
+    request: Request,
+    context: ForgetContext,
+    test: RowSource | None,
+    method: UnlearningMethod,
+    config: Any,
+    commit: Commit | None,
+) -> UnlearnOutput:
+    model, timer = context.model, context.timer
+    card = view.read_card()  # while the weights are those that it describes
     with timer.phase("measure_before"):
         splits = _measured_rows(context, test)
         before = measure_model(model, *splits)
-        looked_at = zip(splits, (before.forget, before.retain, before.held_out), strict=False)  # test rows are no one's
-        context.predicted |= {rows: seen for rows, seen in looked_at if rows is not None and seen is not None}
+        predictions = zip(
+            splits, (before.forget, before.retain, before.held_out), strict=False
+        )  # no method's: test rows
+        context.predicted |= {rows: seen for rows, seen in predictions if rows is not None and seen is not None}
     only_trained = getattr(method, "moves_only_trained", False)
     transaction = WeightTransaction(model, memory_device(None), only_trained=only_trained)
     context.weights = transaction.copies
-    undo: Callable[[], None] | None = None
     with transaction:
         with sync_errors("the update"):  # what fails in one process is rolled back in all
             outcome = method.run(context, config)
             settle_weights(model, transaction)
             with timer.phase("remember"):
-                memory, diagnostics = move_memory(context, outcome, transaction)
+                memory, effect = move_memory(context, outcome, transaction)
             with timer.phase("measure_after"):
                 after = measure_model(model, *splits)
-            retrained = _measured_retrained(trainer, request.retrained_models, splits, timer)
-            report = _report(method, config, context, outcome, diagnostics, before, after, retrained)
-            record_budget(report, context, memory)
+            retrained = _measured_retrained(view, request.retrained_models, splits, timer)
+            report, record = _report(method, config, context, outcome, effect, memory, before, after, retrained)
         if request.dry_run:
             transaction.rollback()
-        else:
-            card = card.with_report(report)
-            if keep is not None:
-                kept = memory.on_main_process() if memory is not None else None
-                with full_parameters(model):  # to be written
-                    keep(context, kept, report, card)
-            undo = _commit(trainer, transaction, context, memory, card)
-    if request.dry_run:
-        return UnlearnOutput(report, applied=False, memory=trainer.memory)
+            return UnlearnOutput(report, applied=False, memory=view.read_memory())
+        card = card.with_report(report)
+        if commit is not None:
+            written = memory.on_main_process() if memory is not None else None
+            with full_parameters(model):  # to be written
+                commit(FinishedRequest(context, written, record, report, card))
+        undo = _make_final(view.state, transaction, context, memory, card)
     if is_main_process():
         for sentence in report.warnings:
             logger.warning(sentence)
@@ -128,21 +146,21 @@ def serve_request(
 
 
 @contextlib.contextmanager
-def serving_conditions(trainer: UnlearningTrainer, method: UnlearningMethod) -> Iterator[None]:
+def _conditions(view: TrainerView, method: UnlearningMethod) -> Iterator[None]:
     """Weights, random numbers, precision and errors as a request needs them, in every process."""
-    model = model_of(trainer)
+    model = view.model
     # Most methods are written for whole parameters.
     sharded = getattr(method, "works_on_shards", False) and is_sharded(model)
     whole = contextlib.nullcontext() if sharded else full_parameters(model)
     # Data sets and collators may draw numbers.
-    with sync_errors("the request"), whole, preserved_random_state(model), _working_as_gathered(trainer):
+    with sync_errors("the request"), whole, preserved_random_state(model), _working_as_gathered(view):
         yield
 
 
-def _working_as_gathered(trainer: UnlearningTrainer) -> contextlib.AbstractContextManager[None]:
+def _working_as_gathered(view: TrainerView) -> contextlib.AbstractContextManager[None]:
     """The precision and memory device of the memory in force."""
     try:
-        memory = trainer.memory
+        memory = view.read_memory()
     except IAUError:  # raised again where the request is checked
         memory = None
     settings = {} if memory is None else memory.settings
@@ -168,7 +186,7 @@ def checked_models(retrained_model: Any) -> list[nn.Module]:
 
 
 class _MeasuredRows(NamedTuple):
-    """The rows that a report looks at, before and after."""
+    """The rows that a report measures, before and after."""
 
     forget: RowSource
     retain: RowSource | None
@@ -182,13 +200,13 @@ def _measured_rows(context: ForgetContext, test: RowSource | None) -> _MeasuredR
 
 
 def _measured_retrained(
-    trainer: UnlearningTrainer, models: Sequence[nn.Module], rows: _MeasuredRows, timer: PhaseTimer
+    view: TrainerView, models: Sequence[nn.Module], rows: _MeasuredRows, timer: PhaseTimer
 ) -> list[Measurement]:
     measured: list[Measurement] = []
     if models:
         with timer.phase("measure_retrained"):
             for given in models:
-                with placed_on(unwrap_model(given), trainer.args.device) as model:
+                with placed_on(unwrap_model(given), view.args.device) as model:
                     measured.append(measure_model(model, *rows))
     return measured
 
@@ -198,56 +216,104 @@ def _report(
     config: Any,
     context: ForgetContext,
     outcome: MethodOutcome,
-    diagnostics: dict[str, Any],
+    effect: StepEffect,
+    memory: GradientMemory | None,
     before: Measurement,
     after: Measurement,
     retrained: list[Measurement],
-) -> UnlearningReport:
-    memory = context.memory
-    known = memory.n_rows if memory is not None else len(context.train) if context.train is not None else None
-    return UnlearningReport.build(
+) -> tuple[UnlearningReport, UnlearnRecord]:
+    """What is told of a request: for people, and in types."""
+    losses = [moment.figures(attacks=False, bootstrap=0) for moment in (before, after)]
+    budget = budget_after(context, memory, losses[0], losses[1], effect.forecast_forget_loss_rise)
+    own_reasons = outcome.step.reasons if outcome.step is not None else []
+    verdict, reasons = judged(outcome.verdict, own_reasons, budget)
+    report = UnlearningReport.build(
         method=method.name,
         config=config_values(config),
         seed=context.seed,
-        counts={"train_rows": known},
+        counts={"train_rows": _rows_in(context)},
         before=before,
         after=after,
         retrained=retrained[0] if retrained else None,
         second_retrained=retrained[1] if len(retrained) > 1 else None,
         seconds=context.timer.seconds,
         peak_memory_bytes=context.timer.peak_memory_bytes,
-        diagnostics=diagnostics,
+        diagnostics=_diagnostics(outcome, effect, budget, None if reasons == own_reasons else reasons),
         warnings=outcome.warnings,
-        verdict=outcome.verdict,
+        verdict=verdict,
         calibrated=outcome.calibrated,
     )
+    advice = (few_rows_warning(len(context.forget)), None if budget is None else budget.sentence())
+    report.warnings += [sentence for sentence in advice if sentence is not None]
+    record = UnlearnRecord(
+        method=method.name,
+        config=report.config,
+        seed=context.seed,
+        effect=effect,
+        step=outcome.step,
+        before=_numbers(report.before),
+        after=_numbers(report.after),
+        calibrated=outcome.calibrated,
+        verdict=verdict,
+        reasons=reasons,
+        budget=budget,
+        versions=report.versions,
+    )
+    return report, record
 
 
-def _nothing_to_forget(trainer: UnlearningTrainer, method: UnlearningMethod, config: Any) -> UnlearnOutput:
+def _diagnostics(
+    outcome: MethodOutcome, effect: StepEffect, budget: Budget | None, reasons: list[str] | None
+) -> dict[str, Any]:
+    values = {"step_norm": effect.step_norm, "relative_step_norm": effect.relative_step_norm, **outcome.diagnostics}
+    if effect.forecast_forget_loss_rise is not None:
+        values["forecast_forget_loss_rise"] = effect.forecast_forget_loss_rise
+    if budget is not None:
+        values["budget"] = budget.to_dict()
+    return values if reasons is None else values | {"reasons": reasons}
+
+
+def _rows_in(context: ForgetContext) -> int | None:
+    """How many training rows there were before the request, as far as that is known."""
+    if context.memory is not None:
+        return context.memory.n_rows
+    return len(context.train) if context.train is not None else None
+
+
+def _numbers(figures: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        name: value
+        for name, value in figures.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+
+
+def _nothing_to_forget(view: TrainerView, method: UnlearningMethod, config: Any) -> UnlearnOutput:
     sentence = "The request names no rows: nothing was forgotten and no weight was changed."
-    warnings.warn(sentence, stacklevel=5)  # where unlearn() was called
+    warnings.warn(sentence, stacklevel=4)  # where unlearn() was called
     report = UnlearningReport(
         method=method.name,
         config=config_values(config),
-        seed=trainer.args.seed,
+        seed=view.args.seed,
         counts={"forget_rows": 0},
         before={},
         after={},
         warnings=[sentence],
         versions=package_versions(),
     )
-    return UnlearnOutput(report, applied=False, memory=trainer.memory_in_ram)
+    return UnlearnOutput(report, applied=False, memory=view.read_memory())
 
 
-def _commit(
-    trainer: UnlearningTrainer,
+def _make_final(
+    state: UnlearningState,
     transaction: WeightTransaction,
     context: ForgetContext,
     memory: GradientMemory | None,
     card: UnlearningCard,
 ) -> Callable[[], None]:
+    """Keep the changed weights and take note of the request. Returns the function that undoes both."""
     revert_weights = transaction.commit()
-    forget_request = trainer.unlearning_state.served(context, memory, card)
+    forget_request = state.finished(context, memory, card)
     model, on_shards = context.model, is_sharded(context.model)  # and not the context, which holds batches
 
     def undo() -> None:

@@ -1,4 +1,4 @@
-"""Several processes serve one request: the same one, from the same weights, to the same weights."""
+"""Several processes run one request: the same one, from the same weights, to the same weights."""
 
 from __future__ import annotations
 
@@ -52,8 +52,12 @@ def agree_on_request(context: ForgetContext, method: str, config: dict[str, Any]
         digest, "the request", "Pass all forget rows, and the same arguments, to unlearn() in every process."
     )
     memory = context.memory
-    kept = None if memory is None else (memory.n_rows, memory.n_targets, memory.gradient_sum_kind, memory.calibration)
-    assert_same_on_ranks(weights_fingerprint(context.model) + json.dumps(kept), "their weights or memory", SAME_START)
+    about_memory = (
+        None if memory is None else (memory.n_rows, memory.n_targets, memory.gradient_sum_kind, memory.calibration)
+    )
+    assert_same_on_ranks(
+        weights_fingerprint(context.model) + json.dumps(about_memory), "their weights or memory", SAME_START
+    )
 
 
 def settle_weights(model: nn.Module, transaction: WeightTransaction) -> None:
@@ -88,11 +92,13 @@ def settle_weights(model: nn.Module, transaction: WeightTransaction) -> None:
                 moved += float((main.double() - transaction.before(name).to(main.device).double()).square().sum())
                 tensor.copy_(main)
         own = {"distance": np.asarray([away / moved if moved > 0 else away], dtype=np.float64)}
-        found = [float(arrays["distance"][0]) ** 0.5 for arrays, _ in all_gather_arrays(own, {}, "updates' distances")]
-        if not max(found) <= _ROUNDING:
-            number = int(np.argmax(found))
+        distances = [
+            float(arrays["distance"][0]) ** 0.5 for arrays, _ in all_gather_arrays(own, {}, "updates' distances")
+        ]
+        if not max(distances) <= _ROUNDING:
+            number = int(np.argmax(distances))
             raise ParallelError(
-                f"Process {number} of {get_world_size()} computed an update that is {found[number]:.2g} of its length "
+                f"Process {number} of {get_world_size()} computed an update that is {distances[number]:.2g} of its length "
                 "away from that of process 0, so it was not applied. Give every process the same weights, rows and "
                 "seeds; a method that draws at random must seed itself with args.seed."
             )
@@ -106,6 +112,6 @@ def non_finite_parameter(model: nn.Module) -> str | None:
     names = (name for name, p in model.named_parameters() if not bool(torch.isfinite(to_local(p)).all()))
     bad = next(names, None)
     if is_sharded(model):
-        found = all_gather_arrays({}, {"bad": bad}, "a look for values that are not finite")
+        found = all_gather_arrays({}, {"bad": bad}, "the check for values that are not finite")
         bad = next((about["bad"] for _, about in found if about["bad"]), None)
     return bad

@@ -6,6 +6,7 @@ is on disk.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -22,8 +23,8 @@ from safetensors.torch import load_file
 from tiny_models import plain, plain_rows
 from unlearning_trainers import WITH_CURVATURE, make_trainer
 
-from hf_iau import IAUCallback, IAUConfig, Ledger, UnlearningTrainer
-from hf_iau.deletion import milestones
+from benchmarks.interruptions import POINTS, observed
+from hf_iau import DeletionService, IAUCallback, IAUConfig, Ledger, UnlearningTrainer
 from hf_iau.utils.atomic_files import file_digest
 
 ROWS = list(range(1, 32, 2))
@@ -39,11 +40,12 @@ def from_disk(folder: Path) -> UnlearningTrainer:
 
 
 def serve(trainer: UnlearningTrainer, rows: list[int] = ROWS) -> Any:
-    return trainer.unlearn(forget_indices=rows, config=GIVEN, save=True)
+    return DeletionService(trainer).unlearn(forget_indices=rows, config=GIVEN)
 
 
 def state(trainer: UnlearningTrainer, folder: Path) -> dict[str, Any]:
     """What a process finds: the model that it holds, the memory, and what is on disk."""
+    DeletionService(trainer)  # finishes what was committed
     memory = trainer.memory
     memory.check_model(trainer.model)
     ledger = Ledger.of(folder)
@@ -76,12 +78,12 @@ def in_child(work: Callable[[], Any], result: Path | None = None) -> int:
     os._exit(status)
 
 
-def kill_at(milestone: str) -> None:
-    def observer(passed: str) -> None:
-        if passed == milestone:
+def killing_at(point: str) -> contextlib.AbstractContextManager[None]:
+    def kill(passed: str) -> None:
+        if passed == point:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    milestones.observer = observer
+    return observed(kill)
 
 
 def prepare(folder: Path) -> None:
@@ -99,10 +101,10 @@ def main(root: Path) -> None:
     prepare(base)
     results: dict[str, Any] = {"old": state(from_disk(base), base)}
 
-    def crash(folder: Path, milestone: str) -> int:
+    def crash(folder: Path, point: str) -> int:
         def work() -> None:
-            kill_at(milestone)
-            serve(from_disk(folder))
+            with killing_at(point):
+                serve(from_disk(folder))
 
         return in_child(work)
 
@@ -121,17 +123,17 @@ def main(root: Path) -> None:
 
     shutil.copytree(base, root / "uninterrupted")
     results["new"] = again(root / "uninterrupted", root / "result.json")
-    for milestone in milestones.MILESTONES:
+    for point in POINTS:
         folder, copy = root / "crashed", root / "copy"
         shutil.copytree(base, folder)
-        signalled = crash(folder, milestone)
+        signalled = crash(folder, point)
         shutil.copytree(folder, copy)
-        results[milestone] = {
+        results[point] = {
             "killed": os.WIFSIGNALED(signalled) and os.WTERMSIG(signalled) == signal.SIGKILL,
             "plain reader": file_digest(folder / "model.safetensors"),
             "next look": look(copy, root / "result.json"),
             # Killed again on the way to the end, wherever that is; then left in peace.
-            "killed again": milestone in KILLED_AGAIN and crash(folder, "first file moved") != 0,
+            "killed again": point in KILLED_AGAIN and crash(folder, "first file moved") != 0,
             "rerun": again(folder, root / "result.json"),
         }
         shutil.rmtree(folder)

@@ -10,7 +10,7 @@ import numpy as np
 from tiny_models import plain_rows
 from unlearning_trainers import WITH_CURVATURE, make_trainer, state_of
 
-from hf_iau import IAUConfig, Ledger, StorageError, UnlearningTrainer
+from hf_iau import DeletionService, IAUConfig, Ledger, StorageError, UnlearningTrainer
 from hf_iau.deletion import storage
 from hf_iau.distributed import is_main_process
 from hf_iau.memory.fingerprints import weights_fingerprint
@@ -28,8 +28,9 @@ def trainer_of(folder: Path) -> UnlearningTrainer:
 def saved(folder: Path) -> dict[str, Any]:
     """A request, the same one again, a full disk, and a few rows that wait."""
     trainer = trainer_of(folder)
-    first = trainer.unlearn(forget_indices=ROWS, config=GIVEN, save=True)
-    again = trainer.unlearn(forget_indices=ROWS, config=GIVEN, save=True)
+    service = DeletionService(trainer)
+    first = service.unlearn(forget_indices=ROWS, config=GIVEN)
+    again = service.unlearn(forget_indices=ROWS, config=GIVEN)
     before = state_of(trainer.model)
     memory = trainer.memory
 
@@ -41,13 +42,13 @@ def saved(folder: Path) -> dict[str, Any]:
         storage.write_text_atomically = no_space
     message = ""
     try:
-        trainer.unlearn(forget_indices=[40, 41], config=GIVEN, save=True)
+        service.unlearn(forget_indices=[40, 41], config=GIVEN)
     except StorageError as error:
         message = str(error)
     storage.write_text_atomically = original
     unmoved = all(bool((value == before[name]).all()) for name, value in state_of(trainer.model).items())
-    waiting = trainer.queue(forget_indices=[40, 41])
-    served = trainer.serve_queue(config=GIVEN)
+    waiting = service.queue(forget_indices=[40, 41])
+    served = service.serve_queue(config=GIVEN)
     assert served is not None and served.entry is not None and trainer.memory is not None
     return {
         "applied": [first.applied, again.applied, waiting is None, served.applied],

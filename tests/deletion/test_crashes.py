@@ -1,4 +1,4 @@
-"""kill -9 at every step of writing a request: the old state or the new one, and the request served once."""
+"""kill -9 at every step of writing a request: the old state or the new one, and the request run once."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 
-from hf_iau.deletion.milestones import MILESTONES
-
-COMMITTED = MILESTONES[MILESTONES.index("journal ready") :]
+from benchmarks.interruptions import COMMITTED, POINTS
 
 
 @pytest.fixture(scope="module")
@@ -46,24 +44,22 @@ def test_the_uninterrupted_run(results: dict[str, Any]) -> None:
     assert old["on disk"] != new["on disk"] and old["weights"] != new["weights"]
 
 
-@pytest.mark.parametrize("milestone", MILESTONES)
-def test_a_kill_leaves_the_old_state_or_the_new_one(milestone: str, results: dict[str, Any]) -> None:
-    crashed, old, new = results[milestone], results["old"], results["new"]
-    expected = {key: value for key, value in (new if milestone in COMMITTED else old).items() if key != "applied"}
+@pytest.mark.parametrize("point", POINTS)
+def test_a_kill_leaves_the_old_state_or_the_new_one(point: str, results: dict[str, Any]) -> None:
+    crashed, old, new = results[point], results["old"], results["new"]
+    expected = {key: value for key, value in (new if point in COMMITTED else old).items() if key != "applied"}
     assert crashed["killed"]
     assert crashed["plain reader"] in (old["on disk"], new["on disk"])
     look = crashed["next look"]
-    if milestone not in COMMITTED:  # its journal waits for the request to be run again
-        look, expected = look | {"left behind": []}, expected | {"left behind": []}
     assert look == expected
     assert look["ledger ends with"] == look["weights"]
 
 
-@pytest.mark.parametrize("milestone", MILESTONES)
-def test_the_same_request_run_again_is_served_once(milestone: str, results: dict[str, Any]) -> None:
-    crashed, new = results[milestone], results["new"]
+@pytest.mark.parametrize("point", POINTS)
+def test_the_same_request_run_again_is_run_once(point: str, results: dict[str, Any]) -> None:
+    crashed, new = results[point], results["new"]
     again = crashed["killed again"]
     # The process that is killed a second time has committed by then, and so has none that finds nothing to do.
-    assert again == (milestone in ("weights staged", "journal ready"))
-    assert crashed["rerun"].pop("applied") == [milestone not in COMMITTED and not again, False]
+    assert again == (point in ("weights staged", "journal ready"))
+    assert crashed["rerun"].pop("applied") == [point not in COMMITTED and not again, False]
     assert crashed["rerun"] == {key: value for key, value in new.items() if key != "applied"}

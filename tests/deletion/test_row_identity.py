@@ -19,6 +19,7 @@ from unlearning_trainers import WITH_CURVATURE, assert_bits, make_trainer, state
 from hf_iau import (
     AlreadyForgottenError,
     ConfigError,
+    DeletionService,
     GradientMemory,
     IAUCallback,
     IAUConfig,
@@ -27,8 +28,10 @@ from hf_iau import (
     RequestError,
     UnknownRowsError,
     UnlearningTrainer,
+    UnlearnOutput,
 )
 from hf_iau.data.rows import row_bytes
+from hf_iau.deletion.ids import rows_of_ids, rows_still_in
 from hf_iau.memory.keys import Key, find_key
 from hf_iau.memory.row_identity import RowIdentity, keyed_fingerprints
 
@@ -63,7 +66,7 @@ def restarted(trainer: UnlearningTrainer, folder: Path, **kwargs: Any) -> Unlear
     return make_trainer(folder, "plain", rows=rows_with_ids(), model=model, **kwargs)
 
 
-def forget(trainer: UnlearningTrainer, rows: list[int]) -> Any:
+def forget(trainer: UnlearningTrainer, rows: Any) -> Any:
     return trainer.unlearn(forget_indices=rows, config=GIVEN)
 
 
@@ -240,29 +243,36 @@ def test_the_wrong_key_and_a_missing_one_are_told(with_key: None, tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", ["datasets", "torch"])
+def unlearn_ids(trainer: UnlearningTrainer, ids: list[str]) -> UnlearnOutput:
+    """In memory alone, what is still in of the rows of `ids`."""
+    still, notes = rows_still_in(trainer.view, rows_of_ids(trainer.train_dataset, "user_id", ids), find_key())
+    output = forget(trainer, still)
+    output.report.warnings += notes
+    return output
+
+
 def test_rows_are_found_by_id(kind: str, with_key: None, tmp_path: Path) -> None:
     rows: Any = rows_with_ids()
     if kind == "torch":
         rows = [row | {"user_id": i // 2} for i, row in enumerate(rows)]
-    trainer = make_trainer(
-        tmp_path, "plain", rows=rows, kind=kind, id_column="user_id", callbacks=[IAUCallback(WITH_CURVATURE)]
-    )
+    trainer = make_trainer(tmp_path, "plain", rows=rows, kind=kind, callbacks=[IAUCallback(WITH_CURVATURE)])
     trainer.train()
+    service = DeletionService(trainer, id_column="user_id")
     first, other = (["u0", "u3"], ["u3", "u5"]) if kind == "datasets" else ([0, 3], [3, 5])
-    trainer.unlearn_by_id(first, config=GIVEN)
+    service.unlearn(ids=first, config=GIVEN)
     assert np.flatnonzero(trainer.memory.row_identity.forgotten).tolist() == [0, 1, 6, 7]
-    result = trainer.unlearn_by_id(other, config=GIVEN)  # what is left of them
+    result = service.unlearn(ids=other, config=GIVEN)  # what is left of them
     assert result.report.warnings[-1].startswith("2 of the 4 rows of these ids were forgotten by an earlier request")
     assert np.flatnonzero(trainer.memory.row_identity.forgotten).tolist() == [0, 1, 6, 7, 10, 11]
     with pytest.raises(AlreadyForgottenError, match="All 2 rows"):
-        trainer.unlearn_by_id(first[:1], config=GIVEN)
+        service.unlearn(ids=first[:1], config=GIVEN)
 
 
 def test_rows_of_ids_are_followed_without_a_key_as_far_as_the_trainer_knows(tmp_path: Path) -> None:
-    trainer = trained(tmp_path, id_column="user_id")
-    assert not any("ids" in note for note in trainer.unlearn_by_id(["u0"], config=GIVEN).report.warnings)
+    trainer = trained(tmp_path)
+    assert not any("ids" in note for note in unlearn_ids(trainer, ["u0"]).report.warnings)
     forget(trainer, [7])
-    result = trainer.unlearn_by_id(["u0", "u3", "u5"], config=GIVEN)
+    result = unlearn_ids(trainer, ["u0", "u3", "u5"])
     assert result.report.counts["forget_rows"] == 3
     left_out = "3 of the 6 rows of these ids were forgotten by an earlier request: this one is of the other 3."
     assert result.report.warnings[-1] == left_out
@@ -270,30 +280,30 @@ def test_rows_of_ids_are_followed_without_a_key_as_far_as_the_trainer_knows(tmp_
     result.revert()
     forget(trainer, [6, 10, 11])
     assert_bits(trainer.model, moved)
-    with pytest.raises(AlreadyForgottenError, match="All 2 rows of these ids"):
-        trainer.unlearn_by_id(["u3"], config=GIVEN)
+    assert len(rows_still_in(trainer.view, rows_of_ids(trainer.train_dataset, "user_id", ["u3"]), None)[0]) == 0
     # Of the equal rows 3 and 5, row 3 is out, and that of the other user is not.
     forget(trainer, [3])
-    assert trainer.unlearn_by_id(["u2"], config=GIVEN).report.counts["forget_rows"] == 2
+    assert unlearn_ids(trainer, ["u2"]).report.counts["forget_rows"] == 2
     # Another process cannot know which rows they were, and says so.
-    fresh = restarted(trainer, tmp_path, id_column="user_id")
-    (note,) = [note for note in fresh.unlearn_by_id(["u4"], config=GIVEN).report.warnings if "ids" in note]
+    fresh = restarted(trainer, tmp_path)
+    (note,) = [note for note in unlearn_ids(fresh, ["u4"]).report.warnings if "ids" in note]
     assert note.startswith("9 rows were forgotten before this trainer was made") and "HF_IAU_KEY" in note
 
 
-def test_unknown_ids_are_refused(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, "plain", rows=rows_with_ids(), id_column="user_id")
+def test_unknown_ids_are_refused(with_key: None, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, "plain", rows=rows_with_ids())
     trainer.gather(WITH_CURVATURE)
+    service = DeletionService(trainer, id_column="user_id")
     with pytest.raises(RequestError, match=r"1 of 2 ids are in no training row, e\.g\. 'u99'"):
-        trainer.unlearn_by_id(["u1", "u99"])
+        service.unlearn(ids=["u1", "u99"])
     with pytest.raises(RequestError, match="is a str"):
-        trainer.unlearn_by_id("u1")
-    trainer.id_column = "nobody"
+        service.unlearn(ids="u1")
+    with pytest.raises(RequestError, match="ids= and other rows"):
+        service.unlearn(ids=["u1"], forget_indices=[1])
     with pytest.raises(RequestError, match="no column of train_dataset"):
-        trainer.unlearn_by_id(["u1"])
-    trainer.id_column = None
+        DeletionService(trainer, id_column="nobody").unlearn(ids=["u1"])
     with pytest.raises(RequestError, match="id_column="):
-        trainer.unlearn_by_id(["u1"])
+        DeletionService(trainer).unlearn(ids=["u1"])
 
 
 # Files
@@ -321,8 +331,8 @@ def test_damaged_identities_are_refused(with_key: None, tmp_path: Path) -> None:
 
 
 def test_no_key_and_no_id_is_written(with_key: None, tmp_path: Path) -> None:
-    trainer = trained(tmp_path, id_column="user_id")
-    trainer.unlearn_by_id(["u2"], config=GIVEN)
+    trainer = trained(tmp_path)
+    DeletionService(trainer, id_column="user_id").unlearn(ids=["u2"], config=GIVEN)
     trainer.save_model()
     for path in (tmp_path / "_iau").iterdir():
         content = path.read_bytes()

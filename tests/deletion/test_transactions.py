@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import signal
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from memorising_network import Classifier, Rows, Scene, draw, fit
 from safetensors.torch import load_file
 from tiny_models import as_dataset, build, plain_rows, rows_of
 from torch import Tensor
-from unlearning_trainers import WITH_CURVATURE, assert_bits, make_trainer, parameters_of, relative_distance, state_of
+from unlearning_trainers import WITH_CURVATURE, assert_bits, make_trainer, parameters_of, state_of
 
+from benchmarks.interruptions import observed
 from hf_iau import (
     AlreadyForgottenError,
     ConfigError,
+    DeletionService,
     GatherConfig,
     GradientMemory,
     IAUConfig,
@@ -34,8 +37,8 @@ from hf_iau import (
     gather,
 )
 from hf_iau.deletion import journal as journal_module
-from hf_iau.deletion import milestones, service, storage
-from hf_iau.methods.iau import plan as search
+from hf_iau.deletion import service, storage
+from hf_iau.memory.keys import Key
 from hf_iau.methods.iau import run as calibration_run
 from hf_iau.methods.iau.multi_step import MultiStep, MultiStepResult
 from hf_iau.unlearn.transaction import WeightTransaction
@@ -46,10 +49,8 @@ ROWS = list(range(1, 32, 2))
 
 
 @pytest.fixture(autouse=True)
-def _key(_no_key_of_the_machine: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _key(_no_key_of_the_machine: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_IAU_KEY", "k" * 40)
-    yield
-    milestones.observer = None
 
 
 @pytest.fixture
@@ -63,22 +64,22 @@ def trainer(tmp_path: Path) -> UnlearningTrainer:
 
 
 def serve(trainer: UnlearningTrainer, rows: Any = ROWS, **settings: Any) -> Any:
-    return trainer.unlearn(forget_indices=rows, **({"config": GIVEN, "save": True} | settings))
+    return DeletionService(trainer).unlearn(forget_indices=rows, **({"config": GIVEN} | settings))
 
 
 def on_disk(folder: Path) -> dict[str, str]:
-    """Digest of every file but the lock and the journal of a request that has to be run again."""
+    """Digest of every file but the lock."""
     return {
         path.relative_to(folder).as_posix(): file_digest(path)
         for path in folder.rglob("*")
-        if path.is_file() and path.name not in ("lock", "journal.json", "training_args.bin")
+        if path.is_file() and path.name not in ("lock", "training_args.bin")
     }
 
 
 # What a served request leaves
 
 
-def test_weights_memory_ledger_and_certificate_belong_together(trainer: UnlearningTrainer, tmp_path: Path) -> None:
+def test_weights_memory_ledger_and_receipt_belong_together(trainer: UnlearningTrainer, tmp_path: Path) -> None:
     before = trainer.memory.model["weights"]
     result = serve(trainer)
     saved = load_file(tmp_path / "model.safetensors")
@@ -97,7 +98,7 @@ def test_weights_memory_ledger_and_certificate_belong_together(trainer: Unlearni
     assert len(list((tmp_path / "_iau").glob("memory-*"))) == 1  # of the older memory no copy is left
     for path in (tmp_path / "_iau").rglob("*"):
         assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
-    text = (tmp_path / "_iau" / "certificates" / "00002.md").read_text()
+    text = (tmp_path / "_iau" / "receipts" / "00002.md").read_text()
     assert entry.mac in text and "16 training rows were removed" in text
     assert not any(row in text for row in entry.row_ids) and entry.request not in text
     assert "forget rows" not in text  # too few for figures of their own
@@ -128,12 +129,10 @@ def test_other_kinds_of_models(family: str, tmp_path: Path) -> None:
     trainer.gather(WITH_CURVATURE)
     trainer.save_model()
     (tmp_path / "README.md").write_text("mine")
-    milestones.observer = lambda name: stop() if name == "journal ready" else None
     old = state_of(trainer.model)
-    with pytest.raises(Stopped):
+    with pytest.raises(Stopped), stopped_at("journal ready"):
         serve(trainer, [1, 2])
     assert_bits(trainer.model, old)
-    milestones.observer = None
     result = serve(trainer, [1, 2])  # finishes what was committed, and takes the weights from disk
     assert not result.applied
     trainer.memory.check_model(trainer.model)
@@ -150,14 +149,14 @@ def test_only_what_lies_below_iau_is_closed_to_others(tmp_path: Path) -> None:
     def modes(folder: Path) -> dict[Path, int]:
         return {path.relative_to(folder): stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*")}
 
-    milestones.observer = lambda name: staged.update(modes(tmp_path / "served" / "_iau"))
     mask = os.umask(0o022)
     try:
-        serve(trainer, [1, 2])
+        with observed(lambda name: staged.update(modes(tmp_path / "served" / "_iau"))):
+            serve(trainer, [1, 2])
         super(UnlearningTrainer, trainer).save_model(str(tmp_path / "plain"))
     finally:
         os.umask(mask)
-    assert staged[Path("staged")] == staged[Path("staged/_iau")] == staged[Path("staged/_iau/certificates")] == 0o700
+    assert staged[Path("staged")] == staged[Path("staged/_iau")] == staged[Path("staged/_iau/receipts")] == 0o700
     served, plain = modes(tmp_path / "served"), modes(tmp_path / "plain")
     private = {path for path in served if path.parts[0] == "_iau"}
     assert all(served[path] == (0o700 if (tmp_path / "served" / path).is_dir() else 0o600) for path in private)
@@ -204,8 +203,14 @@ class Stopped(Exception):
     pass
 
 
-def stop() -> None:
-    raise Stopped
+def stopped_at(point: str) -> contextlib.AbstractContextManager[None]:
+    """Inside, a request is interrupted by `Stopped` where `point` is passed."""
+
+    def stop(passed: str) -> None:
+        if passed == point:
+            raise Stopped
+
+    return observed(stop)
 
 
 def no_space(*args: Any, **kwargs: Any) -> Any:
@@ -252,16 +257,14 @@ def test_a_failure_after_the_commit_is_finished_by_the_next_run(
     assert serve(trainer, [40, 41]).applied
 
 
-@pytest.mark.parametrize("milestone", ["journal ready", "journal removed"])
+@pytest.mark.parametrize("point", ["journal ready", "journal removed"])
 def test_a_model_from_before_the_last_request_catches_up(
-    milestone: str, trainer: UnlearningTrainer, tmp_path: Path
+    point: str, trainer: UnlearningTrainer, tmp_path: Path
 ) -> None:
     """Else the next request would be served on the old weights, and writing it would undo the last one."""
-    milestones.observer = lambda name: stop() if name == milestone else None
     bits = state_of(trainer.model)
-    with pytest.raises(Stopped):
+    with pytest.raises(Stopped), stopped_at(point):
         serve(trainer)
-    milestones.observer = None
     assert_bits(trainer.model, bits)
     assert serve(trainer, [40, 41]).applied
     entries = Ledger.of(tmp_path).entries()
@@ -292,7 +295,7 @@ def no_space_when_moved(move: Any) -> Any:
 def test_a_directory_that_cannot_be_written_is_refused_before_any_compute(
     trainer: UnlearningTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_iau.trainer.unlearning_trainer.serve_request", lambda *a, **k: pytest.fail("it computed"))
+    monkeypatch.setattr("hf_iau.trainer.unlearning_trainer.run_request", lambda *a, **k: pytest.fail("it computed"))
     with monkeypatch.context() as patch:
         patch.setattr(service.os, "access", lambda *a: False)
         with pytest.raises(StorageError, match=r"cannot be written to \(no permission to write\): nothing was changed"):
@@ -312,36 +315,33 @@ class _Usage:
 
 
 def test_two_requests_at_once_are_refused(trainer: UnlearningTrainer, tmp_path: Path) -> None:
-    with FileLock(tmp_path / "_iau" / "lock"), pytest.raises(RequestError, match="Another request is being served"):
+    with FileLock(tmp_path / "_iau" / "lock"), pytest.raises(RequestError, match="Another request is running"):
         serve(trainer)
     assert serve(trainer).applied
 
 
-@pytest.mark.parametrize("milestone", ["step computed", "memory staged", "journal ready", "files moved"])
-def test_sigterm_undoes_or_finishes_and_is_then_obeyed(
-    milestone: str, trainer: UnlearningTrainer, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("point", ["step computed", "memory staged", "journal ready", "files moved"])
+def test_sigterm_undoes_or_finishes_and_is_then_obeyed(point: str, trainer: UnlearningTrainer, tmp_path: Path) -> None:
     bits, files, received = state_of(trainer.model), on_disk(tmp_path), []
     handler = signal.signal(signal.SIGTERM, lambda *args: received.append(Ledger.of(tmp_path).verify().count))
-    milestones.observer = lambda name: os.kill(os.getpid(), signal.SIGTERM) if name == milestone else None
+    terminated = observed(lambda name: os.kill(os.getpid(), signal.SIGTERM) if name == point else None)
     try:
-        if milestone in ("step computed", "memory staged"):
-            with pytest.raises(RequestError, match="SIGTERM interrupted the request: nothing was changed"):
+        if point in ("step computed", "memory staged"):
+            with pytest.raises(RequestError, match="SIGTERM interrupted the request: nothing was changed"), terminated:
                 serve(trainer)
             assert_bits(trainer.model, bits)
             assert on_disk(tmp_path) == files and received == [1]
         else:
-            assert serve(trainer).applied and received == [2]
+            with terminated:
+                assert serve(trainer).applied and received == [2]
             trainer.memory.check_model(trainer.model)
     finally:
         assert signal.signal(signal.SIGTERM, handler) is not signal.SIG_DFL
 
 
 def test_a_damaged_journal_is_no_command(trainer: UnlearningTrainer, tmp_path: Path) -> None:
-    milestones.observer = lambda name: stop() if name == "journal ready" else None
-    with pytest.raises(Stopped):
+    with pytest.raises(Stopped), stopped_at("journal ready"):
         serve(trainer)
-    milestones.observer = None
     path = tmp_path / "_iau" / "journal.json"
     content = path.read_text()
     values = json.loads(content)
@@ -368,16 +368,16 @@ def test_the_same_rows_in_any_order_are_the_same_request(trainer: UnlearningTrai
     for again in (
         serve(trainer),
         serve(trainer, ROWS[::-1]),
-        trainer.unlearn(trainer.train_dataset.select(ROWS), config=GIVEN, save=True),
+        DeletionService(trainer).unlearn(trainer.train_dataset.select(ROWS), config=GIVEN),
     ):
         assert not again.applied and again.entry.number == 2
-        assert "served at" in again.report.warnings[0] and again.report.after["held_out_loss"] is not None
+        assert "carried out at" in again.report.warnings[0] and again.report.after["held_out_loss"] is not None
     assert_bits(trainer.model, bits)
     assert Ledger.of(tmp_path).verify().count == 2
     with pytest.raises(AlreadyForgottenError):
         serve(trainer, ROWS[:-1])
     with pytest.raises(UnknownRowsError):
-        trainer.unlearn(as_dataset(plain_rows(2, seed=8)), config=GIVEN, save=True)
+        DeletionService(trainer).unlearn(as_dataset(plain_rows(2, seed=8)), config=GIVEN)
 
 
 def test_named_requests(trainer: UnlearningTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,7 +385,7 @@ def test_named_requests(trainer: UnlearningTrainer, tmp_path: Path, monkeypatch:
     assert not serve(trainer, [8, 7], request_id="ticket 12").applied
     bits, files = state_of(trainer.model), on_disk(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("hf_iau.trainer.unlearning_trainer.serve_request", lambda *a, **k: pytest.fail("it computed"))
+        patch.setattr("hf_iau.trainer.unlearning_trainer.run_request", lambda *a, **k: pytest.fail("it computed"))
         for others in ([9], [7], [7, 8, 9]):
             with pytest.raises(RequestError, match=r"request_id='ticket 12' names a request of 2 rows .* of their own"):
                 serve(trainer, others, request_id="ticket 12")
@@ -393,27 +393,28 @@ def test_named_requests(trainer: UnlearningTrainer, tmp_path: Path, monkeypatch:
     assert on_disk(tmp_path) == files
     assert serve(trainer, [9], request_id="ticket 13").applied
     assert "ticket" not in (tmp_path / "_iau" / "ledger.jsonl").read_text()
-    with pytest.raises(RequestError, match="give save=True"):
-        serve(trainer, [10], save=False, request_id="ticket 14")
-    with pytest.raises(RequestError, match="contradict each other"):
+    with pytest.raises(RequestError, match="save= is no setting"):
+        serve(trainer, [10], save=False)
+    with pytest.raises(RequestError, match="dry_run=True contradicts it"):
         serve(trainer, [10], dry_run=True)
 
 
 def test_a_request_of_ids_is_answered_when_it_is_run_again(tmp_path: Path) -> None:
     rows = [row | {"user_id": f"u{i // 10}"} for i, row in enumerate(plain_rows(60))]
-    trainer = make_trainer(tmp_path, "plain", rows=rows, id_column="user_id")
+    trainer = make_trainer(tmp_path, "plain", rows=rows)
     trainer.gather(WITH_CURVATURE)
     trainer.save_model()
+    service = DeletionService(trainer, id_column="user_id")
 
     def by_id(*ids: str, **settings: Any) -> Any:
-        return trainer.unlearn_by_id(ids, **({"config": GIVEN, "save": True} | settings))
+        return service.unlearn(ids=ids, config=GIVEN, **settings)
 
     assert by_id("u0", "u1").applied
     assert by_id("u1", "u2", request_id="ticket").entry.rows == 10  # those of u1 were out already
     bits, files = state_of(trainer.model), on_disk(tmp_path)
     for again, number in ((by_id("u1", "u0"), 1), (by_id("u1", "u2", request_id="ticket"), 2)):
-        assert not again.applied and again.entry.number == number and "served at" in again.report.warnings[0]
-    for settings in ({}, {"request_id": "unheard of"}, {"save": False}):
+        assert not again.applied and again.entry.number == number and "carried out at" in again.report.warnings[0]
+    for settings in ({}, {"request_id": "unheard of"}):
         with pytest.raises(AlreadyForgottenError, match="All 10 rows of these ids"):
             by_id("u1", **settings)
     with pytest.raises(AlreadyForgottenError):
@@ -431,7 +432,7 @@ def test_a_later_training_run_on_the_same_rows_has_requests_of_its_own(trainer: 
 
 def test_saving_needs_a_key(trainer: UnlearningTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_IAU_KEY")
-    with pytest.raises(ConfigError, match=r"unlearn\(save=True\) needs a key: set HF_IAU_KEY"):
+    with pytest.raises(ConfigError, match="DeletionService needs a key: set HF_IAU_KEY"):
         serve(trainer)
 
 
@@ -444,7 +445,7 @@ def test_a_memory_from_before_the_key_learns_its_rows(tmp_path: Path, monkeypatc
     assert GradientMemory.load(tmp_path).row_identity.forgotten.sum() == 16
 
 
-# What was found before a crash is taken again
+# What is run again after an interruption
 
 
 def scene_trainer(folder: Path, scene: Scene) -> UnlearningTrainer:
@@ -464,28 +465,24 @@ def scene() -> Scene:
     return Scene(model, train, held_out, Rows(*train[:0].values()), memory, parameters_of(model))
 
 
-def test_an_interrupted_request_takes_the_step_that_it_had_found(
-    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_request_is_run_again_from_the_start_and_comes_to_the_same(scene: Scene, tmp_path: Path) -> None:
     trainer = scene_trainer(tmp_path / "whole", scene)
     whole = serve(trainer, config=None)
-    expected, memory = parameters_of(trainer.model), trainer.memory
+    expected, memory = state_of(trainer.model), trainer.memory
     trainer = scene_trainer(tmp_path / "interrupted", scene)
-    milestones.observer = lambda name: stop() if name == "weights staged" else None
-    with pytest.raises(Stopped):
-        serve(trainer, config=None)
-    milestones.observer = None
-    assert_bits(trainer.model, scene.state)
-    monkeypatch.setattr(search, "calibrate", lambda *a, **k: pytest.fail("it calibrated again"))
-    monkeypatch.setattr(calibration_run, "add_retain_correction", lambda *a, **k: pytest.fail("it calibrated again"))
+    for point in ("step computed", "weights staged", "staged files flushed"):
+        with pytest.raises(Stopped), stopped_at(point):
+            serve(trainer, config=None)
+        assert_bits(trainer.model, scene.state)
+        assert not (tmp_path / "interrupted" / "_iau" / "journal.json").exists()
     result = serve(trainer, config=None)
     assert result.applied and result.entry.calibration == whole.entry.calibration
     assert result.entry.config == whole.entry.config and result.report.verdict == whole.report.verdict
-    assert relative_distance(parameters_of(trainer.model), expected, scene.state) < 1e-9
+    assert_bits(trainer.model, expected)
     assert trainer.memory.calibration == memory.calibration
 
 
-def test_a_walk_is_not_recorded_as_one_step(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_steps_are_not_recorded_as_one_step(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """k and c of the one step that was not taken would say nothing of it."""
 
     def run(steps: MultiStep) -> MultiStepResult:
@@ -496,53 +493,90 @@ def test_a_walk_is_not_recorded_as_one_step(scene: Scene, tmp_path: Path, monkey
     monkeypatch.setattr(calibration_run, "MOST_REMAINING", -1.0)  # no single step is good enough
     entry = serve(scene_trainer(tmp_path, scene), range(40), config=None).entry
     assert entry.outcome["multi_step"] and entry.calibration is None
-    text = (tmp_path / "_iau" / "certificates" / "00001.md").read_text()
-    assert "| method | `iau`, in many short steps |" in text and "finish weight" not in text
+    text = (tmp_path / "_iau" / "receipts" / "00001.md").read_text()
+    assert "| method | `iau`, in many short steps |" in text and "retain weight" not in text
 
 
-def test_another_request_in_between_makes_the_found_step_void(scene: Scene, tmp_path: Path, caplog: Any) -> None:
+def test_another_request_in_between_loses_nothing(scene: Scene, tmp_path: Path) -> None:
     trainer = scene_trainer(tmp_path, scene)
-    milestones.observer = lambda name: stop() if name == "journal written" else None
-    with pytest.raises(Stopped):
+    with pytest.raises(Stopped), stopped_at("weights staged"):
         serve(trainer)
-    milestones.observer = None
-    serve(trainer, [100, 101])
-    assert "A request of 16 rows" in caplog.text and "run it again" in caplog.text
-    assert serve(trainer).applied
-    assert Ledger.of(tmp_path).verify().count == 2
+    assert serve(trainer, [100, 101]).applied and serve(trainer).applied
+    assert [entry.rows for entry in Ledger.of(tmp_path).entries()] == [2, 16]
 
 
-def test_a_found_step_is_not_taken_for_other_rows_of_that_name(
-    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_a_killed_process_had_staged_is_told_and_removed(
+    trainer: UnlearningTrainer, tmp_path: Path, caplog: Any
 ) -> None:
-    trainer = scene_trainer(tmp_path, scene)
-    milestones.observer = lambda name: stop() if name == "journal written" else None
-    with pytest.raises(Stopped):
-        serve(trainer, [100, 101], config=None, request_id="ticket")
-    milestones.observer = None
-    calibrated = []
-    whole = search.calibrate
-    monkeypatch.setattr(search, "calibrate", lambda *a, **k: calibrated.append(1) or whole(*a, **k))
-    assert serve(trainer, [102, 103], config=None, request_id="ticket").applied and calibrated
+    staged = tmp_path / "_iau" / "staged"
+    staged.mkdir()
+    (staged / "model.safetensors").write_text("half of it")
+    assert serve(trainer).applied and not staged.exists()
+    assert "was interrupted before it was committed" in caplog.text and "run it again" in caplog.text
+
+
+# A committed request that is not finished
+
+
+def test_an_unfinished_request_is_finished_by_a_service_and_by_nothing_else(
+    trainer: UnlearningTrainer, tmp_path: Path
+) -> None:
+    with pytest.raises(Stopped), stopped_at("journal ready"):
+        serve(trainer)
+    files = on_disk(tmp_path)
+    for attempt in (
+        lambda: trainer.memory,
+        trainer.save_model,
+        lambda: trainer.unlearn(forget_indices=[50], config=GIVEN),
+    ):
+        with pytest.raises(StorageError, match=r"make a DeletionService\(trainer\), which finishes it"):
+            attempt()
+    assert on_disk(tmp_path) == files
+    service = DeletionService(trainer)
+    trainer.memory.check_model(trainer.model)
+    assert [entry.rows for entry in service.ledger.entries()] == [3, 16]
+    trainer.save_model()
+    assert not service.unlearn(forget_indices=ROWS, config=GIVEN).applied
+
+
+def test_a_key_that_is_given_needs_no_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_IAU_KEY")
+    rows = [row | {"user_id": f"u{i // 10}"} for i, row in enumerate(plain_rows(60))]
+    trainer = make_trainer(tmp_path, "plain", rows=rows)
+    trainer.gather(WITH_CURVATURE)
+    with pytest.raises(ConfigError, match="DeletionService needs a key"):
+        DeletionService(trainer)
+    with pytest.raises(ConfigError, match=r"key is 5 bytes long: give 32"):
+        DeletionService(trainer, "short")
+    with pytest.raises(ConfigError, match=r"key is a int"):
+        DeletionService(trainer, 7)
+    key = Key.from_secret("s" * 40)
+    assert DeletionService(trainer, key, id_column="user_id").unlearn(ids=["u1"], config=GIVEN).applied
+    service = DeletionService(trainer, b"s" * 40, id_column="user_id")
+    assert service.unlearn(ids=["u1", "u2"], config=GIVEN).entry.rows == 10
+    assert service.queue(forget_indices=[50], config=GIVEN) is None
+    assert service.serve_queue(config=GIVEN).entry.number == 3 and service.ledger.verify().count == 3
+    with pytest.raises(ConfigError, match="The memory holds row fingerprints made with key"):
+        trainer.unlearn(forget_indices=[51], config=GIVEN)
 
 
 # The queue
 
 
 def test_small_requests_wait_for_company(trainer: UnlearningTrainer, tmp_path: Path) -> None:
-    assert trainer.queue(forget_indices=[10, 11, 12], config=GIVEN) is None
-    assert trainer.queue(forget_indices=[12, 13], config=GIVEN) is None  # row 12 waits already
+    assert DeletionService(trainer).queue(forget_indices=[10, 11, 12], config=GIVEN) is None
+    assert DeletionService(trainer).queue(forget_indices=[12, 13], config=GIVEN) is None  # row 12 waits already
     path = tmp_path / "_iau" / "queue.json"
     assert len(json.loads(path.read_text())["rows"]) == 4
     with pytest.raises(AlreadyForgottenError):
-        trainer.queue(forget_indices=[2])
+        DeletionService(trainer).queue(forget_indices=[2])
     fresh = make_trainer(tmp_path, "plain", rows=plain_rows(60), model=trainer.model)
-    result = fresh.queue(forget_indices=list(range(20, 32)), config=GIVEN)
+    result = DeletionService(fresh).queue(forget_indices=list(range(20, 32)), config=GIVEN)
     assert result is not None and result.applied and result.entry.rows == 16
     forgotten = fresh.memory.row_identity.forgotten
     assert forgotten.nonzero()[0].tolist() == [0, 2, 4, 10, 11, 12, 13, *range(20, 32)]
     assert json.loads(path.read_text())["rows"] == []
-    assert fresh.serve_queue() is None
+    assert DeletionService(fresh).serve_queue() is None
     assert not any("fewer than 16" in sentence for sentence in result.report.warnings)
 
 
@@ -559,37 +593,37 @@ def test_copies_of_a_row_are_queued_and_served_as_often_as_they_are_asked_for(tm
     def content(*positions: int) -> Any:
         return trainer.train_dataset.select(positions)
 
-    trainer.queue(forget_indices=[7])
+    DeletionService(trainer).queue(forget_indices=[7])
     for again in (content(7), content(7, 7)):  # there is one such row
-        trainer.queue(again)
+        DeletionService(trainer).queue(again)
         assert waiting() == 1
     assert "1 of the 1 rows wait in the queue already" in caplog.text
     for numbers, expected in (([3], 2), ([3], 2), ([3, 5], 3), ([5, 3], 3)):
-        trainer.queue(forget_indices=numbers)
+        DeletionService(trainer).queue(forget_indices=numbers)
         assert waiting() == expected, numbers
-    result = trainer.serve_queue(config=GIVEN)
+    result = DeletionService(trainer).serve_queue(config=GIVEN)
     assert result is not None and result.entry.rows == 3
-    assert waiting() == 0 and trainer.serve_queue() is None  # the third copy was not asked for
+    assert waiting() == 0 and DeletionService(trainer).serve_queue() is None  # the third copy was not asked for
     assert trainer.memory.row_identity.forgotten.nonzero()[0].tolist() == [3, 5, 7]
-    trainer.queue(content(9))
-    trainer.queue(content(9))
+    DeletionService(trainer).queue(content(9))
+    DeletionService(trainer).queue(content(9))
     assert waiting() == 1
     serve(trainer, [9])
     assert waiting() == 0
     with pytest.raises(AlreadyForgottenError):
-        trainer.queue(content(9))
+        DeletionService(trainer).queue(content(9))
 
 
 def test_the_queue_is_served_once_and_cannot_be_forged(trainer: UnlearningTrainer, tmp_path: Path) -> None:
-    trainer.queue(forget_indices=[10, 11])
+    DeletionService(trainer).queue(forget_indices=[10, 11])
     path = tmp_path / "_iau" / "queue.json"
     content = path.read_text()
     for text in (content[:-4], "[]", content.replace('"rows": ["', '"rows": ["00'), "[" * 100_000):
         path.write_text(text)
         with pytest.raises(StorageError, match="not readable"):
-            trainer.serve_queue(config=GIVEN)
+            DeletionService(trainer).serve_queue(config=GIVEN)
     path.write_text(content)
     serve(trainer, [11])  # asked for directly meanwhile
-    result = trainer.serve_queue(config=GIVEN)
+    result = DeletionService(trainer).serve_queue(config=GIVEN)
     assert result is not None and result.entry.rows == 1
     assert any("fewer than 16" in sentence for sentence in result.report.warnings)

@@ -25,7 +25,15 @@ from unlearning_trainers import (
     state_of,
 )
 
-from hf_iau import GatherConfig, GradientMemory, IAUCallback, IAUConfig, IAUPaperConfig, UnlearningTrainer
+from hf_iau import (
+    DeletionService,
+    GatherConfig,
+    GradientMemory,
+    IAUCallback,
+    IAUConfig,
+    IAUPaperConfig,
+    UnlearningTrainer,
+)
 from hf_iau.methods.base import available_methods
 
 GIVEN = IAUConfig(scale=1.0, damping=0.1, retain_weight=0.01, retain_damping=0.2)  # with a damping of its own
@@ -210,9 +218,9 @@ def test_a_saved_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         trainer = make_trainer(tmp_path / device.type, "bert", settings=settings_for(device))
         trainer.gather(WITH_CURVATURE)
         trainer.save_model()
-        result = trainer.unlearn(forget_indices=FORGET, config=GIVEN, save=True)
+        result = DeletionService(trainer).unlearn(forget_indices=FORGET, config=GIVEN)
         assert result.entry is not None
-        again = trainer.unlearn(forget_indices=FORGET, config=GIVEN, save=True)
+        again = DeletionService(trainer).unlearn(forget_indices=FORGET, config=GIVEN)
         assert not again.applied
         return on_cpu(parameters_of(trainer.model))
 

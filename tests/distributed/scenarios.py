@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 from unlearning_trainers import EXACT, FORGET, WITH_CURVATURE, make_trainer, renewed, state_of
 
 from hf_iau import (
+    DeletionService,
     GatherConfig,
     GradientMemory,
     IAUCallback,
@@ -360,8 +361,8 @@ def saved_request(folder: Path) -> dict[str, Any]:
     trainer.save_model()
     before = state_of(model_of(trainer))
     dist.barrier() if dist.is_initialized() else None
-    output = trainer.unlearn(forget_indices=FORGET, config=GIVEN, save=True)
-    again = trainer.unlearn(forget_indices=FORGET, config=GIVEN, save=True)
+    output = DeletionService(trainer).unlearn(forget_indices=FORGET, config=GIVEN)
+    again = DeletionService(trainer).unlearn(forget_indices=FORGET, config=GIVEN)
     dist.barrier() if dist.is_initialized() else None
     saved = load_file(folder / "trainer" / "model.safetensors")
     return {

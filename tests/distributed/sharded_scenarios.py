@@ -28,6 +28,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from unlearning_trainers import EXACT, FORGET, WITH_CURVATURE, make_trainer, relative_distance, renewed, state_of
 
 from hf_iau import (
+    DeletionService,
     GatherConfig,
     GradientMemory,
     IAUCallback,
@@ -142,7 +143,7 @@ def sharded(folder: Path) -> dict[str, Any]:
     reverted = all(torch.equal(p.to_local(), before[name]) for name, p in model.named_parameters())  # type: ignore[attr-defined]
     from_other = _bert_trainer(folder / "trainer", model, memory=other)
     os.environ["HF_IAU_KEY"] = "0123456789abcdef" * 4
-    from_other.unlearn(forget_indices=FORGET, config=GIVEN, save=True)
+    DeletionService(from_other).unlearn(forget_indices=FORGET, config=GIVEN)
     from_alone = _wholly(model)
     saved = GradientMemory.load(folder / "trainer")
     saved.check_model(model)
@@ -633,7 +634,7 @@ def trained_by_trainer(folder: Path) -> dict[str, Any]:
     sums, reference = whole(memory.gradient_sum or {}), expected.gradient_sum or {}
     found["sums"] = relative_distance(sums, reference, _zeros(reference))
     trainer.save_model()
-    trainer.unlearn(forget_indices=FORGET, config=GIVEN, save=True)
+    DeletionService(trainer).unlearn(forget_indices=FORGET, config=GIVEN)
     expected.weight_decay = memory.weight_decay
     forget = source_of([rows_of("bert", 12)[i] for i in FORGET])
     find_method("iau", GIVEN)[0].run(ForgetContext(alone, ModelRowLoss(), forget, expected), GIVEN)

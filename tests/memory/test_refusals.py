@@ -292,13 +292,6 @@ def test_augmented_rows_are_taken_with_the_clean_ones_beside_them() -> None:
     begin(IAUCallback(CONFIG, dataset=clean), plain(), Augmented(plain_rows()))
 
 
-def test_gradient_restriction_needs_a_trainer_of_its_own() -> None:
-    model = Counted()
-    with pytest.raises(UnsupportedModelError, match=r"restriction='exact'.*UnlearningTrainer"):
-        begin(IAUCallback(CONFIG, restriction="exact"), model, RowList(plain_rows()))
-    assert model.calls == 0
-
-
 def test_no_training_yet_no_memory() -> None:
     callback = IAUCallback(CONFIG)
     assert not callback.has_memory

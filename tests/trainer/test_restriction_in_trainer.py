@@ -11,10 +11,10 @@ import torch
 from tiny_models import bert, build, gpt2, pad_right, plain, resnet
 from torch import Tensor, nn
 from transformers import Trainer
-from unlearning_trainers import EXACT, FORGET, arguments, make_trainer, parameters_of, state_of
+from unlearning_trainers import EXACT, FORGET, make_trainer, parameters_of, state_of
 
 from hf_iau import IAUCallback, UnlearningTrainer
-from hf_iau.errors import ConfigError, UnsupportedModelError
+from hf_iau.errors import ConfigError
 from hf_iau.trainer.restriction import RestrictionConfig
 
 RESTRICTIONS = {
@@ -182,8 +182,6 @@ def test_exact_with_fused_attention_names_both_remedies_at_construction(family: 
     message = r"restriction='exact' with attn_implementation='sdpa'.*attn_implementation='eager'.*finite-difference"
     with pytest.raises(ConfigError, match=message):
         make_trainer(tmp_path, family, restriction="exact")
-    with pytest.raises(ConfigError, match=message):
-        make_trainer(tmp_path, family, callbacks=[IAUCallback(EXACT, restriction="exact")])
 
 
 def test_finite_difference_works_with_fused_attention_and_under_bf16(tmp_path: Path) -> None:
@@ -194,44 +192,6 @@ def test_finite_difference_works_with_fused_attention_and_under_bf16(tmp_path: P
     trainer.train()
     assert all(bool(torch.isfinite(p).all()) for p in trainer.model.parameters())
     assert trainer.unlearn(forget_indices=FORGET, method="iau-released").applied
-
-
-def test_a_plain_trainer_refuses_at_train_begin(tmp_path: Path) -> None:
-    model = bert()
-    before = state_of(model)
-    trainer = Trainer(
-        model=model,
-        args=arguments(tmp_path),
-        train_dataset=make_trainer(tmp_path).train_dataset,
-        data_collator=pad_right(),
-        callbacks=[IAUCallback(EXACT, restriction="finite-difference")],
-    )
-    with pytest.raises(
-        UnsupportedModelError, match=r"restriction='finite-difference'.*plain Trainer.*UnlearningTrainer"
-    ):
-        trainer.train()
-    assert all(torch.equal(value, before[name]) for name, value in state_of(model).items())
-
-
-def test_the_callback_may_carry_it(tmp_path: Path) -> None:
-    """Given to the trainer, by a callback at construction, or by one added later: all the same."""
-    ends = []
-    for way in ("trainer", "callback", "added"):
-        trainer = make_trainer(
-            tmp_path,
-            model=eager(),
-            restriction="exact" if way == "trainer" else None,
-            callbacks=[IAUCallback(EXACT, restriction="exact")] if way == "callback" else None,
-        )
-        if way == "added":
-            trainer.add_callback(IAUCallback(EXACT, restriction="exact"))
-        trainer.train()
-        ends.append(parameters_of(trainer.model))
-    plain_end = make_trainer(tmp_path, model=eager())
-    plain_end.train()
-    for other in ends[1:]:
-        assert all(torch.equal(ends[0][name], other[name]) for name in other)
-    assert any(not torch.equal(value, ends[0][name]) for name, value in plain_end.model.named_parameters())
 
 
 def test_model_init_gets_it_too(tmp_path: Path) -> None:

@@ -37,13 +37,21 @@ from hf_iau import (
     register_method,
 )
 from hf_iau.data.model_mode import placed_on
-from hf_iau.errors import IAUError, MemoryFileError, MissingMemoryError, RequestError, StaleMemoryError
+from hf_iau.errors import (
+    IAUError,
+    MemoryFileError,
+    MissingMemoryError,
+    RequestError,
+    StaleMemoryError,
+    UnsupportedModelError,
+)
 from hf_iau.methods.base import _METHODS
 from hf_iau.methods.baselines.retrain import RetrainConfig
 from hf_iau.methods.context import ForgetContext
 from hf_iau.methods.outcome import MethodOutcome
 from hf_iau.unlearn import run as serving
 from hf_iau.unlearn import update_memory as moved_memory
+from hf_iau.unlearn.record import FinishedRequest
 
 PAPER = IAUPaperConfig(eta=1e-3)
 GIVEN = IAUConfig(scale=0.1, damping=1.0)
@@ -313,6 +321,7 @@ def test_dropout_and_batch_statistics_are_off(tmp_path: Path) -> None:
 
 def test_training_goes_on_and_drops_the_stale_memory(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
+    trainer.remove_callback(IAUCallback)
     trainer.train()
     trainer.gather(EXACT)
     forget(trainer)
@@ -322,6 +331,96 @@ def test_training_goes_on_and_drops_the_stale_memory(tmp_path: Path) -> None:
     assert trainer.memory is None
     with pytest.raises(MissingMemoryError):
         forget(trainer)
+
+
+def gathering(trainer: UnlearningTrainer) -> list[IAUCallback]:
+    return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, IAUCallback)]
+
+
+def test_a_callback_is_added_where_none_was_given(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    assert len(gathering(trainer)) == 1
+    trainer.train()
+    assert trainer.memory.curvature is not None and trainer.memory.settings["curvature"] == GatherConfig().curvature
+    assert trainer.unlearn(forget_indices=[1], config=IAUConfig(scale=0.1, damping=1.0)).applied
+    own = IAUCallback(EXACT)
+    trainer.add_callback(own)
+    assert gathering(trainer) == [own]
+    assert gathering(make_trainer(tmp_path, callbacks=[own])) == [own]
+
+
+def test_a_memory_that_was_given_is_gathered_anew_by_training(tmp_path: Path) -> None:
+    given = trained(tmp_path / "first").memory
+    trainer = make_trainer(tmp_path / "second", memory=given)
+    assert trainer.memory is given
+    trainer.train()
+    assert trainer.memory is not given
+    trainer.memory.check_model(trainer.model)
+
+
+class Shuffling(torch.utils.data.IterableDataset):
+    """Rows without numbers, which cannot be gathered from."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
+
+
+def test_what_cannot_be_gathered_unasked_is_trained_all_the_same(tmp_path: Path, caplog: Any) -> None:
+    trainer = make_trainer(tmp_path)
+    retained = trainer.train_dataset
+    trainer.train_dataset = Shuffling(list(retained))
+    before = parameters_of(trainer.model)
+    trainer.train()
+    assert any(not torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
+    told = [record for record in caplog.records if "No gradient memory will be gathered" in record.message]
+    assert len(told) == 1 and trainer.memory is None
+    trainer.train_dataset = retained
+    with pytest.raises(MissingMemoryError, match=r"Gathering after training was not possible: .*trainer\.gather\(\)"):
+        trainer.unlearn(forget_indices=[1])
+    rest = retained.select(range(2, len(retained)))
+    assert trainer.unlearn(forget_indices=[1], method="iau-released", retain_dataset=rest).applied  # needs no memory
+    own = IAUCallback(EXACT)
+    trainer.add_callback(own)
+    trainer.train_dataset = Shuffling(list(retained))
+    with pytest.raises(UnsupportedModelError):  # who asks for a memory is told before compute is spent
+        trainer.train()
+
+
+def test_gathering_unasked_that_fails_after_training_leaves_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr("hf_iau.trainer.callback.build_memory", lambda *a, **k: 1 / 0)
+    trainer.train()
+    assert trainer.memory is None
+    with pytest.raises(MissingMemoryError, match="not possible: division by zero"):
+        forget(trainer)
+
+
+def test_a_request_is_committed_while_its_weights_are_whole_and_undone_by_what_that_raises(tmp_path: Path) -> None:
+    trainer = trained(tmp_path)
+    before, memory = state_of(trainer.model), trainer.memory
+    finished: list[FinishedRequest] = []
+
+    def refuse(request: FinishedRequest) -> None:
+        assert any(not torch.equal(value, before[name]) for name, value in request.context.model.named_parameters())
+        finished.append(request)
+        raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        forget(trainer, commit=refuse)
+    assert_bits(trainer.model, before)
+    assert trainer.memory is memory
+    output = forget(trainer, commit=finished.append)
+    first, second = finished
+    assert second.report is output.report and second.memory is output.memory
+    assert first.record.after == second.record.after and second.record.effect.step_norm > 0
+    assert second.record.after["forget_loss"] == output.report.after["forget_loss"]
+    with pytest.raises(RequestError, match="contradict each other"):
+        forget(trainer, commit=finished.append, dry_run=True)
 
 
 def test_training_goes_on_and_gathers_anew(tmp_path: Path) -> None:

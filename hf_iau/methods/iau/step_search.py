@@ -113,7 +113,7 @@ def find_scale(
     most = (1.0 + MAX_HELD_OUT_RISE) * start.held_out_loss
     bracket = _Bracket(low_value=start.criterion)
     tried: list[Trial] = []
-    scale = min(guess if guess is not None else _first_guess(runner, damping, start), limit)
+    scale = min(guess if guess is not None else first_guess(runner, damping, start), limit)
     for _ in range(trials):
         trial = runner.run(scale, damping, retain_weight)
         tried.append(trial)
@@ -128,7 +128,7 @@ def find_scale(
             bracket.high = scale
             bracket.high_value = min(trial.criterion, -start.criterion if not within_budget else 0.0)
         if bracket.high is None:
-            factor = min(max(_power(start.criterion, tried), _LEAST_FACTOR), _LARGEST_FACTOR)
+            factor = min(max(power_factor(start.criterion, tried), _LEAST_FACTOR), _LARGEST_FACTOR)
             scale = min(scale * factor, limit)
         else:
             scale = bracket.between()
@@ -156,7 +156,7 @@ class _Bracket:
         return share * self.high
 
 
-def _power(distance: float, tried: list[Trial]) -> float:
+def power_factor(distance: float, tried: list[Trial]) -> float:
     """The factor that takes the last k to where the criterion vanishes, were what a step brings a power of k.
 
     The exponent is 1 by one step alone, else that of the last two.
@@ -179,7 +179,7 @@ def _power(distance: float, tried: list[Trial]) -> float:
 def _root(distance: float, tried: list[Trial]) -> float:
     """Where the criterion vanishes, next to the last trial, which nearly does that.
 
-    Between that trial and the nearest one on the other side, or by `_power`; at most a quarter away from the trial.
+    Between that trial and the nearest one on the other side, or by `power_factor`; at most a quarter away from the trial.
     """
     last = tried[-1]
     others = [t for t in tried[:-1] if t.criterion * last.criterion < 0.0 and math.isfinite(t.held_out_loss)]
@@ -188,12 +188,12 @@ def _root(distance: float, tried: list[Trial]) -> float:
         share = last.criterion / (last.criterion - other.criterion)
         factor = (other.scale / last.scale) ** share if other.scale > 0.0 else 1.0
     else:
-        factor = _power(distance, tried)
+        factor = power_factor(distance, tried)
         factor = factor if 0.0 < factor < math.inf else 1.0
     return last.scale * min(max(factor, 0.8), 1.25)
 
 
-def _first_guess(runner: TrialRunner, damping: float, start: Trial) -> float:
+def first_guess(runner: TrialRunner, damping: float, start: Trial) -> float:
     """The k at which the loss of a target would reach the held-out loss if it rose along the tangent, halved.
 
     Loss rises faster than its tangent, so half of it is nearer; at most the k of an influence function's 1.

@@ -23,11 +23,11 @@ from hf_iau.methods.iau.directions import Directions
 from hf_iau.methods.iau.reference import shift_test
 from hf_iau.methods.iau.step_search import (
     Calibration,
-    _first_guess,
-    _power,
     add_retain_correction,
     calibrate,
     find_scale,
+    first_guess,
+    power_factor,
     standard_error_of_auc,
 )
 from hf_iau.methods.iau.trial import Trial, TrialRunner, auc_distance, class_share_distance
@@ -163,13 +163,13 @@ def test_the_power_law_of_what_steps_bring():
     def tried(*pairs):
         return [Trial(k, 0.1, 0.0, 0.1, criterion, 1.0, 0.5) for k, criterion in pairs]
 
-    assert _power(0.1, tried((0.1, 0.05))) == pytest.approx(2.0)
-    assert _power(0.1, tried((0.1, -0.1))) == pytest.approx(0.5)  # too far
-    assert _power(0.1, tried((0.1, 0.05), (0.4, 0.0))) == pytest.approx(1.0)
-    assert _power(0.1, tried((0.1, 0.08), (0.4, 0.06))) == pytest.approx(2.5**2)  # exponent one half
-    assert _power(0.1, tried((0.1, 0.05), (0.3, 0.06))) == pytest.approx(2.5)  # it fell back
-    assert _power(0.1, tried((0.1, 0.1))) == math.inf  # nothing was brought
-    assert _power(-0.1, tried((0.1, 0.01))) == 0.0  # there was nothing to be brought
+    assert power_factor(0.1, tried((0.1, 0.05))) == pytest.approx(2.0)
+    assert power_factor(0.1, tried((0.1, -0.1))) == pytest.approx(0.5)  # too far
+    assert power_factor(0.1, tried((0.1, 0.05), (0.4, 0.0))) == pytest.approx(1.0)
+    assert power_factor(0.1, tried((0.1, 0.08), (0.4, 0.06))) == pytest.approx(2.5**2)  # exponent one half
+    assert power_factor(0.1, tried((0.1, 0.05), (0.3, 0.06))) == pytest.approx(2.5)  # it fell back
+    assert power_factor(0.1, tried((0.1, 0.1))) == math.inf  # nothing was brought
+    assert power_factor(-0.1, tried((0.1, 0.01))) == 0.0  # there was nothing to be brought
 
 
 @pytest.mark.parametrize("guess", [0.2, 0.74, 0.86, 0.97, 1.4])
@@ -286,7 +286,7 @@ def test_the_first_guess_counts_tokens_and_not_texts():
     k = 1e-3 / rise
     assert (runner.run(k, 0.1).target_loss - start.target_loss) / k == pytest.approx(rise, rel=0.05)
     start = dataclasses.replace(start, held_out_loss=start.target_loss + 0.1 * rise)
-    assert _first_guess(runner, 0.1, start) == pytest.approx(0.05)
+    assert first_guess(runner, 0.1, start) == pytest.approx(0.05)
 
 
 def test_luck_of_the_draw_is_taken_out(scene):

@@ -1,4 +1,4 @@
-"""What a trainer knows of the requests that its model has served."""
+"""What a trainer knows of the requests that its model has been through."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class UnlearningState:
         ended: whether a request made the weights anew, so that every memory there was is of other weights.
         forgotten: digests of the rows that are out, with how often each occurs.
         forgotten_positions: numbers by which they were named, where they were.
-        card: None where it was not looked for yet.
+        card: None where it was not read yet.
     """
 
     given: GradientMemory | None = None
@@ -39,8 +39,10 @@ class UnlearningState:
         self.latest, self.ended = None, self.given is None
         self.forgotten, self.forgotten_positions, self.card = Counter(), (), None
 
-    def served(self, context: ForgetContext, memory: GradientMemory | None, card: UnlearningCard) -> Callable[[], None]:
-        """Note a request that was served. Returns the function that takes the note back.
+    def finished(
+        self, context: ForgetContext, memory: GradientMemory | None, card: UnlearningCard
+    ) -> Callable[[], None]:
+        """Note a request that was run. Returns the function that takes the note back.
 
         Args:
             context: the request.

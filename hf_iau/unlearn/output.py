@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hf_iau.deletion.ledger import LedgerEntry
 from hf_iau.errors import RequestError
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.report.report import UnlearningReport
@@ -17,27 +16,24 @@ class UnlearnOutput:
 
     Attributes:
         report: before, after and how; see `UnlearningReport`.
-        applied: whether the weights were changed (False for an empty request, a dry run, and a request that was served
-            before).
+        applied: whether the weights were changed (False for an empty request, a dry run, and a request that the ledger
+            has already).
         memory: the memory of the changed model, or None where there was none.
-        entry: the ledger's entry of a request with `save=True`.
         undo: what `revert()` calls, once; None where there is nothing to undo.
     """
 
     report: UnlearningReport
     applied: bool
     memory: GradientMemory | None
-    entry: LedgerEntry | None = None
     undo: Callable[[], None] | None = None
 
     def revert(self) -> None:
         """Put the weights (bit for bit) and the memory back to what they were before the request.
 
         Raises:
-            RequestError: nothing was applied, it was saved or reverted already, or the weights have moved since.
+            RequestError: nothing was applied, it was reverted already, or the weights have moved since.
         """
         if self.undo is None:
-            saved = " or was saved, which is final," if self.entry is not None else ""
-            raise RequestError(f"revert(): this request changed nothing,{saved} or was reverted already.")
+            raise RequestError("revert(): this request changed nothing, or was reverted already.")
         self.undo()
         self.undo, self.applied = None, False
