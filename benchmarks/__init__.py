@@ -1,1 +1,1 @@
-"""Benchmarks: unlearning measured against retraining, with seconds and memory. Start with `python -m benchmarks.run`."""
+"""Benchmarks: unlearning measured against retraining, with seconds and memory. Start: `python -m benchmarks.run`."""

@@ -1,4 +1,4 @@
-"""TOFU's figures of a language model on forget and retained rows: right and wrong answers, and those it writes itself."""
+"""TOFU's figures of a language model on forget and retained rows: right and wrong answers, and its own."""
 
 from __future__ import annotations
 

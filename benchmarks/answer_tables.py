@@ -27,10 +27,11 @@ def answers_table(panel: Panel) -> list[str]:
     utility = once[0]["figures"]["retrained"]["answers"]["utility"]
     missing = "" if utility["rouge_l_recall"] is not None else " ROUGE-L is left out: `rouge_score` is not installed."
     return [
-        f"TOFU's figures. Forget quality: p of a Kolmogorov-Smirnov test of the {quality['rows']} forget rows' truth ratios "
-        "against the retrained model's (above 0.05: not told apart), and the test's statistic. Forget rows: P(answer)^(1/tokens), "
-        "ROUGE-L recall of the greedy answer, median truth ratio (about 1: does not know). Model utility: harmonic mean of "
-        f"probability, ROUGE-L recall and max(0, 1 − truth ratio) on {utility['rows']} retained rows.{missing}",
+        f"TOFU's figures. Forget quality: p of a Kolmogorov-Smirnov test of the {quality['rows']} forget rows' truth "
+        "ratios against the retrained model's (above 0.05: not told apart), and the test's statistic. Forget rows: "
+        "P(answer)^(1/tokens), ROUGE-L recall of the greedy answer, median truth ratio (about 1: does not know). Model "
+        f"utility: harmonic mean of probability, ROUGE-L recall and max(0, 1 − truth ratio) on {utility['rows']} "
+        f"retained rows.{missing}",
         "",
         "| model | forget quality | log10 | KS | forget rows: P | ROUGE-L | truth ratio | utility | retained rows: P | "
         "ROUGE-L | 1 − truth ratio |",

@@ -56,8 +56,8 @@ class CellStore:
             "data": case.work.data,
             "scenario": case.scenario.name,
             "seed": case.seed,
-            "meaning": "ids: numbers of the rows in the data set's own training split, from 0; rows: numbers among this "
-            "benchmark's training rows; requests: the same by request",
+            "meaning": "ids: numbers of the rows in the data set's own training split, from 0; rows: numbers among "
+            "this benchmark's training rows; requests: the same by request",
             "training_rows": len(case.splits.train),
             "ids": ids[case.forget_rows].tolist(),
             "rows": case.forget_rows.tolist(),

@@ -35,8 +35,8 @@ class MeasuredModel:
     Attributes:
         rows: predictions by set of rows.
         figures: see `hf_iau.evaluation.Figures`.
-        svc_mia: share of forget rows that the SVC confidence attack of SalUn's tables calls unseen, 0 to 1; None for too
-            few rows or a diverged model.
+        svc_mia: share of forget rows that the SVC confidence attack of SalUn's tables calls unseen, 0 to 1; None for
+            too few rows or a diverged model.
         answers: TOFU's figures, of question-answer rows alone.
     """
 
@@ -57,7 +57,7 @@ class MeasuredModel:
         return values
 
     def losses(self) -> dict[str, np.ndarray]:
-        """Row losses for plots, float32: enough to draw with, and half the size; with the truth ratios where there are any."""
+        """Row losses for plots, float32: enough to draw with, and half the size; and truth ratios, if any."""
         sets = {"forget": self.rows.forget, "test": self.rows.unseen}
         losses = {name: rows.loss.astype(np.float32) for name, rows in sets.items() if rows is not None}
         if self.answers is not None:

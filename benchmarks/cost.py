@@ -371,8 +371,8 @@ def markdown(document: dict[str, Any]) -> str:
     lines = [
         "# Cost",
         "",
-        f"Medians over turns; {hardware['processor']}, {hardware['threads']} thread(s) of {hardware['cpu_count']} CPUs, "
-        f"torch {hardware['torch']}. Command: `{document['command']}`.",
+        f"Medians over turns; {hardware['processor']}, {hardware['threads']} thread(s) of {hardware['cpu_count']} "
+        f"CPUs, torch {hardware['torch']}. Command: `{document['command']}`.",
         "",
         "| ratio | on | value | goal | met | median seconds |",
         "|---|---|---|---|---|---|",

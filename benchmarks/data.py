@@ -141,8 +141,8 @@ def load_splits(name: str, data: Path | None, *, train_rows: int, held_out_rows:
     """The first rows of a fixed permutation of the training pool, then held-out rows of it, and test rows.
 
     Args:
-        name: `cifar10`, `fashion_mnist`, `banking77`, `digits`, `breast_cancer` or `synthetic` (the last three need no data);
-            for `tofu` see `benchmarks.question_answers`.
+        name: `cifar10`, `fashion_mnist`, `banking77`, `digits`, `breast_cancer` or `synthetic` (the last three need no
+            data); for `tofu` see `benchmarks.question_answers`.
         data: the folder or file with the data, or a folder that has it under `name`.
         train_rows, held_out_rows, test_rows: how many of each.
 

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.memory --out DIR`: peak memory of gathering and of a request beside training's own, and forecasts.
+"""`python -m benchmarks.memory --out DIR`: peak memory of gathering and of a request, and estimates.
 
-The bound is training's own peak, one float32 copy of the trained weights and the factors; with a memory on another device
-than the model's, training's own peak. `eigenvectors` is what is held beside all that while those of the largest factor are
-found, which does not grow with the number of layers.
+The bound is training's own peak, one float32 copy of the trained weights and the factors; with a memory on another
+device than the model's, training's own peak. `eigenvectors` is what is held beside all that while those of the largest
+factor are found, which does not grow with the number of layers.
 
 Bytes are those of PyTorch's allocator: on a CPU its events, on CUDA `max_memory_allocated`. Rows are random tokens, for
 bytes and seconds do not depend on what is in them. Seconds are taken in a second run, without the profiler.

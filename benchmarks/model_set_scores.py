@@ -26,9 +26,9 @@ def scores(found: dict[str, Measured], seed: int) -> list[Document]:
         seed: of folds, exchanges and resamples.
 
     Returns:
-        One entry a set, in their order: both tests with all models and, under `by_models`, with a quarter and half of them
-        and against all retrained models together. A model with a margin that is not finite is left out and counted as diverged;
-        tests are None where fewer than 4 models are left, and for `RETRAINED_SET` itself.
+        One entry a set, in their order: both tests with all models and, under `by_models`, with a quarter and half of
+        them and against all retrained models together. A model with a margin that is not finite is left out and counted
+        as diverged; tests are None where fewer than 4 models are left, and for `RETRAINED_SET` itself.
     """
     arrays = {name: _finite(models) for name, models in found.items()}
     reference, _ = arrays[RETRAINED_SET]
@@ -86,16 +86,16 @@ def markdown(document: Document) -> str:
     lines = [
         f"# Sets of models: {document['work']}",
         "",
-        f"## {document['work']}, {document['scenario']} ({document['forget_rows']:,} rows), {document['models']} models a "
-        "set",
+        f"## {document['work']}, {document['scenario']} ({document['forget_rows']:,} rows), {document['models']} "
+        "models a set",
         "",
-        f"Forget set of seed {document['seed']}. Seeds of the originals {_range(first['seeds'])}, of the retrained models "
-        f"{_range(reference['seeds'])}, of those retrained again {_range(sets[RETRAINED_AGAIN]['seeds'])}. "
-        f"{hardware['accelerator'] or hardware['processor']}, {hardware['threads']} thread(s) of {hardware['cpu_count']} "
-        f"CPUs, torch {hardware['torch']}. Command: `{document['command']}`.",
+        f"Forget set of seed {document['seed']}. Seeds of the originals {_range(first['seeds'])}, of the retrained "
+        f"models {_range(reference['seeds'])}, of those retrained again {_range(sets[RETRAINED_AGAIN]['seeds'])}. "
+        f"{hardware['accelerator'] or hardware['processor']}, {hardware['threads']} thread(s) of "
+        f"{hardware['cpu_count']} CPUs, torch {hardware['torch']}. Command: `{document['command']}`.",
         "",
-        "| set | U-LiRA accuracy [95 %] | AUC [95 %] | KLoM forget (at chance) | p | retained | test | histogram, forget (at "
-        "chance) | margin of forget rows | of test rows | seconds (CPU) | setting |",
+        "| set | U-LiRA accuracy [95 %] | AUC [95 %] | KLoM forget (at chance) | p | retained | test | histogram, "
+        "forget (at chance) | margin of forget rows | of test rows | seconds (CPU) | setting |",
         "|---" * 12 + "|",
     ]
     for entry in document["sets"]:
@@ -105,14 +105,15 @@ def markdown(document: Document) -> str:
     peaks = [entry["peak_bytes"] for entry in document["sets"] if entry["peak_bytes"] is not None]
     lines += [
         "",
-        f"Each set against `{RETRAINED_SET}`. KLoM in nats, by normal fits, mean over the rows, with its value when whole "
-        "models change sets at random, and p, the share of such exchanges with a mean at least as large; *histogram* is the "
-        "published estimator. Margins: mean, less that of the retrained models (above 0: surer of the label than they "
-        "are). Seconds: one `unlearn()` call with its own report, mean over the models, wall (CPU); training a model for "
+        f"Each set against `{RETRAINED_SET}`. KLoM in nats, by normal fits, mean over the rows, with its value when "
+        "whole models change sets at random, and p, the share of such exchanges with a mean at least as large; "
+        "*histogram* is the published estimator. Margins: mean, less that of the retrained models (above 0: surer of "
+        "the label than they are). Seconds: one `unlearn()` call with its own report, mean over the models, wall "
+        "(CPU); training a model for "
         "the last two. Settings are tuned on the first original alone and serve all: " + RULE,
         "",
-        f"Training of all {sum(cost['models'] for cost in training)} models: {seconds:.0f} CPU seconds; gathering, tuning and "
-        f"unlearning: {sum(entry['unlearning_cpu_seconds'] for entry in document['sets']):.0f}. "
+        f"Training of all {sum(cost['models'] for cost in training)} models: {seconds:.0f} CPU seconds; gathering, "
+        f"tuning and unlearning: {sum(entry['unlearning_cpu_seconds'] for entry in document['sets']):.0f}. "
         f"Peak memory of a request above the process' own: {max(peaks, default=0) / 2**20:.0f} MB, of the process: "
         f"{document['peak_process_bytes'] / 2**20:.0f} MB.",
         "",
@@ -128,8 +129,8 @@ def _by_models(entries: Sequence[Document]) -> list[str]:
         return []
     heads = [f"{found['unlearned_models']}, {found['retrained_models']}" for found in tested[0]["by_models"]]
     lines = [
-        "The same by the number of models, unlearned and retrained: U-LiRA accuracy [95 %]; KLoM on the forget rows by normal "
-        "fits (at chance), p.",
+        "The same by the number of models, unlearned and retrained: U-LiRA accuracy [95 %]; KLoM on the forget rows by "
+        "normal fits (at chance), p.",
         "",
         "| set | " + " | ".join(heads) + " |",
         "|---" * (len(heads) + 1) + "|",

@@ -1,8 +1,8 @@
 """`python -m benchmarks.model_sets --work W --models K --seed S --out DIR`: U-LiRA and KLoM over sets of real models.
 
 One forget set. K originals are trained on all rows and unlearned by each method; two sets of K models are retrained
-without the forget rows, from seeds of their own: one to compare with, one to show what a retrained set gets. A model that
-was measured has a file and is not trained, unlearned or measured again.
+without the forget rows, from seeds of their own: one to compare with, one to show what a retrained set gets. A model
+that was measured has a file and is not trained, unlearned or measured again.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def small_vit(n_classes: int) -> nn.Module:
 
 
 def small_llama(n_classes: int) -> nn.Module:
-    """A four-layer Llama of 2.6 M weights for sequences of up to 512 tokens; `n_classes` is the size of its vocabulary."""
+    """A four-layer Llama of 2.6 M weights for sequences of up to 512 tokens; `n_classes`: size of its vocabulary."""
     config = LlamaConfig(
         vocab_size=n_classes,
         hidden_size=192,
@@ -151,7 +151,7 @@ def minilm(n_classes: int, folder: Path) -> nn.Module:
 
 
 def minilm_lora(n_classes: int, folder: Path) -> nn.Module:
-    """MiniLM with LoRA adapters of rank 16 on every linear layer, and a new classification head that is trained whole."""
+    """MiniLM with LoRA adapters of rank 16 on every linear layer, and a new classification head, trained whole."""
     adapters = LoraConfig(
         task_type="SEQ_CLS",
         r=16,

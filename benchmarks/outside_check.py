@@ -2,8 +2,9 @@
 
     python -m benchmarks.outside_check [--source FOLDER] [--out FILE]
 
-torchunlearn (Kim et al., PyPI `torchunlearn`, and Harry24k/machine-unlearning-pytorch) is no dependency: install it, with
-torchvision, into an environment of its own. Its wheel 0.1.0 lacks the folder with its methods; `--source` names a checkout.
+torchunlearn (Kim et al., PyPI `torchunlearn`, and Harry24k/machine-unlearning-pytorch) is no dependency: install it,
+with torchvision, into an environment of its own. Its wheel 0.1.0 lacks the folder with its methods; `--source` names a
+checkout.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def plot_gap_against_seconds(panels: Sequence[Panel], path: Path) -> None:
 
 
 def plot_losses(panel: Panel, cells_folder: Path, folder: Path) -> list[Path]:
-    """Histograms of row losses (one image a method) and ROC curves of the loss attack (one image), of the first seed."""
+    """Histograms of row losses (one image a method) and ROC curves of the loss attack (one image), first seed."""
     seed = min(cell["seed"] for cell in panel.cells)
     shared = cells_folder / f"{file_name(panel.work, panel.scenario, f'seed{seed}', 'references')}.npz"
     if not shared.is_file():

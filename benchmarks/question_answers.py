@@ -84,8 +84,8 @@ def prompt_tokens(row: QuestionAnswer, tokenizer: PreTrainedTokenizerBase) -> li
 def load_tofu(data: Path | None, *, train_rows: int, held_out_rows: int, test_rows: int) -> Splits:
     """Whole authors: those with wrong answers to compare with are trained on, others are never seen.
 
-    TOFU's own unseen authors (`holdout10`) are not used: their answers are a fifth longer, so they are not like the forget
-    rows of a model that was never trained on either. Unseen authors come from the same file as the others.
+    TOFU's own unseen authors (`holdout10`) are not used: their answers are a fifth longer, so they are not like the
+    forget rows of a model that was never trained on either. Unseen authors come from the same file as the others.
 
     Args:
         data: a folder with `full`, `retain_perturbed` and `forget10_perturbed`, each as `.parquet` or `.json`; default:
@@ -121,8 +121,8 @@ def train_tokenizer(data: Path | None) -> PreTrainedTokenizerBase:
     """A byte-level BPE from the text of the authors in the middle of the file, that nothing else is done with.
 
     Were it made from the training rows, the names of the forget rows would be tokens of their own and those of held-out
-    rows would not: the two would differ for a model that knows neither. It would also be a trace of the forget rows that
-    no unlearning of weights removes.
+    rows would not: the two would differ for a model that knows neither. It would also be a trace of the forget rows
+    that no unlearning of weights removes.
     """
     everyone, _ = _everyone(data)
     tokenizer = Tokenizer(models.BPE())

@@ -198,7 +198,8 @@ TOFU_LLAMA = Work(
     test_rows=400,
     request_batch_size=16,
     eval_batch_size=50,
-    baseline_epochs=1,  # 700 retained rows; TOFU's own budget is 5 passes over the forget rows with as many retained ones
+    # 700 retained rows; TOFU's own budget is 5 passes over the forget rows with as many retained ones
+    baseline_epochs=1,
 )
 DIGITS = Work(
     "digits_cnn",

@@ -1,4 +1,4 @@
-"""A suite's cells as Markdown: differences to the retrained model, ranks, the front, several requests in a row, claims."""
+"""A suite's cells as Markdown: differences to the retrained model, ranks, the front, requests in a row, claims."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def markdown(found: Sequence[Panel], suite: Suite) -> str:
     parts += [
         "Signed differences to the model retrained from the same seed, in percentage points, mean ± standard deviation "
         "over seeds. RA, FA, TA: accuracy on retained, forgotten and test rows. MIA: AUC of the loss attack, forgotten "
-        "against test rows. Gap: mean of the four absolute differences, per seed. Entropy: AUC of an attack that nothing "
-        "was optimised for. SVC: share of forgotten rows that the confidence attack of SalUn's tables calls unseen; "
-        "SVC gap: the gap with it in place of MIA, which is the average gap of those tables. "
-        "Seconds: one plain `unlearn()` call with its own report before and after, wall (CPU); tuning and the gathering "
-        "of a memory are counted apart. Rank: mean of the places by gap, test accuracy and seconds.",
+        "against test rows. Gap: mean of the four absolute differences, per seed. Entropy: AUC of an attack that "
+        "nothing was optimised for. SVC: share of forgotten rows that the confidence attack of SalUn's tables calls "
+        "unseen; SVC gap: the gap with it in place of MIA, which is the average gap of those tables. "
+        "Seconds: one plain `unlearn()` call with its own report before and after, wall (CPU); tuning and the "
+        "gathering of a memory are counted apart. Rank: mean of the places by gap, test accuracy and seconds.",
         "",
         f"How baselines are tuned: {RULE}",
         "",
@@ -86,11 +86,12 @@ def _section(panel: Panel) -> list[str]:
     lines = [
         f"## {panel.work}, {panel.scenario} ({first['forget_rows']:,} rows)",
         "",
-        f"Seeds {', '.join(map(str, seeds))}; {hardware['accelerator'] or hardware['processor']}, {hardware['threads']} "
-        f"thread(s) of {hardware['cpu_count']} CPUs, torch {hardware['torch']}. Command: `{first['command']}`.",
+        f"Seeds {', '.join(map(str, seeds))}; {hardware['accelerator'] or hardware['processor']}, "
+        f"{hardware['threads']} thread(s) of {hardware['cpu_count']} CPUs, torch {hardware['torch']}. Command: "
+        f"`{first['command']}`.",
         "",
-        "| method | RA | FA | TA | MIA | entropy | SVC | gap | SVC gap | seconds (CPU) | tuning, s | gathering, s | rank | "
-        "setting |",
+        "| method | RA | FA | TA | MIA | entropy | SVC | gap | SVC gap | seconds (CPU) | tuning, s | gathering, s | "
+        "rank | setting |",
         "|---" * 14 + "|",
         _row(_BEFORE, once, lambda c: c["gap_before"], lambda c: c["figures"]["before"], ["0", "", "", "", ""]),
     ]
@@ -170,7 +171,8 @@ def _front_sentences(panel: Panel) -> list[str]:
         names = ", ".join(f"{r.name} ({r.gap:.2f} in {r.seconds:.1f} s)" for r in better)
         sentence = f"Both closer and faster than `{DEFAULT_METHOD}` ({ours.gap:.2f} in {ours.seconds:.1f} s): {names}."
     else:
-        sentence = f"No other method is both closer and faster than `{DEFAULT_METHOD}` ({ours.gap:.2f} in {ours.seconds:.1f} s)."
+        ours_is = f"`{DEFAULT_METHOD}` ({ours.gap:.2f} in {ours.seconds:.1f} s)"
+        sentence = f"No other method is both closer and faster than {ours_is}."
     return [*lines, sentence, ""]
 
 
@@ -225,8 +227,8 @@ def _requests_in_a_row(panel: Panel, others: Sequence[Panel]) -> list[str]:
     lines = [
         f"## {panel.work}, {panel.scenario}: drift",
         "",
-        "Gap on the rows forgotten so far, to the model retrained without the rows of all requests; the path is the summed "
-        "length of all steps relative to the weights.",
+        "Gap on the rows forgotten so far, to the model retrained without the rows of all requests; the path is the "
+        "summed length of all steps relative to the weights.",
         "",
         "| method | "
         + " | ".join(f"gap after {n}" for n in steps)

@@ -1,9 +1,9 @@
-"""`python -m benchmarks.throughput --model llama-lora --size 1b --out DIR`: tokens a second and peak memory of language models.
+"""`python -m benchmarks.throughput --model llama-lora --size 1b --out DIR`: speed and memory of language models.
 
-Training steps of the Trainer, gathering at the end of training, and requests that forget a share of the sequences, one after
-the other on the same model, in the same precision and with the same checkpointing and compiling. Sequences are random tokens
-of one length, for bytes and seconds do not depend on what is in them; so the requests are of given length and damping, and a
-calibrated one is timed beside them, whose outcome says nothing.
+Training steps of the Trainer, gathering at the end of training, and requests that forget a share of the sequences, one
+after the other on the same model, in the same precision and with the same checkpointing and compiling. Sequences are
+random tokens of one length, for bytes and seconds do not depend on what is in them; so the requests are of given length
+and damping, and a calibrated one is timed beside them, whose outcome says nothing.
 
 The forget pass is the pass over the forgotten sequences in which their gradients are summed.
 """

@@ -13,9 +13,9 @@ from hf_iau import IAUError, UnlearningTrainer
 
 TOLERATED_LOSS = 1.05
 RULE = (
-    f"Among the settings whose held-out loss is at most {TOLERATED_LOSS} times what it was before the request, the one at "
-    "which the loss attack tells forget rows and held-out rows apart least (AUC nearest one half); if there is none, the "
-    "one with the lowest held-out loss."
+    f"Among the settings whose held-out loss is at most {TOLERATED_LOSS} times what it was before the request, the one "
+    "at which the loss attack tells forget rows and held-out rows apart least (AUC nearest one half); if there is "
+    "none, the one with the lowest held-out loss."
 )
 
 

@@ -5,9 +5,9 @@ Runs offline in less than three minutes on two CPU cores: `hf-iau demo`, or `pyt
 The data are scikit-learn's handwritten digits. A fifth of the labels that were collected for training is wrong, as a
 careless annotator would leave them; the test labels are right. The model is trained until it knows the wrong labels by
 heart. Then 80 wrong ones are found out, and the model has to lose them, which retraining without them would do. The
-setting is chosen so that forgetting visibly matters: the model knows every wrong label before, a retrained one none. Two
-models are retrained, for comparison only: the second has another seed and shows how far apart two retrained models are
-anyhow.
+setting is chosen so that forgetting visibly matters: the model knows every wrong label before, a retrained one none.
+Two models are retrained, for comparison only: the second has another seed and shows how far apart two retrained models
+are anyhow.
 """
 
 from __future__ import annotations
@@ -145,17 +145,17 @@ def explain(report: UnlearningReport, setting: Setting) -> str:
         [
             f"Before: the model gives the wrong label on {percent(before, 'forget_accuracy')} of the "
             f"{setting.forget_rows} rows to forget; it knows them by heart.",
-            f"After one step of unlearning: {percent(after, 'forget_accuracy')}. A model that was retrained without those "
-            f"rows, which is the aim: {percent(retrained, 'forget_accuracy')}.",
+            f"After one step of unlearning: {percent(after, 'forget_accuracy')}. A model that was retrained without "
+            f"those rows, which is the aim: {percent(retrained, 'forget_accuracy')}.",
             f"Correct on the test rows: {percent(before, 'test_accuracy')} before, {percent(after, 'test_accuracy')} "
             f"after, {percent(retrained, 'test_accuracy')} retrained. The labels that stay, wrong ones among them: "
             f"{percent(before, 'retain_accuracy')}, {percent(after, 'retain_accuracy')}, "
             f"{percent(retrained, 'retain_accuracy')}.",
-            f"An attacker who looks at losses tells forget rows from test rows with an AUC of {percent(before, 'mia_auc')} "
-            f"before, {percent(after, 'mia_auc')} after, {percent(retrained, 'mia_auc')} retrained (a wrong label "
-            "surprises a model that never saw it, so 50 % is not the aim here).",
-            f"Mean distance of the four figures from the retrained model: {report.gap_before['mean_absolute']:.1f} points "
-            f"before, {report.gap['mean_absolute']:.1f} after; two retrained models differ by "
+            "An attacker who looks at losses tells forget rows from test rows with an AUC of "
+            f"{percent(before, 'mia_auc')} before, {percent(after, 'mia_auc')} after, {percent(retrained, 'mia_auc')} "
+            "retrained (a wrong label surprises a model that never saw it, so 50 % is not the aim here).",
+            f"Mean distance of the four figures from the retrained model: {report.gap_before['mean_absolute']:.1f} "
+            f"points before, {report.gap['mean_absolute']:.1f} after; two retrained models differ by "
             f"{report.noise_floor['gap']['mean_absolute']:.1f}.",
         ]
     )

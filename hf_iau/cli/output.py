@@ -68,7 +68,8 @@ _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 class Output:
     """What is printed.
 
-    Text or a table for people, or one JSON object on standard output. Under `accelerate launch` only the first process prints.
+    Text or a table for people, or one JSON object on standard output. Under `accelerate launch` only the first process
+    prints.
 
     Attributes:
         as_json: print JSON, and nothing else, on standard output.

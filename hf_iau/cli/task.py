@@ -77,10 +77,10 @@ class Task:
         return DataCollatorForSeq2Seq(self.processor, label_pad_token_id=IGNORED_LABEL)
 
     def prepare(self, rows: datasets.Dataset) -> datasets.Dataset:
-        """The rows as the model takes them, in the same order; their other columns stay, and are left out by the Trainer.
+        """The rows as the model takes them, in the same order; their other columns stay (the Trainer leaves them out).
 
-        Images are read each time they are asked for, texts are tokenized once. A language model is to predict every token
-        of its text.
+        Images are read each time they are asked for, texts are tokenized once. A language model is to predict every
+        token of its text.
 
         Raises:
             RequestError: a column is missing, or a label is not one of the model's.
@@ -88,8 +88,8 @@ class Task:
         for column in self.input_columns:
             if column not in rows.column_names:
                 raise RequestError(
-                    f"There is no column {column!r} to read the {'image' if self.kind == 'image' else 'text'}s from: the "
-                    f"rows have {', '.join(rows.column_names)}."
+                    f"There is no column {column!r} to read the {'image' if self.kind == 'image' else 'text'}s from: "
+                    f"the rows have {', '.join(rows.column_names)}."
                 )
         if self.kind == "language":
             # Columns that the Trainer would take for labels, beside those made here.
@@ -155,9 +155,9 @@ def load_task(
     chosen = kind or known
     if chosen is None:
         raise UnsupportedModelError(
-            f"{name!r} is a {architecture or config.model_type}: the command line serves text and image classifiers and "
-            "causal language models. Use hf_iau.UnlearningTrainer in Python for other models, or say by --task what it "
-            "is."
+            f"{name!r} is a {architecture or config.model_type}: the command line serves text and image classifiers "
+            "and causal language models. Use hf_iau.UnlearningTrainer in Python for other models, or say by --task "
+            "what it is."
         )
     if chosen == "language" and len(input_columns) > 1:
         raise RequestError(

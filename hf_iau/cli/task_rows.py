@@ -117,7 +117,8 @@ def rows_of_labels(rows: datasets.Dataset, column: str, label2id: Mapping[str, i
         if number is None:
             raise RequestError(
                 f"Row {position} has the label {value!r}, which the model does not know: it has "
-                f"{', '.join(list(known)[:10])}{', …' if len(known) > 10 else ''}. Give the column that it was trained on."
+                f"{', '.join(list(known)[:10])}{', …' if len(known) > 10 else ''}. Give the column that it was trained "
+                "on."
             )
         encoded.append(number)
     return rows.add_column(_ENCODED, encoded).remove_columns(column).rename_column(_ENCODED, "labels")

@@ -76,8 +76,8 @@ class KLoM:
         median: median over the rows.
         percentile_95: value that 95 % of the rows are below: the rows forgotten worst.
         chance_mean: what `mean` is when whole models change sets at random: its value for a set of retrained models,
-            which is above 0 because distributions are known from few models (for normal margins and 12, 50, 100 models a
-            set: 4.9, 0.9, 0.35 nats by histogram, 0.2, 0.04, 0.02 by normal fits). Compare `mean` with this.
+            which is above 0 because distributions are known from few models (for normal margins and 12, 50, 100 models
+            a set: 4.9, 0.9, 0.35 nats by histogram, 0.2, 0.04, 0.02 by normal fits). Compare `mean` with this.
         chance_percentile_95: the same of `percentile_95`.
         p_value: share of those random exchanges with a mean at least as large: small says that the sets differ.
         rows: rows compared.

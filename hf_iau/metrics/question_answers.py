@@ -20,9 +20,9 @@ class ForgetQuality:
     """Whether the forget rows' truth ratios come from the same distribution as a retrained model's.
 
     Attributes:
-        p_value: of the two-sample Kolmogorov-Smirnov test, 0 to 1: TOFU's forget quality. A retrained model of another seed
-            is anywhere between 0 and 1, for in truth there is no difference; below 0.05 the two can be told apart. That
-            it is high does not show that they are alike: with few rows it is.
+        p_value: of the two-sample Kolmogorov-Smirnov test, 0 to 1: TOFU's forget quality. A retrained model of another
+            seed is anywhere between 0 and 1, for in truth there is no difference; below 0.05 the two can be told apart.
+            That it is high does not show that they are alike: with few rows it is.
         log10_p_value: its logarithm; minus infinity for a p value of 0.
         statistic: largest distance of the two distribution functions, 0 to 1; lower is better.
         rows, retrained_rows: how many rows of each model were compared.
@@ -46,8 +46,8 @@ class ModelUtility:
     Attributes:
         utility: harmonic mean of the others, 0 where one of them is.
         probability: mean over the rows of P(answer | question)^(1/tokens).
-        rouge_l_recall: mean over the rows of the ROUGE-L recall of the greedy answer; None where it was not measured, and
-            then not part of `utility`.
+        rouge_l_recall: mean over the rows of the ROUGE-L recall of the greedy answer; None where it was not measured,
+            and then not part of `utility`.
         truth_ratio: mean over the rows of max(0, 1 − truth ratio).
         rows: how many.
     """
@@ -66,9 +66,9 @@ class ModelUtility:
 def truth_ratio(paraphrased_loss: Any, perturbed_losses: Any) -> np.ndarray:
     """How probable a wrong answer is beside a right one that the model was not trained on in these words.
 
-    R = exp(−mean of the losses of the wrong answers) / exp(−loss of the paraphrased right answer), all losses means over
-    an answer's tokens. So the wrong answers' probabilities enter by their geometric mean, as in TOFU's public code; the
-    paper's equation 1 has the arithmetic mean.
+    R = exp(−mean of the losses of the wrong answers) / exp(−loss of the paraphrased right answer), all losses means
+    over an answer's tokens. So the wrong answers' probabilities enter by their geometric mean, as in TOFU's public
+    code; the paper's equation 1 has the arithmetic mean.
 
     Args:
         paraphrased_loss: `(rows,)`, nats a token, of the right answer in other words.
@@ -83,8 +83,8 @@ def truth_ratio(paraphrased_loss: Any, perturbed_losses: Any) -> np.ndarray:
     right, wrong = (np.asarray(values, dtype=np.float64) for values in (paraphrased_loss, perturbed_losses))
     if right.ndim != 1 or wrong.ndim != 2 or len(right) != len(wrong) or not wrong.size:
         raise RequestError(
-            f"paraphrased_loss has shape {right.shape} and perturbed_losses {wrong.shape}: give one loss a row, and for "
-            "each of the same rows a list of losses, all of the same length."
+            f"paraphrased_loss has shape {right.shape} and perturbed_losses {wrong.shape}: give one loss a row, and "
+            "for each of the same rows a list of losses, all of the same length."
         )
     with np.errstate(over="ignore"):
         ratios: np.ndarray = np.exp(right - wrong.mean(axis=1))
@@ -123,8 +123,8 @@ def forget_quality(truth_ratios: Any, retrained_truth_ratios: Any) -> ForgetQual
 def model_utility(loss: Any, truth_ratios: Any, rouge_l_recall: Any = None) -> ModelUtility:
     """TOFU's model utility on one set of rows (paper, section 2.2.1).
 
-    The paper takes the harmonic mean over three sets, retained rows, real authors and world facts; the two others are for
-    models that were pretrained on the world's text.
+    The paper takes the harmonic mean over three sets, retained rows, real authors and world facts; the two others are
+    for models that were pretrained on the world's text.
 
     Args:
         loss: `(rows,)`, nats a token, of the answer as trained on.

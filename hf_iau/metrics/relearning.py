@@ -73,8 +73,8 @@ def relearn_time(
         row_loss: what is trained; default: the loss that the model itself returns.
         seed: of the rows' order and of dropout.
 
-    The number means little alone: it depends on the learning rate. Compare it with that of a retrained model, found with
-    the same arguments.
+    The number means little alone: it depends on the learning rate. Compare it with that of a retrained model, found
+    with the same arguments.
 
     Raises:
         ConfigError: without a target, or for arguments that are not positive.
@@ -87,7 +87,8 @@ def relearn_time(
         )
     if not learning_rate > 0 or max_epochs < 1 or (measure_every is not None and measure_every < 1):
         raise ConfigError(
-            f"learning_rate={learning_rate}, max_epochs={max_epochs}, measure_every={measure_every}: give numbers above 0."
+            f"learning_rate={learning_rate}, max_epochs={max_epochs}, measure_every={measure_every}: give numbers "
+            "above 0."
         )
     if not len(forget):
         raise RequestError("forget holds no rows: there is nothing to relearn.")

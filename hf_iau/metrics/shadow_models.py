@@ -1,9 +1,10 @@
-"""The shadow-model attack: an attacker learns on models of its own what a member looks like, then judges the forget rows.
+"""The shadow-model attack: an attacker learns on models of its own what a member looks like.
 
-Shokri et al. (2017, arXiv 1610.05820) train the attacker on shadow models, whose members are known; the unlearning paper
-of Liu et al. (2025, arXiv 2507.23257) measures with it. What the attacker sees of a row is [softmax − one-hot, one-hot]:
-how far the prediction is from the label, and the label. The attack means something only if the shadow models are made
-as the victim was (same architecture, same training) from rows that the victim has *not* seen: `shadow_rows` deals them.
+Shokri et al. (2017, arXiv 1610.05820) train the attacker on shadow models, whose members are known; the unlearning
+paper of Liu et al. (2025, arXiv 2507.23257) measures with it. What the attacker sees of a row is [softmax − one-hot,
+one-hot]: how far the prediction is from the label, and the label. The attack means something only if the shadow models
+are made as the victim was (same architecture, same training) from rows that the victim has *not* seen: `shadow_rows`
+deals them.
 """
 
 from __future__ import annotations

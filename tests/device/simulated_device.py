@@ -190,7 +190,8 @@ class SimulatedTensor(Tensor):
 
     def numpy(self, **settings: Any) -> Any:  # type: ignore[override]
         raise TypeError(
-            f"can't convert {DEVICE} device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first."
+            f"can't convert {DEVICE} device type tensor to numpy. "
+            "Use Tensor.cpu() to copy the tensor to host memory first."
         )
 
     def tolist(self) -> Any:

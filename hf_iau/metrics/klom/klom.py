@@ -20,7 +20,8 @@ _KWARGS_DESCRIPTION = """
 Args:
     predictions: for each row its margins under the unlearned models, `(rows, models)`.
     references: for each row its margins under the retrained models, `(rows, models)`.
-        A margin is log(p / (1 − p)) of the label's probability p; `hf_iau.metrics.model_sets.margins` computes it from logits.
+        A margin is log(p / (1 − p)) of the label's probability p; `hf_iau.metrics.model_sets.margins` computes it from
+        logits.
     estimator: "histogram" (the paper's, for about 100 models a set) or "gaussian" (for fewer).
     permutations: random exchanges of models for the values at chance; 0 for none.
     bootstrap: resamples, of rows, for the mean's interval; 0 for none.

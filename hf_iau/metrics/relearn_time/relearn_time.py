@@ -18,7 +18,8 @@ From the forget rows' losses (or accuracies) while both models are fine-tuned al
 _KWARGS_DESCRIPTION = """
 Args:
     predictions: loss of the forget rows while the unlearned model is fine-tuned on them: before the first step, then
-        after equal numbers of steps; from `hf_iau.metrics.relearning.relearn_time(...).losses`. Pad the shorter curve with NaN.
+        after equal numbers of steps; from `hf_iau.metrics.relearning.relearn_time(...).losses`. Pad the shorter curve
+        with NaN.
     references: the same of the retrained model, with the same settings.
     target: loss of the forget rows before they were forgotten.
     higher_is_better: whether the curves are accuracies.

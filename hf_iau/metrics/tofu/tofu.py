@@ -71,8 +71,8 @@ class TOFU(evaluate.Metric):
         unknown = sorted(set(words[~(forget | retain)].tolist()))
         if unknown or not forget.any() or not retain.any():
             raise RequestError(
-                f"splits holds {', '.join(map(repr, sorted(set(words.tolist()))))}: each row is 'forget' or 'retain', and "
-                "there is at least one of each."
+                f"splits holds {', '.join(map(repr, sorted(set(words.tolist()))))}: each row is 'forget' or 'retain', "
+                "and there is at least one of each."
             )
         ours = truth_ratio(paraphrased_losses, matrix("perturbed_losses", perturbed_losses))
         theirs = truth_ratio(

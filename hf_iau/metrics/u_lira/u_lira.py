@@ -20,7 +20,8 @@ _KWARGS_DESCRIPTION = """
 Args:
     predictions: for each forget row its margins under the unlearned models, `(rows, models)`.
     references: for each forget row its margins under the retrained models, `(rows, models)`.
-        A margin is log(p / (1 − p)) of the label's probability p; `hf_iau.metrics.model_sets.margins` computes it from logits.
+        A margin is log(p / (1 − p)) of the label's probability p; `hf_iau.metrics.model_sets.margins` computes it from
+        logits.
     folds: parts that the models are dealt into; each is judged by fits to the others.
     seed: of the dealing.
 Returns:
@@ -40,7 +41,8 @@ _CITATION = """\
 }
 @inproceedings{carlini2022membership,
   title = {Membership Inference Attacks From First Principles},
-  author = {Carlini, Nicholas and Chien, Steve and Nasr, Milad and Song, Shuang and Terzis, Andreas and Tramèr, Florian},
+  author = {Carlini, Nicholas and Chien, Steve and Nasr, Milad and Song, Shuang
+    and Terzis, Andreas and Tramèr, Florian},
   booktitle = {IEEE Symposium on Security and Privacy}, year = {2022}
 }
 """
