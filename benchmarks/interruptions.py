@@ -1,4 +1,4 @@
-"""The points at which writing a deletion request can be interrupted, hooked in from outside; for tests and the month."""
+"""The points at which writing a deletion request can be interrupted, hooked in from outside."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """`python -m benchmarks.ledger_cost --out DIR`: what row identity, ledger and transaction add to a request.
 
-A million training rows as synthetic fingerprints, a ledger that is a year old, and a model so small that computing, writing
-weights and hashing rows cost next to nothing beside the rest. What is timed is what a request pays for being recorded: to
-look its rows up, to mark them, to verify and extend the ledger, to write the receipt and the journal, and to make the
-whole a transaction. Medians over several requests of both wall and CPU seconds; on a shared machine the first include
-waiting for others.
+A million training rows as synthetic fingerprints, a ledger that is a year old, and a model so small that computing,
+writing weights and hashing rows cost next to nothing beside the rest. What is timed is what a request pays for being
+recorded: to look its rows up, to mark them, to verify and extend the ledger, to write the receipt and the journal, and
+to make the whole a transaction. Medians over several requests of both wall and CPU seconds; on a shared machine the
+first include waiting for others.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""`python -m benchmarks.month --requests 30 --crashes 5 --seed 0`: a month of deletion requests, with everything going wrong.
+"""`python -m benchmarks.month --requests 30 --crashes 5 --seed 0`: a month of deletion requests, with crashes.
 
 One small model runs the requests twice: in one go, and with kill -9 at random points (half of them at a named step of
-writing, half after a random time) and two restarts on another number of processes. Every process that starts hands in all
-requests from the first on, as somebody would who does not know how far the last one got. Exit code 0 only if the ledger
-verifies and still has every head that was given out, no request was lost or run twice, and the weights are those of the
-uninterrupted run to 1e-5 of their norm.
+writing, half after a random time) and two restarts on another number of processes. Every process that starts hands in
+all requests from the first on, as somebody would who does not know how far the last one got. Exit code 0 only if the
+ledger verifies and still has every head that was given out, no request was lost or run twice, and the weights are those
+of the uninterrupted run to 1e-5 of their norm.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def main(
     """Serve a month of requests with crashes, and check that nothing of it shows."""
     if requests < 4 or not 0 <= crashes < requests or rows * requests >= TRAIN_ROWS:
         raise typer.BadParameter(
-            f"requests={requests}, crashes={crashes}, rows={rows}: give at least 4 requests, fewer crashes than requests, "
-            f"and fewer than {TRAIN_ROWS} rows in all."
+            f"requests={requests}, crashes={crashes}, rows={rows}: give at least 4 requests, fewer crashes than "
+            f"requests, and fewer than {TRAIN_ROWS} rows in all."
         )
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) if out is None else out

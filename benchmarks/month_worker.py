@@ -40,8 +40,8 @@ def rows(n: int, seed: int) -> TensorRows:
 def make_trainer(folder: Path, weights: Path | None = None) -> UnlearningTrainer:
     """A trainer of the month's model, new or with the weights on disk; its memory is found by itself."""
     set_seed(0)
-    # In float64: with another number of processes sums are added up in another order, which in float32 shows in the sixth
-    # digit of the losses that calibration looks at, and so in the fifth digit of the weights.
+    # In float64: with another number of processes sums are added up in another order, which in float32 shows in the
+    # sixth digit of the losses that calibration looks at, and so in the fifth digit of the weights.
     model = MLP(_CLASSES).double()
     if weights is not None:
         model.load_state_dict(load_file(weights))

@@ -1,9 +1,9 @@
 """`python -m benchmarks.result_tables`: write the measured tables into the documents, from `docs/results/*.json`.
 
 Every published figure lives in one of those files, with the command and the hardware that it came from. This module
-renders each of them between its marks in `docs/results.md`, and the ones that the README shows into `README.md`, so that
-a figure is never typed twice. `--collect OUT` first takes the figures of finished suites over from what `benchmarks.run`
-wrote there.
+renders each of them between its marks in `docs/results.md`, and the ones that the README shows into `README.md`, so
+that a figure is never typed twice. `--collect OUT` first takes the figures of finished suites over from what
+`benchmarks.run` wrote there.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def table(result: dict[str, Any]) -> str:
     """A results file as a Markdown table, with its note, hardware and command below.
 
     Args:
-        result: `columns` (see `Column`), `rows` (a value by key), and texts: `hardware`, `command`, `note`, each optional.
+        result: `columns` (see `Column`), `rows` (a value by key), and texts: `hardware`, `command`, `note`, each
+        optional.
     """
     columns = [Column(**column) for column in result["columns"]]
     lines = ["| " + " | ".join(column.label for column in columns) + " |", "|---" * len(columns) + "|"]

@@ -1,8 +1,8 @@
 """What mkdocs does beside reading `docs/`: pages from files that live elsewhere, and links that hold in both places.
 
-The documents are read on the site and in the repository. Pages link to each other, and to files outside `docs/`, by paths
-that are right in the repository; for the site, links to pages that were taken over lead there, and links to other files of
-the repository become plain text.
+The documents are read on the site and in the repository. Pages link to each other, and to files outside `docs/`, by
+paths that are right in the repository; for the site, links to pages that were taken over lead there, and links to other
+files of the repository become plain text.
 """
 
 from __future__ import annotations

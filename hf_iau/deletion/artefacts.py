@@ -286,7 +286,8 @@ def _history(root: Path) -> Iterator[Finding]:
         _size(git),
         f"A git history ({origin}): every earlier version of the weights can be had from it.",
         False,
-        "Squash it here and on the Hub (HfApi.super_squash_history, permanently_delete_lfs_files); see docs/how_to/publish.md.",
+        "Squash it here and on the Hub (HfApi.super_squash_history, permanently_delete_lfs_files); see "
+        "docs/how_to/publish.md.",
     )
 
 

@@ -1,4 +1,4 @@
-"""The journal: a request that is committed and not moved into place yet, so that a crash neither loses nor repeats it."""
+"""The journal: a request that is committed and not in place yet, so that a crash neither loses nor repeats it."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ class JournalFile:
             return None
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise StorageError(
-                f"The journal {self.path} of an interrupted request is not readable ({error}). Set the key that was set "
-                "when the request was run; if the file is damaged, restore the output directory from a copy."
+                f"The journal {self.path} of an interrupted request is not readable ({error}). Set the key that was "
+                "set when the request was run; if the file is damaged, restore the output directory from a copy."
             ) from error
 
     def seal(self, journal: Journal) -> None:

@@ -157,8 +157,8 @@ class Ledger:
                 )
             if entry.number != number or entry.previous != previous:
                 raise LedgerError(
-                    f"Line {number} of {self.path} is entry {entry.number} and does not follow the line before: entries "
-                    "were dropped, added or moved."
+                    f"Line {number} of {self.path} is entry {entry.number} and does not follow the line before: "
+                    "entries were dropped, added or moved."
                 )
             previous = entry.mac
             entries.append(entry)

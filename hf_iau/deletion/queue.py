@@ -100,8 +100,8 @@ class RequestQueue:
             content, named = b"", []
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise StorageError(
-                f"The queue {self.path} is not readable ({error}). Set the key that it was made with; if it is damaged, "
-                "delete it and queue the requests again."
+                f"The queue {self.path} is not readable ({error}). Set the key that it was made with; if it is "
+                "damaged, delete it and queue the requests again."
             ) from error
         return WaitingRows(np.frombuffer(bytearray(content), dtype=np.uint8).reshape(-1, FINGERPRINT_BYTES), named)
 

@@ -70,12 +70,14 @@ class DeletionService:
     """Carries out deletion requests for one trainer: weights, memory, ledger and receipt change as one transaction.
 
     A request is written beside what is there, flushed, sealed in a journal and only then moved into place. Until the
-    journal is sealed a crash leaves the old state; from then on the new one, which the next service of that `output_dir`
-    finishes moving when it is made. Only the main process writes; in several processes all make the service and call it.
+    journal is sealed a crash leaves the old state; from then on the new one, which the next service of that
+    `output_dir` finishes moving when it is made. Only the main process writes; in several processes all make the
+    service and call it.
 
     Args:
         trainer: whose model, memory and `output_dir` it is.
-        key: what row fingerprints and the ledger are made with: a `Key`, or a secret of at least 32 characters; default:
+        key: what row fingerprints and the ledger are made with: a `Key`, or a secret of at least 32 characters;
+        default:
             the one in `HF_IAU_KEY` or in the file that `HF_IAU_KEY_FILE` names.
         id_column: the column of the trainer's `train_dataset` that says whose a row is, for `ids=`.
 
@@ -114,7 +116,7 @@ class DeletionService:
         request_id: str | None = None,
         **settings: Any,
     ) -> DeletionOutput:
-        """Make the model forget rows, and write weights, memory, ledger and receipt into `output_dir` as one transaction.
+        """Make the model forget rows, and write weights, memory, ledger and receipt as one transaction.
 
         The same request run again is finished, or answered from the ledger, but never run twice. A request cannot be
         reverted.
@@ -245,9 +247,9 @@ class DeletionService:
     ) -> DeletionOutput | None:
         """Have rows forgotten together with others: they wait on disk until there are 16, and are then one request.
 
-        Small requests are better batched, for two versions of the weights differ by an image of the rows. Needs a memory
-        that was gathered with the key. What waits is kept as keyed fingerprints alone. A row number that waits is not
-        queued again; rows that are given by their content add a further copy as long as there is one.
+        Small requests are better batched, for two versions of the weights differ by an image of the rows. Needs a
+        memory that was gathered with the key. What waits is kept as keyed fingerprints alone. A row number that waits
+        is not queued again; rows that are given by their content add a further copy as long as there is one.
 
         Args:
             forget_dataset, forget_indices, ids: as for `unlearn`.
@@ -347,8 +349,8 @@ class DeletionService:
                 ) from error
             except OSError as error:
                 raise StorageError(
-                    f"output_dir={self.folder} cannot be written to ({error}): nothing was changed. Give a directory that "
-                    "can."
+                    f"output_dir={self.folder} cannot be written to ({error}): nothing was changed. Give a directory "
+                    "that can."
                 ) from error
 
         try:
@@ -423,8 +425,8 @@ class DeletionService:
     def _cannot_load(self) -> StorageError:
         return StorageError(
             f"The model has the weights from before the last request in the ledger, and those that it left are not in "
-            f"{self.folder}, or could not be loaded from there: load the model that was saved by that request, and give it "
-            "to a new trainer. Going on from here would bring the forgotten rows back."
+            f"{self.folder}, or could not be loaded from there: load the model that was saved by that request, and "
+            "give it to a new trainer. Going on from here would bring the forgotten rows back."
         )
 
     def _identify(self, memory: GradientMemory | None) -> None:
@@ -447,7 +449,8 @@ class DeletionService:
             if free < needed:
                 raise StorageError(
                     f"output_dir={self.folder} has {free / 2**20:.0f} MiB free, and the request needs "
-                    f"{needed / 2**20:.0f} MiB for weights and memory beside the old ones: nothing was changed. Free some."
+                    f"{needed / 2**20:.0f} MiB for weights and memory beside the old ones: nothing was changed. "
+                    "Free some."
                 )
 
         run_on_main_process(check, "room on the disk")
@@ -491,7 +494,7 @@ def _training_run(memory: GradientMemory | None) -> str:
 
 
 def request_name(key: Key, fingerprints: np.ndarray, request_id: str | None = None) -> str:
-    """Keyed name of a request, 32 hexadecimal digits: of the caller's own name for it, else of its rows in any order."""
+    """Keyed name of a request, 32 hexadecimal digits: of the caller's name for it, else of its rows in any order."""
     if request_id is not None:
         content = b"named " + request_id.encode()
     else:

@@ -21,8 +21,8 @@ class _Terminated(BaseException):
 class Termination:
     """A context in which SIGTERM raises, so that everything is put back, or waits while `deferred` is true.
 
-    Afterwards the signal is sent again to whoever handled it before: a process without a handler ends by it. Outside the
-    main thread Python allows no handlers, and the signal does what it always does.
+    Afterwards the signal is sent again to whoever handled it before: a process without a handler ends by it. Outside
+    the main thread Python allows no handlers, and the signal does what it always does.
     """
 
     def __init__(self) -> None:

@@ -46,11 +46,11 @@ def announce_row_loss(model: nn.Module, row_loss: RowLoss) -> None:
 class IAUCallback(TrainerCallback):
     """Gathers, at the end of fine-tuning, what a later request to forget rows needs.
 
-    Works on a plain `Trainer(callbacks=[IAUCallback()])`; an `UnlearningTrainer` adds one itself. The memory is made once, in
-    `on_train_end` and so after `load_best_model_at_end`, kept as `.memory` and saved under `<output_dir>/_iau/`, which
-    `push_to_hub` never uploads. Nothing is read off `param.grad` during training (it is clipped, scaled by a divisor
-    that depends on model and version, and taken at older weights), so training itself is not slowed down and
-    checkpoints hold nothing of it.
+    Works on a plain `Trainer(callbacks=[IAUCallback()])`; an `UnlearningTrainer` adds one itself. The memory is made
+    once, in `on_train_end` and so after `load_best_model_at_end`, kept as `.memory` and saved under
+    `<output_dir>/_iau/`, which `push_to_hub` never uploads. Nothing is read off `param.grad` during training (it is
+    clipped, scaled by a divisor that depends on model and version, and taken at older weights), so training itself is
+    not slowed down and checkpoints hold nothing of it.
 
     What can be refused is refused in `on_train_begin`, before compute is spent. If gathering itself fails after
     training, the trained model is not lost with it: the error is logged, and raised when the memory is asked for.
@@ -211,13 +211,14 @@ def refuse_unsupported_engines(args: TrainingArguments) -> None:
         settings = getattr(args, "fsdp_plugin_args", None) or {}
         if int(settings.get("fsdp_version", 1)) != 2 or (getattr(args, "fsdp_config", None) or {}).get("xla"):
             raise UnsupportedModelError(
-                f"fsdp={args.fsdp!r} is not supported as it is set up: FSDP1 (and that of XLA) flattens parameters. Use "
-                "FSDP2 (fsdp_config={'version': 2}), or DDP."
+                f"fsdp={args.fsdp!r} is not supported as it is set up: FSDP1 (and that of XLA) flattens parameters. "
+                "Use FSDP2 (fsdp_config={'version': 2}), or DDP."
             )
     elif "ACCELERATE_USE_FSDP" in chosen and os.environ.get("FSDP_VERSION", "1") == "2":
         del chosen["ACCELERATE_USE_FSDP"]
     for variable, value in chosen.items():
         raise UnsupportedModelError(
-            f"{variable}={value} is set, by `accelerate launch` or by hand, but neither DeepSpeed nor FSDP1 is supported. "
-            "Launch with DDP (`accelerate launch --multi_gpu`) or with FSDP2 (`--use_fsdp --fsdp_version 2`)."
+            f"{variable}={value} is set, by `accelerate launch` or by hand, but neither DeepSpeed nor FSDP1 is "
+            "supported. Launch with DDP (`accelerate launch --multi_gpu`) or with FSDP2 (`--use_fsdp "
+            "--fsdp_version 2`)."
         )

@@ -85,9 +85,9 @@ class UnlearningTrainer(Trainer):
         """As in `Trainer`. The memory of an earlier run no longer fits afterwards and is dropped here."""
         if self.model is not None and not self.is_fsdp_enabled and is_sharded(self.model):
             raise UnsupportedModelError(
-                "The model's parameters are sharded by fully_shard (FSDP2) already, which the Trainer cannot train. Let "
-                "Accelerate shard it (`accelerate launch --use_fsdp --fsdp_version 2`), or train with a loop of your own, "
-                "gather with hf_iau.gather(model, rows), and use this trainer to unlearn()."
+                "The model's parameters are sharded by fully_shard (FSDP2) already, which the Trainer cannot train. "
+                "Let Accelerate shard it (`accelerate launch --use_fsdp --fsdp_version 2`), or train with a loop of "
+                "your own, gather with hf_iau.gather(model, rows), and use this trainer to unlearn()."
             )
         self.unlearning_state = UnlearningState(card=UnlearningCard())
         return super().train(*args, **kwargs)
@@ -204,7 +204,7 @@ class UnlearningTrainer(Trainer):
         return memory
 
     def rebase(self, config: GatherConfig | None = None) -> GradientMemory:
-        """Gather anew at the present weights, from the rows that were not forgotten, as the present memory was gathered.
+        """Gather anew at the present weights from the rows that are left, as the present memory was gathered.
 
         One bounded pass, after which the steps taken so far count no more; do it when a report advises it.
 
@@ -231,8 +231,8 @@ class UnlearningTrainer(Trainer):
         """As in `Trainer`; the memory that belongs to these weights is saved with them, under `_iau/`.
 
         Where a request has ended the memory, an old one that lies there is removed, for it is of other weights.
-        Checkpoints (saved by the training loop itself) carry no memory. A model or memory that is spread over processes is
-        saved by all of them together.
+        Checkpoints (saved by the training loop itself) carry no memory. A model or memory that is spread over processes
+        is saved by all of them together.
 
         Raises:
             StorageError: a committed request that was interrupted lies in `output_dir`; `DeletionService(trainer)`
@@ -293,9 +293,9 @@ class UnlearningTrainer(Trainer):
     ) -> UnlearnOutput:
         """Make the model forget training rows, and report how well it did.
 
-        Weights and memory change in RAM alone; `save_model()` writes both, and `DeletionService` does it for requests that
-        must never be lost or run twice. The update is applied whole or not at all: after any exception the weights are
-        bit-identical to before.
+        Weights and memory change in RAM alone; `save_model()` writes both, and `DeletionService` does it for requests
+        that must never be lost or run twice. The update is applied whole or not at all: after any exception the weights
+        are bit-identical to before.
 
         Args:
             forget_dataset: the rows to forget, e.g. `train_dataset.select(ids)`, with the training rows' columns.
@@ -308,8 +308,8 @@ class UnlearningTrainer(Trainer):
             retrained_model: a model trained without the forget rows, for comparison only; of several, the first is
                 the reference and the next gives the noise floor between two retrained models.
             dry_run: do everything, report, and put the weights back.
-            commit: is given a `FinishedRequest` while the changed weights are whole and not yet final, in every process;
-                what it raises undoes the request.
+            commit: is given a `FinishedRequest` while the changed weights are whole and not yet final, in every
+                process; what it raises undoes the request.
 
         Returns:
             The report, `revert()`, and the memory that belongs to the new weights.

@@ -47,8 +47,8 @@ def _explanation(error: BaseException, repository: str) -> str | None:
             return f"{repository!r} is no name of a repository ({cause}): set hub_model_id=."
         if isinstance(cause, (_HTTP_ERROR, ConnectionError, TimeoutError)):
             return (
-                f"The connection to the Hub broke while pushing to {repository} ({type(cause).__name__}: {cause}). What "
-                "was uploaded is not in force without its commit."
+                f"The connection to the Hub broke while pushing to {repository} ({type(cause).__name__}: {cause}). "
+                "What was uploaded is not in force without its commit."
             )
         cause = cause.__cause__
     return None

@@ -35,8 +35,8 @@ class Budget:
     """What has been used up since the memory was gathered.
 
     The path starts anew where the curvature is estimated anew (`IAUConfig(renew_curvature=…)`). A long path alone is a
-    reason to check, and to gather anew. That the first-order picture has ended is said where what was measured agrees, or
-    was not measured.
+    reason to check, and to gather anew. That the first-order picture has ended is said where what was measured agrees,
+    or was not measured.
 
     Attributes:
         relative_path: summed length of all steps since gathering, relative to the weights' norm.
@@ -123,9 +123,9 @@ def few_rows_warning(rows: int) -> str | None:
     if rows >= FEWEST_ROWS:
         return None
     return (
-        f"The request has {rows} rows, fewer than {FEWEST_ROWS}: who has the weights or the memory before and after it can "
-        "work out the rows from the difference. Collect small requests with DeletionService(trainer).queue(...), and keep "
-        "neither version of the other."
+        f"The request has {rows} rows, fewer than {FEWEST_ROWS}: who has the weights or the memory before and after it "
+        "can work out the rows from the difference. Collect small requests with DeletionService(trainer).queue(...), "
+        "and keep neither version of the other."
     )
 
 

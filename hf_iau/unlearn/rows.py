@@ -73,14 +73,14 @@ def _checked_positions(train_dataset: Any, forget_indices: Any) -> tuple[Any, np
     outside = positions[(positions < 0) | (positions >= n_rows)]
     if outside.size:
         raise RequestError(
-            f"forget_indices holds {outside.size} numbers outside 0..{n_rows - 1}, e.g. {int(outside[0])}: train_dataset "
-            f"has {n_rows} rows."
+            f"forget_indices holds {outside.size} numbers outside 0..{n_rows - 1}, e.g. {int(outside[0])}: "
+            f"train_dataset has {n_rows} rows."
         )
     values, counts = np.unique(positions, return_counts=True)
     if (counts > 1).any():
         raise RequestError(
-            f"forget_indices names {int((counts > 1).sum())} rows more than once, e.g. row {int(values[counts > 1][0])}: "
-            "name each row once."
+            f"forget_indices names {int((counts > 1).sum())} rows more than once, e.g. row "
+            f"{int(values[counts > 1][0])}: name each row once."
         )
     return select_rows(train_dataset, positions), positions.astype(np.int64)
 

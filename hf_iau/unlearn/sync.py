@@ -80,8 +80,8 @@ def settle_weights(model: nn.Module, transaction: WeightTransaction) -> None:
     if len(set(prints)) > 1:
         if is_sharded(model):  # all have gathered the same shards: replicas of them must differ
             raise ParallelError(
-                "Replicas of the same shard were updated differently, so the update was not applied. Start all processes "
-                "again."
+                "Replicas of the same shard were updated differently, so the update was not applied. Start all "
+                "processes again."
             )
         away, moved = 0.0, 0.0
         with torch.no_grad():
@@ -98,9 +98,9 @@ def settle_weights(model: nn.Module, transaction: WeightTransaction) -> None:
         if not max(distances) <= _ROUNDING:
             number = int(np.argmax(distances))
             raise ParallelError(
-                f"Process {number} of {get_world_size()} computed an update that is {distances[number]:.2g} of its length "
-                "away from that of process 0, so it was not applied. Give every process the same weights, rows and "
-                "seeds; a method that draws at random must seed itself with args.seed."
+                f"Process {number} of {get_world_size()} computed an update that is {distances[number]:.2g} of its "
+                "length away from that of process 0, so it was not applied. Give every process the same weights, "
+                "rows and seeds; a method that draws at random must seed itself with args.seed."
             )
     assert_same_on_ranks(
         weights_fingerprint(model), "the updated weights", "The update was not applied; start all processes again."

@@ -57,7 +57,7 @@ class WeightTransaction:
         return self._copies[name] if name in self._copies else model_state(self.model)[name].detach()
 
     def moved(self, names: list[str]) -> Mapping[str, Tensor]:
-        """Present minus former value of each named parameter, float64, where the copies are kept; made when asked for."""
+        """Present minus former value of each named parameter, float64, beside the copies; made when asked for."""
         return _Moved(dict(self.model.named_parameters()), {name: self._copies[name] for name in names})
 
     def rollback(self) -> None:

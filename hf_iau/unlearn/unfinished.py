@@ -1,4 +1,4 @@
-"""A request that was committed to disk and not moved into place: nothing may be read or written before it is finished."""
+"""A request that was committed and not moved into place: nothing is read or written before it is finished."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def refuse_unfinished(output_dir: str | Path | None) -> None:
     journal = Path(output_dir or ".") / MEMORY_FOLDER / JOURNAL_NAME
     if journal.is_file():
         raise StorageError(
-            f"A request was committed to {journal.parent.parent} and interrupted before its files were moved into place "
-            f"({journal} tells which): make a DeletionService(trainer), which finishes it, before the memory is read or "
-            "the model is saved."
+            f"A request was committed to {journal.parent.parent} and interrupted before its files were moved into "
+            f"place ({journal} tells which): make a DeletionService(trainer), which finishes it, before the memory "
+            "is read or the model is saved."
         )

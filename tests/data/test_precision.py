@@ -1,4 +1,4 @@
-"""Precision, gradient checkpointing, compiled code and the memory device change what a pass costs, not what it finds."""
+"""Precision, checkpointing, compiled code and the memory device change what a pass costs, not what it finds."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A program that serves a request and is killed on the way, again and again; run by `test_crashes`.
 
-One interpreter forks a child for each crash, so that a kill -9 costs no new start. Children know of each other only what
-is on disk.
+One interpreter forks a child for each crash, so that a kill -9 costs no new start. Children know of each other only
+what is on disk.
 """
 
 from __future__ import annotations

@@ -133,8 +133,8 @@ def calibrated(folder: Path) -> dict[str, Any]:
 
 
 def walked_by_tokens(folder: Path) -> dict[str, Any]:
-    """Walks of a language model, alone and together: with rows of several lengths, one without any target, and a request
-    of fewer rows than processes."""
+    """Many steps of a language model, alone and together: rows of several lengths, one without a target, and a
+    request of fewer rows than processes."""
     rows = rows_of("gpt2", 30)
     rows[3]["labels"] = [-100] * len(rows[3]["labels"])
     model = build("gpt2", dtype=torch.float64)

@@ -282,7 +282,7 @@ def few_rows_of_shards(folder: Path) -> dict[str, Any]:
 
 
 class Merged(nn.Module):
-    """A classifier of which one layer sees rows and positions in a dimension of its own size, another is never called."""
+    """A classifier of which one layer sees rows and positions in another order, and one is never called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -539,7 +539,7 @@ class Failing:
 
 
 def all_or_nothing_on_shards(folder: Path) -> dict[str, Any]:
-    """Requests that fail, are empty, or are not meant leave every bit of the shards; one that is saved writes it all."""
+    """Requests that fail, are empty, or are dry runs leave every bit of the shards; one that is saved writes it all."""
     os.environ["HF_IAU_KEY"] = "0123456789abcdef" * 4
     trainer = make_trainer(folder / "trainer", "bert", model=(model := build("bert", num_hidden_layers=6)))
     shard(model, model.bert.encoder.layer)  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Models sharded by `fully_shard`: the numbers of one process, while no process holds the whole model to gather them."""
+"""Models sharded by `fully_shard`: the numbers of one process, though no process holds the whole model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every baseline has in common: rollback, revert, dry run, memory, sequence, and clear errors for what is missing."""
+"""What every baseline has in common: rollback, revert, dry run, memory, sequence, and clear errors."""
 
 from __future__ import annotations
 

@@ -179,7 +179,8 @@ def power_factor(distance: float, tried: list[Trial]) -> float:
 def _root(distance: float, tried: list[Trial]) -> float:
     """Where the criterion vanishes, next to the last trial, which nearly does that.
 
-    Between that trial and the nearest one on the other side, or by `power_factor`; at most a quarter away from the trial.
+    Between that trial and the nearest one on the other side, or by `power_factor`; at most a quarter away from the
+    trial.
     """
     last = tried[-1]
     others = [t for t in tried[:-1] if t.criterion * last.criterion < 0.0 and math.isfinite(t.held_out_loss)]
