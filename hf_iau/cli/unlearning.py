@@ -14,7 +14,6 @@ from hf_iau.cli.options import ComparisonOptions, ForgetOptions, MethodOptions, 
 from hf_iau.cli.output import ExitCode, Output
 from hf_iau.deletion.ids import all_forgotten, rows_still_in
 from hf_iau.deletion.service import DeletionOutput, DeletionService
-from hf_iau.errors import RequestError
 from hf_iau.memory.keys import find_key
 from hf_iau.memory.memory_files import MEMORY_FOLDER
 from hf_iau.methods.base import method_config
@@ -95,8 +94,6 @@ def _run_request(
         service = DeletionService(trainer, id_column=request.id_column)
         chosen: dict[str, Any] = {"forget_indices": request.rows} if request.id_column is None else {"ids": request.ids}
         return service.unlearn(**chosen, request_id=result.request_id, **asked)
-    if result.request_id is not None:
-        raise RequestError("--request-id names a request in the ledger: give it with --in-place.")
     rows, notes = request.rows, list[str]()
     if request.id_column is not None and len(rows):
         rows, notes = rows_still_in(trainer.view, request.rows, find_key(trainer.args.output_dir))

@@ -130,6 +130,7 @@ def sharded_passes(model: nn.Module) -> Iterator[None]:
         model._get_fsdp_state()._lazy_init()  # else the first pass would do so, and change settings again
     groups = [group for state in states.values() for group in _groups(state)]
     missing = [name for name in _OF_GROUP if any(not hasattr(group, name) for group in groups)]
+    missing += [] if hasattr(FSDPModule, "reset_iter_state") else ["reset_iter_state"]
     if missing:
         raise UnsupportedModelError(
             f"fully_shard of PyTorch {torch.__version__} has no {missing[0]!r}, which exact sums need. Install PyTorch "

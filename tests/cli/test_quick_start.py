@@ -35,12 +35,9 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 import hf_iau
 from hf_iau import IAUError, MemoryFileError
 from hf_iau.errors import ConfigError
-first = loaded()
-from hf_iau import UnlearningTrainer
-print(json.dumps([first, loaded(), hf_iau.UnlearningTrainer is UnlearningTrainer]))
+print(json.dumps(loaded()))
 """
-    first, then, same = in_a_fresh_process(script)
-    assert first == [] and {"torch", "transformers"} <= set(then) and same
+    assert in_a_fresh_process(script) == []
 
 
 def test_every_public_name_is_there() -> None:
