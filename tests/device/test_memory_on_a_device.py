@@ -121,11 +121,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_beside_a_living_optimizer(case: str, tmp_path: Path) -> None:
-<<<<<<< HEAD
-    """The callback gathers at the end of training, and requests follow; one is calibrated."""
-=======
     """`IAUCallback` gathers at the end of training, requests follow; one is calibrated where activations take most."""
->>>>>>> cli
     kind, length, settings = CASES[case]
 
     def peaks(config: GatherConfig, requests: bool) -> tuple[int, list[int]]:
