@@ -122,7 +122,7 @@ class UnlearnArguments:
     )
     gradient_sum: str = field(
         default="none",
-        metadata={"help": "Gradient sum to gather: none, sampled or exact (iau-paper and iau-released need exact)."},
+        metadata={"help": "Gradient sum to gather: none, sampled or full (iau-paper and iau-released need full)."},
     )
     curvature_rows: int = field(default=1024, metadata={"help": "Training rows that the curvature is fitted on."})
     retrain: bool = field(
