@@ -155,7 +155,8 @@ def _tell(done: UnlearnOutput, home: Path | None, result: ResultOptions, out: Ou
         out.note("--strict: the verdict is `retrain`, so no model was written.")
         raise typer.Exit(ExitCode.RETRAIN)
     if result.in_place and not done.applied:
-        out.note("The ledger says that this request was served before: nothing was changed.")
+        out.note("The ledger says that this request was carried out before: nothing was changed.")
     elif home is not None and not result.dry_run:
-        known = "Other things" if result.in_place else f"The model in {home}, and other things,"
-        out.note(f"{known} may still know the rows: see `hf-iau audit {home}`.")
+        if not result.in_place:
+            out.note(f"The model in {home} is as it was, and still knows the rows.")
+        out.note(f"Other things may still know the rows: see `hf-iau audit {folder}`.")

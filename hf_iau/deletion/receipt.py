@@ -1,4 +1,4 @@
-"""The receipt of a served request, for people: what was done and measured, without personal data."""
+"""The receipt of a request that was run, for people: what was done and measured, without personal data."""
 
 from __future__ import annotations
 

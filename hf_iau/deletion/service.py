@@ -88,6 +88,21 @@ class DeletionService:
         ConfigError: there is no key, or it cannot be used.
         StorageError: an interrupted request that was committed could not be finished.
         RequestError: there is one, and another process is at work in `output_dir`.
+
+    Examples:
+        With `trainer` of the example of `UnlearningTrainer`; in production the key comes from `HF_IAU_KEY`:
+
+        >>> from hf_iau import DeletionService
+        >>> trainer.save_model()
+        >>> service = DeletionService(trainer, key="an example that is 32 characters", id_column="user_id")
+        >>> output = service.unlearn(forget_indices=[3, 17, 42], request_id="ticket-4711")
+        >>> output.applied, output.entry.number, output.entry.rows
+        (True, 1, 3)
+        >>> service.unlearn(forget_indices=[3, 17, 42], request_id="ticket-4711").applied  # answered, not run again
+        False
+        >>> service.queue(forget_indices=[5])  # waits on disk
+        >>> service.ledger.verify().count
+        1
     """
 
     def __init__(

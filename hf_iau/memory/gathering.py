@@ -80,6 +80,14 @@ def gather(
         UnsupportedModelError: rows without numbers, random transforms, an unreadable loss.
         CoupledRowsError: the loss couples rows of a batch.
         NonFiniteGradientError: a row's gradient is NaN or infinite.
+
+    Examples:
+        With `model` and `train` of the example of `UnlearningTrainer`:
+
+        >>> from hf_iau import GatherConfig, gather
+        >>> memory = gather(model, train, config=GatherConfig(curvature_rows=32, progress=False))
+        >>> memory.n_rows, memory.curvature.kind
+        (64, 'ekfac')
     """
     config, model = config or GatherConfig(), unwrap_model(model)
     loss = choose_row_loss(

@@ -82,6 +82,18 @@ class GradientMemory:
             rows; None until the first request measures it.
         seconds: what gathering cost, by phase.
         versions: of the packages that made it.
+
+    Examples:
+        With `model`, `train` and `folder` of the example of `UnlearningTrainer`:
+
+        >>> from hf_iau import GatherConfig, GradientMemory, gather
+        >>> path = gather(model, train, config=GatherConfig(progress=False)).save(f"{folder}/memory")
+        >>> path.name
+        'memory.json'
+        >>> memory = GradientMemory.load(f"{folder}/memory")
+        >>> memory.check_model(model)  # raises where they do not belong together
+        >>> memory.label_counts
+        {'0': 35, '1': 29}
     """
 
     parameters: dict[str, tuple[int, ...]]

@@ -1,4 +1,4 @@
-"""The model card's part on unlearning: filled while requests are served, written when the model is saved."""
+"""The model card's part on unlearning: filled while requests are run, written when the model is saved."""
 
 from __future__ import annotations
 

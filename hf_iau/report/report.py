@@ -276,7 +276,7 @@ class UnlearningReport:
             self.table(),
         ]
         if self.verdict:
-            lines += ["", f"Verdict: {self.verdict}"]
+            lines += ["", f"Verdict: {self.verdict}", *(f"- {reason}" for reason in content.reasons(self.to_dict()))]
         if self.seconds:
             lines += ["", f"{sum(self.seconds.values()):.1f} seconds in all"]
         lines += [f"Warning: {warning}" for warning in self.warnings]

@@ -61,6 +61,17 @@ class IAUCallback(TrainerCallback):
             the model's own (`compute_loss_func=` is not visible to callbacks; `UnlearningTrainer` needs none of this).
         dataset: the training rows without augmentation, when the Trainer's own are augmented at random.
         save: write the memory below `output_dir`.
+
+    Examples:
+        With `model`, `args` and `train` of the example of `UnlearningTrainer`:
+
+        >>> from transformers import Trainer
+        >>> from hf_iau import GatherConfig, IAUCallback
+        >>> callback = IAUCallback(GatherConfig(gradient_sum="full", progress=False))
+        >>> output = Trainer(model=model, args=args, train_dataset=train, callbacks=[callback]).train()
+        {'train_runtime': ...}
+        >>> callback.memory.gradient_sum_kind
+        'full'
     """
 
     # Training is the same without it, so retraining need not repeat it.

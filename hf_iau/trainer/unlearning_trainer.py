@@ -49,6 +49,28 @@ class UnlearningTrainer(Trainer):
             below `args.output_dir`, if there is one.
         restriction: gradient restriction in training: a `RestrictionConfig`, or its mode "exact" or
             "finite-difference"; default: none.
+
+    Raises:
+        ConfigError: `restriction` is none of these.
+        UnsupportedModelError: a training engine or device whose gradients cannot be read (DeepSpeed, FSDP1, ...).
+
+    Examples:
+        >>> import datasets, tempfile
+        >>> from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+        >>> from hf_iau import UnlearningTrainer
+        >>> def rows(numbers):
+        ...     tokens = [[2 + number % 11, 2 + number % 7, 2 + number % 5] for number in numbers]
+        ...     return datasets.Dataset.from_dict({"input_ids": tokens, "labels": [t[0] % 2 for t in tokens]})
+        >>> train, held_out = rows(range(64)), rows(range(64, 164))
+        >>> sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=13, max_position_embeddings=8, **sizes))
+        >>> folder = tempfile.mkdtemp()
+        >>> args = TrainingArguments(folder, max_steps=5, report_to="none", disable_tqdm=True, use_cpu=True)
+        >>> trainer = UnlearningTrainer(model=model, args=args, train_dataset=train, eval_dataset=held_out)
+        >>> output = trainer.train()
+        {'train_runtime': ...}
+        >>> trainer.memory.n_rows
+        64
     """
 
     def __init__(
@@ -321,6 +343,18 @@ class UnlearningTrainer(Trainer):
             MissingMemoryError: the method needs something that was not gathered.
             NonFiniteGradientError: a forget row's gradient is NaN or infinite.
             StorageError: a committed request that was interrupted lies in `output_dir`.
+
+        Examples:
+            With `trainer` and `train` of the example of `UnlearningTrainer`:
+
+            >>> result = trainer.unlearn(train.select([3, 17, 42]))
+            >>> result.report.counts["forget_rows"], result.memory.n_rows
+            (3, 61)
+            >>> result.revert()  # every bit is as before
+            >>> trainer.memory.n_rows
+            64
+            >>> trainer.unlearn(forget_indices=[3, 17, 42], dry_run=True).applied
+            False
         """
         if commit is not None and dry_run:
             raise RequestError("commit= and dry_run=True contradict each other: leave one out.")
@@ -371,7 +405,7 @@ class UnlearningTrainer(Trainer):
         """As in `Trainer`: weights, configuration and the model card are uploaded, `_iau/` is not.
 
         The memory that belongs to the weights is saved beside them first. Earlier revisions of the repository keep the
-        forgotten rows; see docs/publishing.md for how to take them away before.
+        forgotten rows; see docs/how_to/publish.md for how to take them away before.
 
         Raises:
             PublishError: no token, no access, no connection, or a memory lies where it would be uploaded.

@@ -50,6 +50,7 @@ def requested_rows(train_dataset: Any, forget_dataset: Any, forget_indices: Any)
     if isinstance(forget_dataset, NamedRows):
         return forget_dataset
     if forget_dataset is not None:
+        _refuse_numbers(forget_dataset)
         refuse_iterable(forget_dataset, "forget rows")
         return NamedRows(forget_dataset)
     if train_dataset is None:
@@ -58,6 +59,16 @@ def requested_rows(train_dataset: Any, forget_dataset: Any, forget_indices: Any)
         )
     refuse_iterable(train_dataset, "training rows")
     return NamedRows(*_checked_positions(train_dataset, forget_indices))
+
+
+def _refuse_numbers(forget_dataset: Any) -> None:
+    """Raise `RequestError` where row numbers were given in place of rows."""
+    listed = isinstance(forget_dataset, (list, tuple, range, np.ndarray, Tensor)) and len(forget_dataset) > 0
+    if listed and isinstance(forget_dataset[0], (int, str, np.integer, Tensor)):
+        raise RequestError(
+            f"forget_dataset is a {type(forget_dataset).__name__} that begins with {forget_dataset[0]!r}, which is no "
+            "row: give row numbers as forget_indices=."
+        )
 
 
 def _checked_positions(train_dataset: Any, forget_indices: Any) -> tuple[Any, np.ndarray]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -132,6 +133,11 @@ def test_repeated_rows_in_forget_dataset(shared: UnlearningTrainer) -> None:
     )
     torch_rows = Subset(RowList(rows_of("bert", ROWS)), [4, 4])
     refused(shared, RequestError, "forget_dataset names row 4 more than once", forget_dataset=torch_rows)
+
+
+@pytest.mark.parametrize("given", [[1, 2], range(3), np.arange(3), torch.arange(3), ("u17", "u23")], ids=str)
+def test_row_numbers_in_place_of_rows(given: Any, shared: UnlearningTrainer) -> None:
+    refused(shared, RequestError, r"which is no row: give row numbers as forget_indices=", forget_dataset=given)
 
 
 @pytest.mark.parametrize("kind", ["datasets", "torch"])
