@@ -93,10 +93,10 @@ def test_a_cell_tells_its_cost_and_what_calibration_found(finished: Path) -> Non
         assert timing["share_of_retraining"] > 0
         assert "measure_retrained" not in timing["unlearn_seconds_by_phase"]
         assert cell["memory"]["peak_process_bytes"] > 0
-    assert by_method["iau"]["length"] > 0 and by_method["iau"]["damping"] > 0
+    assert by_method["iau"]["scale"] > 0 and by_method["iau"]["damping"] > 0
     assert by_method["iau"]["retain_weight"] is not None
     assert by_method["iau"]["verdict"] in ("ok", "check", "retrain")
-    assert by_method["iau-released"]["length"] is None
+    assert by_method["iau-released"]["scale"] is None
 
 
 def test_the_table_has_every_method_and_the_noise_floor(finished: Path) -> None:
