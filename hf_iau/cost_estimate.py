@@ -126,6 +126,9 @@ def estimate(
         data_collator, processing_class, row_loss, compute_loss_func, label_smoothing_factor, device: as for `gather`.
         probe: pass three batches through the model; without it there are no seconds and no activations.
 
+    Returns:
+        Bytes, seconds and counts by name; `print` shows them as a table.
+
     Raises:
         ConfigError: a number of rows is out of range.
         UnsupportedModelError: the model or the rows cannot be gathered from.

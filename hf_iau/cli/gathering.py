@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,5 +66,7 @@ def _config(options: ModelOptions, what: GatherOptions, progress: bool) -> Gathe
 def _two_columns(values: dict[str, Any]) -> Table:
     table = Table("memory", "")
     for name, value in values.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{part.replace('_', ' ')} {figure}" for part, figure in value.items())
         table.add_row(name.replace("_", " "), str(value))
     return table

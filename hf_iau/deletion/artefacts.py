@@ -153,6 +153,9 @@ def audit(directory: str | Path, train_dataset: Any = None) -> AuditReport:
         directory: where the model was saved, e.g. the Trainer's `output_dir`.
         train_dataset: the training rows, a `datasets.Dataset`, whose cache files are then listed as well.
 
+    Returns:
+        What was found, with sizes in bytes and reasons; `purge()` removes what is marked.
+
     Raises:
         RequestError: `directory` is no folder.
     """

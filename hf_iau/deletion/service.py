@@ -143,6 +143,10 @@ class DeletionService:
             request_id: your name for the request (kept only as a keyed hash); default: its rows.
             **settings: as for `UnlearningTrainer.unlearn`: method, config, held_out_dataset and so on.
 
+        Returns:
+            The report, the memory that belongs to the new weights, and the ledger's entry; `applied` is False where the
+            ledger had the request already.
+
         Raises:
             RequestError: the request is at fault, another one is running, or `request_id` names one of other rows.
             AlreadyForgottenError: all rows of `ids` are forgotten, by other requests than this one.
@@ -274,6 +278,7 @@ class DeletionService:
             What `unlearn` returned, or None where the rows wait.
 
         Raises:
+            RequestError: the rows are named wrongly, or another request is running.
             UnknownRowsError: rows that were never trained on.
             AlreadyForgottenError: rows that are out already.
         """

@@ -69,6 +69,9 @@ def check_row_gradients(
         batch_sizes: batch sizes to compare with the loop.
         tolerance: relative to Σ‖∇ℓ_i‖; default 1e-10 for float64 weights, 1e-5 for float32, 2e-2 below.
 
+    Returns:
+        Whether it `passed`, and the parameters that are `failing`.
+
     Raises:
         CoupledRowsError: the loss couples the rows of a batch.
         IAUError: the loss cannot be read at all.

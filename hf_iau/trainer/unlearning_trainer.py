@@ -215,6 +215,13 @@ class UnlearningTrainer(Trainer):
         Args:
             config: what to gather; default: the callback's configuration, else `GatherConfig()`.
             dataset: the training rows without augmentation, when `train_dataset` is augmented at random.
+
+        Returns:
+            The memory, which is the one in force from now on; `save_model()` writes it.
+
+        Raises:
+            RequestError: there are no training rows.
+            IAUError: as `hf_iau.gather`.
         """
         callback = self._gathering_callback()
         config = config or (callback.config if callback is not None else GatherConfig())
@@ -233,8 +240,12 @@ class UnlearningTrainer(Trainer):
         Args:
             config: what to gather; default: the present memory's settings.
 
+        Returns:
+            The new memory, which is the one in force from now on.
+
         Raises:
             MissingMemoryError: there is no memory, and no `config`.
+            ConfigError: the present memory's settings are of another version.
         """
         memory = self.memory
         if config is None:
