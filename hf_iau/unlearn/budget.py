@@ -27,7 +27,7 @@ FEWEST_ROWS = 16
 # What first order leaves unexplained of a step's effect, as a share of it. From a half on, it is no longer first order
 # that says what a step does.
 _TOO_MUCH_UNEXPLAINED = 0.5
-_GRAVITY = (OK, CHECK, RETRAIN)
+_SEVERITY = (OK, CHECK, RETRAIN)
 
 
 @dataclass(frozen=True)
@@ -73,22 +73,22 @@ class Budget:
         if held_out_loss is not None and memory.held_out is not None:
             then = float(memory.held_out["loss"])
             drift = (held_out_loss - then) / max(abs(then), 1e-12)
-        grave, mild = [], []
+        to_retrain, to_check = [], []
         length = memory.path_since_curvature
         path = f"the steps since the curvature was estimated add up to {length:.0%} of the weights' norm"
         signs = _signs(drift, forecast_error)
         if length >= TOO_LONG_STEP and signs:
-            grave.append(f"{path}, beyond a first-order picture: {' and '.join(signs)}")
+            to_retrain.append(f"{path}, beyond a first-order picture: {' and '.join(signs)}")
         elif length >= LONG_STEP:
-            mild.append(path)
+            to_check.append(path)
         if drift is not None and not drift < TOO_MUCH_DRIFT:
-            grave.append(f"the held-out loss has risen by {drift:.0%} since gathering")
+            to_retrain.append(f"the held-out loss has risen by {drift:.0%} since gathering")
         elif drift is not None and drift >= DRIFT:
-            mild.append(f"the held-out loss has risen by {drift:.0%} since gathering")
+            to_check.append(f"the held-out loss has risen by {drift:.0%} since gathering")
         if share >= TOO_LARGE_SHARE:
-            grave.append(f"{share:.0%} of the training rows are forgotten")
-        advice = "retrain" if grave else "rebase" if mild else "go on"
-        return cls(memory.relative_path, length, drift, forecast_error, share, advice, grave + mild)
+            to_retrain.append(f"{share:.0%} of the training rows are forgotten")
+        advice = "retrain" if to_retrain else "rebase" if to_check else "go on"
+        return cls(memory.relative_path, length, drift, forecast_error, share, advice, to_retrain + to_check)
 
     def sentence(self) -> str | None:
         """The advice in words; None for "go on"."""
@@ -167,7 +167,7 @@ def judged(verdict: str | None, reasons: list[str], budget: Budget | None) -> tu
     if budget is None or budget.advice == "go on" or verdict is None:
         return verdict, reasons
     advised = RETRAIN if budget.advice == "retrain" else CHECK
-    if _GRAVITY.index(advised) < _GRAVITY.index(verdict):
+    if _SEVERITY.index(advised) < _SEVERITY.index(verdict):
         return verdict, reasons
     return advised, [*budget.reasons, *([] if verdict == OK else reasons)]
 

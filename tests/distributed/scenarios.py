@@ -132,7 +132,7 @@ def calibrated(folder: Path) -> dict[str, Any]:
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-def walked_by_tokens(folder: Path) -> dict[str, Any]:
+def many_steps_by_token(folder: Path) -> dict[str, Any]:
     """Many steps of a language model, alone and together: rows of several lengths, one without a target, and a
     request of fewer rows than processes."""
     rows = rows_of("gpt2", 30)

@@ -485,8 +485,8 @@ def _norms(model: nn.Module) -> list[float]:
     return [float(full_tensor(p.detach()).norm()) for _, p in model.named_parameters()]
 
 
-def walked_on_shards(folder: Path) -> dict[str, Any]:
-    """A walk of short steps, alone and then on shards."""
+def many_steps_on_shards(folder: Path) -> dict[str, Any]:
+    """Many short steps, alone and then on shards."""
     rows = noisy_rows(60, 1)
     sources = [RowSource(as_dataset(part), pad_right(), batch_size=8) for part in (rows[:25], rows[25:])]
     sources.append(RowSource(as_dataset(noisy_rows(50, 2)), pad_right(), batch_size=16))

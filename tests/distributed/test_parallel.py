@@ -11,7 +11,7 @@ from several_processes import results, run_jobs
 JOBS = {
     "few_rows": 3,
     "calibrated": 2,
-    "walked_by_tokens": 3,
+    "many_steps_by_token": 3,
     "non_finite_row": 2,
     "unreadable_row": 2,
     "apart": 2,
@@ -64,7 +64,7 @@ def test_calibration_is_that_of_one_process(jobs: dict[str, Any]) -> None:
 
 
 def test_a_walk_by_tokens_is_that_of_one_process(jobs: dict[str, Any]) -> None:
-    first, *others = results(jobs["walked_by_tokens"])
+    first, *others = results(jobs["many_steps_by_token"])
     assert all(other == first for other in others)
     for count, found in first.items():
         sync_errors, alone = found["targets"]

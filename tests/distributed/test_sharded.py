@@ -22,7 +22,7 @@ JOBS = {
     "all_kinds_of_layers": 2,
     "memory_of_shards": 2,
     "calibrated_on_shards": 2,
-    "walked_on_shards": 2,
+    "many_steps_on_shards": 2,
     "all_or_nothing_on_shards": 2,
     "trained_by_trainer": 2,
     "checked": 2,
@@ -127,7 +127,7 @@ def test_calibration_on_shards_is_that_of_one_process(jobs: dict[str, Any]) -> N
 
 
 def test_a_walk_on_shards_is_that_of_one_process(jobs: dict[str, Any]) -> None:
-    for found in results(jobs["walked_on_shards"]):
+    for found in results(jobs["many_steps_on_shards"]):
         assert found["steps"][0] == found["steps"][1] > 3
         assert found["remaining"][0] == pytest.approx(found["remaining"][1], rel=1e-10)
         assert found["distance"] < 1e-10

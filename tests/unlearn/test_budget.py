@@ -73,7 +73,7 @@ def test_advice(
         (None, "retrain", (None, ["own"])),
     ],
 )
-def test_the_graver_of_method_and_budget_counts_and_reasons_add_up(
+def test_the_more_severe_of_method_and_budget_counts_and_reasons_add_up(
     verdict: str | None, advice: str, expected: tuple[str | None, list[str]]
 ) -> None:
     budget = Budget(0.5, 0.5, None, None, 0.1, advice, ["of the budget"])
