@@ -50,7 +50,7 @@ from hf_iau.methods.weights import WeightSnapshot
 from hf_iau.utils.vectors import storage_dtype
 
 DAMPING = 0.1
-"""λ of every step, relative to each layer's mean eigenvalue. Settled on image classifiers, see docs/method.md."""
+"""λ of every step, relative to each layer's mean eigenvalue. Settled on image classifiers, see docs/methods.md."""
 ARRIVED = 0.1
 """Share of the way to the targets that may remain: nearer is within the noise of a few hundred rows."""
 TOO_COSTLY = 0.10
@@ -70,7 +70,7 @@ _FEWEST_ROWS_PER_STEP, _MOST_ROWS_PER_STEP = 256, 1000
 class MultiStepSettings:
     """How long the steps are, and when one is taken back or is the last.
 
-    The values were settled on image classifiers, see docs/method.md.
+    The values were settled on image classifiers, see docs/methods.md.
 
     Attributes:
         damping: λ, relative to each layer's mean eigenvalue.

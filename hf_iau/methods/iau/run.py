@@ -33,7 +33,7 @@ from hf_iau.methods.weights import WeightSnapshot
 
 MOST_REMAINING = 0.15
 """Many steps are tried where one leaves more than this of the way to the held-out rows. They themselves may leave a
-tenth; so near to that a single step is not worth replacing. Settled on image classifiers, see docs/method.md."""
+tenth; so near to that a single step is not worth replacing. Settled on image classifiers, see docs/methods.md."""
 SOME_ACCURACY_LOST = 0.03
 """So they are where one step costs retained rows this much accuracy: more than chance among 2,000 rows, and before the
 verdict asks to check."""
