@@ -23,6 +23,7 @@ from hf_iau.methods.baselines.salun import SalUnConfig, saliency_mask
 from hf_iau.methods.baselines.scrub import SCRUBConfig
 from hf_iau.methods.baselines.ssd import SSDConfig, dampening_factor
 from hf_iau.unlearn.prepare import request_context
+from hf_iau.unlearn.rows import NamedRows
 from hf_iau.utils.timing import PhaseTimer
 
 SEED = 3  # of `arguments`
@@ -302,7 +303,7 @@ def test_gauss_newton_products_of_attention_and_convolution_models(family: str, 
     """vᵀ(Gv) is the curvature along v, and G is symmetric."""
     trainer = exact_trainer(tmp_path, family)
     forget = trainer.train_dataset.select(FORGET)
-    context = request_context(trainer, forget, np.array(FORGET), None, None, PhaseTimer())
+    context = request_context(trainer.view, NamedRows(forget, np.array(FORGET)), None, None, PhaseTimer())
     product = CurvatureProduct(context, context.retained_rows("test"), "gauss-newton")
     product.scale_of(product.source)
     size = sum(p.numel() for p in product.parameters)
