@@ -377,7 +377,7 @@ def test_a_damaged_or_forged_journal_or_queue(
     file: Any = JournalFile(tmp_path, key) if which == "journal" else RequestQueue(tmp_path, key)
     journal = Journal("0" * 32, "now", 3, "1" * 32, files=["model.safetensors"], removed=["a/b"])
     waiting = RequestQueue(tmp_path, key).asked(np.arange(48, dtype=np.uint8).reshape(3, 16), np.arange(3))
-    file.write(journal if which == "journal" else waiting)
+    file.seal(journal) if which == "journal" else file.write(waiting)
     text = file.path.read_text()
     try:
         file.path.write_bytes(json.dumps(forged(data, json.loads(text))).encode() if forge else damage(text.encode()))
