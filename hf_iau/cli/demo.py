@@ -205,6 +205,6 @@ def run_demo(output_dir: str | Path, *, seed: int = 0, quick: bool = False) -> U
     report = result.report
     report.save(output_dir)
     print(f"\n{report}\n\n{explain(report, setting)}")
-    print(f"\nWritten to {output_dir}: report.json, report.md, loss_histograms.png")
+    print(f"\nWritten to {output_dir}: report.html, report.json, report.md, loss_histograms.png")
     print(f"{time.perf_counter() - started:.0f} seconds in all")
     return report
