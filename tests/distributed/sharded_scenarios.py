@@ -744,7 +744,17 @@ def sharded_refusals(folder: Path) -> dict[str, Any]:
     fully_shard(fsdp2, mesh=mesh)
     bad_rows = plain_rows(6)
     bad_rows[5]["features"] = bad_rows[5]["features"] * float("nan")
+
+    def with_older_pytorch() -> None:
+        reset = FSDPModule.reset_iter_state
+        del FSDPModule.reset_iter_state
+        try:
+            gather(fsdp2, rows, config=EXACT)
+        finally:
+            FSDPModule.reset_iter_state = reset  # type: ignore[method-assign]
+
     calls = {
+        "older PyTorch": with_older_pytorch,
         "tensor parallel": lambda: gather(tensor_parallel, rows, config=EXACT),
         "adam": lambda: gather(fsdp2, rows, config=GatherConfig(curvature="adam")),
         "bad row": lambda: sum_row_gradients(fsdp2, ModelRowLoss(), source_of(bad_rows)),

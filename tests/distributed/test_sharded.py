@@ -201,6 +201,8 @@ def test_memories_go_from_one_process_to_two_and_back(jobs: dict[str, Any]) -> N
 def test_what_is_not_fsdp2_alone_is_refused(jobs: dict[str, Any]) -> None:
     for found in results(jobs["sharded_refusals"]):
         assert "tensor parallelism is not supported" in found["tensor parallel"]
+        assert found["older PyTorch"].startswith("UnsupportedModelError: fully_shard of PyTorch")
+        assert "has no 'reset_iter_state'" in found["older PyTorch"] and "or use DDP" in found["older PyTorch"]
         assert "Use curvature='ekfac' or 'diagonal'" in found["adam"]
         assert found["bad row"].startswith("NonFiniteGradientError: Row 5 of the some rows")
         assert "sharded by fully_shard" in found["train"]
