@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks.question_answers import QuestionAnswers, prompt_tokens
 from hf_iau.data import RowSource, evaluation_mode, predict_rows
-from hf_iau.data.rows import sample_positions
+from hf_iau.data.digests import sample_positions
 from hf_iau.errors import RequestError
 from hf_iau.metrics.question_answers import ModelUtility, forget_quality, model_utility, truth_ratio
 from hf_iau.utils.jsonable import jsonable

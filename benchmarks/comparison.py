@@ -14,7 +14,7 @@ from benchmarks.files import write_arrays
 from benchmarks.question_answers import QuestionAnswers
 from benchmarks.training import Case, ModelStore, TrainedModel
 from hf_iau.data import RowSource
-from hf_iau.data.rows import sample_positions
+from hf_iau.data.digests import sample_positions
 from hf_iau.errors import IAUError
 from hf_iau.evaluation.attacks import svc_confidence_attack
 from hf_iau.evaluation.figures import Figures

@@ -17,9 +17,10 @@ from hf_iau.curvature.layer_hooks import LayerHooks
 from hf_iau.curvature.layers import LayerPlan, MatrixLayer, plan_layers, spare_bytes
 from hf_iau.curvature.row_loop import LOOP_ROWS
 from hf_iau.data import RowLoss, RowSource, evaluation_mode, predict_rows
+from hf_iau.data.digests import sample_positions
 from hf_iau.data.precision import compute_settings
 from hf_iau.data.row_loss import UserLossFunction
-from hf_iau.data.rows import Collator, sample_positions
+from hf_iau.data.rows import Collator
 from hf_iau.distributed import full_parameters
 from hf_iau.distributed.wrappers import unwrap_model
 from hf_iau.errors import ConfigError

@@ -13,7 +13,7 @@ from hf_iau.cli.options import GatherOptions, ModelOptions
 from hf_iau.cli.output import Output
 from hf_iau.cost_estimate import estimate
 from hf_iau.memory.config import GatherConfig
-from hf_iau.memory.gathering import gather, memory_summary
+from hf_iau.memory.gathering import gather, memory_beside, memory_summary
 from hf_iau.memory.memory_files import MEMORY_FOLDER
 
 
@@ -28,6 +28,7 @@ def run_gather(options: ModelOptions, what: GatherOptions, output: Path | None, 
         processing_class=loaded.task.processor,
         data_collator=loaded.task.collator,
         config=_config(options, what, progress=not out.as_json),
+        previous=memory_beside(loaded.task.model, options.home),
     )
     memory.save(folder)
     values = {"memory": str(folder), **memory_summary(memory)}

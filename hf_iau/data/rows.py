@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
+from hf_iau.data.digests import content_seen, row_bytes, row_digests, sample_positions
 from hf_iau.data.precision import memory_device
 from hf_iau.distributed import get_world_size, is_distributed, is_sharded, shard_range, sync_errors
 from hf_iau.errors import RequestError, UnsupportedModelError
@@ -42,6 +42,7 @@ class RowSource:
         device: where batches are moved.
         name: what the rows are called in messages ("forget rows", "held-out rows").
         num_workers: worker processes of the data loader.
+        columns: those that count when rows are compared; None for all.
 
     Raises:
         UnsupportedModelError: for an `IterableDataset`, which has neither row numbers nor a length.
@@ -56,6 +57,7 @@ class RowSource:
         device: torch.device | str = "cpu",
         name: str = "rows",
         num_workers: int = 0,
+        columns: set[str] | None = None,
     ) -> None:
         refuse_iterable(dataset, name)
         if batch_size < 1:
@@ -66,6 +68,7 @@ class RowSource:
         self.device = torch.device(device)
         self.name = name
         self.num_workers = num_workers
+        self.columns = columns
         self._batches: list[tuple[np.ndarray, Batch]] | None = None
         self._narrowed: set[str] = set()  # inputs that are int64, but are stored in a narrower type
         self._digests: dict[int, bytes] = {}
@@ -142,6 +145,7 @@ class RowSource:
             device=self.device,
             name=name or self.name,
             num_workers=self.num_workers,
+            columns=self.columns,
         )
 
     def resized(self, batch_size: int) -> RowSource:
@@ -153,6 +157,7 @@ class RowSource:
             device=self.device,
             name=self.name,
             num_workers=self.num_workers,
+            columns=self.columns,
         )
 
     def sample(self, size: int, seed: int, name: str | None = None) -> RowSource:
@@ -160,10 +165,14 @@ class RowSource:
         return self.select(sample_positions(len(self), size, seed), name)
 
     def digest(self, position: int) -> bytes:
-        """`row_bytes` of the row at `position`, computed once."""
+        """`row_bytes` of what counts of the row at `position`, computed once."""
         if position not in self._digests:
-            self._digests[position] = row_bytes(self.dataset[position])
+            self._digests[position] = row_bytes(content_seen(self.dataset[position], self.columns))
         return self._digests[position]
+
+    def digests(self) -> np.ndarray:
+        """The same of all rows: uint8, `(rows, 32)`."""
+        return row_digests(self.dataset, self.columns)
 
     def share(self) -> tuple[RowSource, int]:
         """The rows that fall to this process, and the position of the first of them here; all rows for one process."""
@@ -250,13 +259,6 @@ def _narrow(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(next((t for t in types if torch.iinfo(t).min <= low and high <= torch.iinfo(t).max), tensor.dtype))
 
 
-def sample_positions(length: int, size: int, seed: int) -> np.ndarray:
-    """`min(size, length)` distinct positions below `length`, drawn with `seed`, ascending (int64)."""
-    if size >= length:
-        return np.arange(length)
-    return np.sort(np.random.default_rng(seed).choice(length, size=size, replace=False))
-
-
 def row_lengths(dataset: Any) -> np.ndarray | None:
     """Length of each row's longest list of numbers or text (tokens, samples, characters), `(rows,)` int.
 
@@ -313,58 +315,3 @@ def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(to_device(item, device) for item in value)
     return value
-
-
-def row_bytes(row: Any) -> bytes:
-    """A digest of a row's content: equal content gives equal bytes in every process and data-set format.
-
-    Mappings are taken in the order of their keys; numbers by value (integers as int64, floats as float32) whether they
-    come as lists, arrays or tensors; images by mode, size and pixels.
-    """
-    digest = hashlib.blake2b(digest_size=32)
-    _feed(digest, row)
-    return digest.digest()
-
-
-def _feed(digest: Any, value: Any) -> None:
-    if isinstance(value, Mapping):
-        digest.update(b"{")
-        for key in sorted(value, key=str):
-            digest.update(repr(str(key)).encode())
-            _feed(digest, value[key])
-        digest.update(b"}")
-        return
-    if hasattr(value, "tobytes") and hasattr(value, "mode"):  # a PIL image
-        digest.update(f"I{value.mode}{value.size}".encode() + value.tobytes())
-        return
-    if isinstance(value, bytes):
-        digest.update(b"B" + value)
-        return
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().to(torch.float32 if value.is_floating_point() else torch.int64).numpy()
-    if isinstance(value, (bool, int, float, list, tuple, np.ndarray, np.generic)):
-        array = _numbers(value)
-        if array is not None:
-            kind = "int64" if array.dtype.kind == "i" else "float32"  # str(dtype) is slow, and rows are many
-            digest.update(f"A{kind}{array.shape}".encode() + array.tobytes())
-            return
-    if isinstance(value, (list, tuple)):
-        digest.update(b"[")
-        for item in value:
-            _feed(digest, item)
-        digest.update(b"]")
-        return
-    digest.update(f"{type(value).__name__}:{value!r};".encode())
-
-
-def _numbers(value: Any) -> np.ndarray | None:
-    """`value` as a contiguous int64 or float32 array, or None where it is not all numbers."""
-    try:
-        array = np.asarray(value)
-    except ValueError:  # ragged
-        return None
-    if array.dtype.kind in "biu":
-        return np.ascontiguousarray(array, dtype=np.int64)
-    if array.dtype.kind == "f":
-        return np.ascontiguousarray(array, dtype=np.float32)
-    return None

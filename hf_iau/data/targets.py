@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_iau.data.rows import sample_positions
+from hf_iau.data.digests import sample_positions
 from hf_iau.errors import UnsupportedModelError
 
 IGNORED_LABEL = -100
@@ -242,6 +242,12 @@ def base_model(model: nn.Module) -> nn.Module:
     """The Transformers model inside a PEFT wrapper, else `model` itself."""
     get_base_model = getattr(model, "get_base_model", None)
     return get_base_model() if callable(get_base_model) else model
+
+
+def input_columns(model: nn.Module) -> set[str]:
+    """The columns of a row that the model's forward (or its labels) can use."""
+    forward = base_model(model).__dict__.get("_original_forward", base_model(model).forward)
+    return set(inspect.signature(forward).parameters) | {"label", "labels", "label_ids"}
 
 
 def shifts_labels(model: nn.Module) -> bool:

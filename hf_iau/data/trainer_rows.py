@@ -10,6 +10,7 @@ from torch.utils.data import Subset
 from transformers import Trainer
 
 from hf_iau.data.rows import RowSource, refuse_iterable, select_rows
+from hf_iau.data.targets import input_columns
 from hf_iau.distributed.wrappers import unwrap_model
 from hf_iau.errors import RequestError
 
@@ -53,6 +54,7 @@ def trainer_rows(trainer: Trainer, dataset: Any, name: str, batch_size: int | No
         device=trainer.args.device,
         name=name,
         num_workers=trainer.args.dataloader_num_workers,
+        columns=input_columns(model_of(trainer)),
     )
 
 

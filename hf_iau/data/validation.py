@@ -19,10 +19,11 @@ from torch.utils.data import Dataset
 from transformers import Trainer
 
 from hf_iau.data.adapters import SUPPORTED, adapter_configs, adapter_owner, unsupported_reason
+from hf_iau.data.digests import row_bytes, sample_positions
 from hf_iau.data.model_mode import evaluation_mode
 from hf_iau.data.precision import rounds_to_half
 from hf_iau.data.row_loss import LABEL_COLUMNS, RowLoss
-from hf_iau.data.rows import RowSource, refuse_iterable, row_bytes, sample_positions
+from hf_iau.data.rows import RowSource, refuse_iterable
 from hf_iau.data.targets import labels_of, predicted_targets
 from hf_iau.data.trainer_rows import trainer_rows
 from hf_iau.errors import CoupledRowsError, RequestError, UnsupportedModelError

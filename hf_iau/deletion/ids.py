@@ -11,7 +11,8 @@ import numpy as np
 from hf_iau.data.rows import refuse_iterable, select_rows
 from hf_iau.data.trainer_rows import trainer_rows
 from hf_iau.errors import AlreadyForgottenError, RequestError
-from hf_iau.memory.keys import Key
+from hf_iau.memory.fingerprints import data_fingerprint
+from hf_iau.memory.keys import Key, process_key
 from hf_iau.memory.row_identity import keyed_fingerprints
 from hf_iau.trainer.regather import remaining_rows
 from hf_iau.unlearn.view import TrainerView
@@ -50,28 +51,38 @@ def rows_of_ids(dataset: Any, column: str | None, ids: Sequence[Any]) -> np.ndar
     return np.asarray(chosen, dtype=np.int64)
 
 
-def rows_still_in(view: TrainerView, positions: np.ndarray, key: Key | None) -> tuple[np.ndarray, list[str]]:
-    """Those of the training rows at `positions` that no request took out, and what is to be said about the others.
+def rows_still_in(view: TrainerView, numbers: np.ndarray, key: Key | None) -> tuple[np.ndarray, list[str]]:
+    """Those of the training rows with these `numbers` that no request took out, and what is to be said of the others.
 
-    With a key the memory knows which rows are out, without one only the trainer that ran the requests does.
+    With a key the memory tells which rows are out, without one only the trainer that ran the requests does.
 
     Args:
         view: of the trainer.
-        positions: row numbers, int64, `(m,)`.
+        numbers: of rows of the data set that the trainer was given, int64, `(m,)`.
         key: that the memory's row fingerprints were made with, or None.
     """
     memory, forgotten = view.read_memory(), view.state.forgotten
     identity = None if memory is None else memory.row_identity
+    out = np.zeros(len(numbers), dtype=bool)
     notes = []
-    if identity is not None and key is not None:
+    if identity is not None and identity.of_process:
+        key = process_key()
+    if memory is not None and identity is not None and key is not None:
         identity.check_key(key)
-        asked = keyed_fingerprints(key, view.model, select_rows(view.train_dataset, positions))
-        still = positions[identity.still_in(asked)]
+        model, dataset = view.model, view.rows.dataset
+        if memory.data == data_fingerprint(model, trainer_rows(view.trainer, dataset, "training rows").dataset):
+            out = np.isin(numbers, view.rows.numbers_at(np.flatnonzero(identity.forgotten)))
+        else:  # other rows than were gathered from: it is their content that counts
+            at = [view.rows.positions(number[None]) for number in numbers]
+            asked = keyed_fingerprints(key, model, select_rows(dataset, np.concatenate(at)))
+            still = identity.still_in(asked)
+            ends = np.cumsum([len(places) for places in at])
+            out = np.asarray([len(part) > 0 and not part.any() for part in np.split(still, ends[:-1])], dtype=bool)
     else:
-        still = positions
         if forgotten:
-            source = trainer_rows(view.trainer, view.train_dataset, "training rows")
-            still = positions[np.isin(positions, remaining_rows(view, source))]
+            source = trainer_rows(view.trainer, view.rows.dataset, "training rows")
+            out = ~np.isin(numbers, view.rows.numbers_at(np.asarray(remaining_rows(view, source), dtype=np.int64)))
+            out &= ~np.isin(numbers, view.rows.dropped)
         unknown = 0 if memory is None else memory.forgotten_rows - forgotten.total()
         if unknown > 0:
             notes.append(
@@ -79,12 +90,12 @@ def rows_still_in(view: TrainerView, positions: np.ndarray, key: Key | None) -> 
                 "without a key (HF_IAU_KEY), does not know which: rows of these ids that are among them were "
                 "forgotten a second time. Then revert() it, and name the others by forget_indices=."
             )
-    if len(still) < len(positions):
+    if out.any():
         notes.append(
-            f"{len(positions) - len(still)} of the {len(positions)} rows of these ids were forgotten by an earlier "
-            f"request: this one is of the other {len(still)}."
+            f"{int(out.sum())} of the {len(numbers)} rows of these ids were forgotten by an earlier request: this one "
+            f"is of the other {len(numbers) - int(out.sum())}."
         )
-    return still, notes
+    return numbers[~out], notes
 
 
 def all_forgotten(rows: int) -> AlreadyForgottenError:

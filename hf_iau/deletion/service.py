@@ -10,7 +10,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 import safetensors
 from filelock import FileLock, Timeout
 
+from hf_iau.data.rows import select_rows
 from hf_iau.data.trainer_rows import model_of, trainer_rows
 from hf_iau.deletion.ids import all_forgotten, rows_of_ids, rows_still_in
 from hf_iau.deletion.journal import Journal, JournalFile
@@ -37,8 +38,9 @@ from hf_iau.report.report import UnlearningReport
 from hf_iau.trainer.unlearning_trainer import UnlearningTrainer
 from hf_iau.unlearn.budget import FEWEST_ROWS
 from hf_iau.unlearn.output import UnlearnOutput
+from hf_iau.unlearn.prepare import resolve_rows
 from hf_iau.unlearn.record import FinishedRequest
-from hf_iau.unlearn.rows import NamedRows, requested_rows
+from hf_iau.unlearn.rows import NamedRows
 from hf_iau.unlearn.transaction import WeightTransaction
 from hf_iau.utils.atomic_files import PRIVATE_FOLDER
 
@@ -182,13 +184,13 @@ class DeletionService:
         if ids is not None:
             if forget_dataset is not None or forget_indices is not None:
                 raise RequestError("unlearn() was given ids= and other rows: pass one of them.")
-            positions = rows_of_ids(self.trainer.train_dataset, self.id_column, ids)
-            still, notes = rows_still_in(self.trainer.view, positions, self._key) if len(positions) else (positions, [])
-            all_out = len(positions) > 0 and len(still) == 0
-            forget_indices = positions if all_out else still
-        rows = requested_rows(self.trainer.train_dataset, forget_dataset, forget_indices)
+            numbers = rows_of_ids(self.trainer.view.rows.given, self.id_column, ids)
+            still, notes = rows_still_in(self.trainer.view, numbers, self._key) if len(numbers) else (numbers, [])
+            all_out = len(numbers) > 0 and len(still) == 0
+            forget_indices = numbers if all_out else still
+        rows = resolve_rows(self.trainer.view, forget_dataset, forget_indices)
         fingerprints = keyed_fingerprints(self._key, model_of(self.trainer), rows.dataset)
-        return NamedRows(rows.dataset, rows.positions, fingerprints), notes, all_out
+        return replace(rows, fingerprints=fingerprints), notes, all_out
 
     def _carry_out(
         self,
@@ -285,7 +287,7 @@ class DeletionService:
         if ids is not None:
             if forget_dataset is not None or forget_indices is not None:
                 raise RequestError("queue() was given ids= and other rows: pass one of them.")
-            forget_indices = rows_of_ids(self.trainer.train_dataset, self.id_column, ids)
+            forget_indices = rows_of_ids(self.trainer.view.rows.given, self.id_column, ids)
         waiting = self._enqueue(forget_dataset, forget_indices)
         return self.serve_queue(**settings) if waiting >= FEWEST_ROWS else None
 
@@ -305,17 +307,54 @@ class DeletionService:
 
             waiting = run_on_main_process(read, "the queue")
         fingerprints = np.asarray(waiting, dtype=np.uint8).reshape(-1, FINGERPRINT_BYTES)
-        positions = identity.positions(fingerprints)
-        return self.unlearn(forget_indices=positions, **settings) if len(positions) else None
+        rows = self._rows_of(fingerprints, identity)
+        return self.unlearn(rows, **settings) if len(rows) else None
+
+    def _rows_of(self, fingerprints: np.ndarray, identity: RowIdentity) -> NamedRows:
+        """The rows with these fingerprints, wherever they are in the present training rows.
+
+        Raises:
+            RequestError: some are not there any more.
+        """
+        trainer = self.trainer
+        if trainer.train_dataset is None:
+            raise RequestError("The queue names training rows by their content, and the trainer has no train_dataset.")
+        source = trainer_rows(trainer, trainer.train_dataset, "training rows", 1)
+        memory = trainer.memory
+        assert memory is not None
+        if memory.data == data_fingerprint(model_of(trainer), source.dataset):
+            positions = identity.positions(fingerprints)
+            return NamedRows(select_rows(trainer.train_dataset, positions), positions, fingerprints)
+        places: dict[bytes, list[int]] = {row.tobytes(): [] for row in fingerprints}
+        for position, row in enumerate(keyed_fingerprints(self._key, model_of(trainer), source.dataset)):
+            if row.tobytes() in places:
+                places[row.tobytes()].append(position)
+        missing = sum(not places[row.tobytes()] for row in fingerprints)
+        if missing:
+            raise RequestError(
+                f"{missing} of the {len(fingerprints)} rows that wait are not in train_dataset any more, so they "
+                "cannot be forgotten from it: give the trainer the training rows that the memory was made of."
+            )
+        used = {name: iter(found) for name, found in places.items()}
+        chosen = [next(used[row.tobytes()], places[row.tobytes()][0]) for row in fingerprints]
+        return NamedRows(select_rows(trainer.train_dataset, chosen), None, fingerprints)
+
+    def _check_numbers(self, rows: NamedRows) -> None:
+        """Raise `MemoryMismatchError` where row numbers may name other rows than they did when gathering."""
+        trainer, memory = self.trainer, self.trainer.memory
+        if rows.positions is not None and memory is not None and trainer.train_dataset is not None:
+            source = trainer_rows(trainer, trainer.train_dataset, "training rows", 1)
+            memory.check_data(model_of(trainer), source.dataset)
 
     def _enqueue(self, forget_dataset: Any, forget_indices: Any) -> int:
         """Add rows to the queue. Returns how many wait now."""
-        rows = requested_rows(self.trainer.train_dataset, forget_dataset, forget_indices)
+        rows = resolve_rows(self.trainer.view, forget_dataset, forget_indices)
         with self._alone():
             self._recover()
             identity = self._identity()
             fingerprints = keyed_fingerprints(self._key, model_of(self.trainer), rows.dataset)
-            identity.check_request(fingerprints)
+            self._check_numbers(rows)
+            identity.check_request(fingerprints, rows.positions)
 
             def add() -> list[int]:
                 before = self._queue.read()
@@ -452,12 +491,16 @@ class DeletionService:
     def _identify(self, memory: GradientMemory | None) -> None:
         """Give a memory that was gathered without a key the rows' identity, while it can still be known."""
         trainer = self.trainer
-        if memory is None or memory.row_identity is not None or memory.forgotten_rows or trainer.train_dataset is None:
+        if memory is None or (memory.row_identity is not None and not memory.row_identity.of_process):
+            return
+        earlier, memory.row_identity = memory.row_identity, None
+        if trainer.train_dataset is None or (earlier is None and memory.forgotten_rows):
             return
         model = model_of(trainer)
         source = trainer_rows(trainer, trainer.train_dataset, "training rows", 1)
         if memory.data == data_fingerprint(model, source.dataset):
-            memory.row_identity = RowIdentity.of(self._key, model, source.dataset)
+            identity = RowIdentity.of(self._key, model, source.dataset)
+            memory.row_identity = identity if earlier is None else replace(identity, forgotten=earlier.forgotten)
 
     def _check_room(self, memory: GradientMemory | None) -> None:
         model = model_of(self.trainer)

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import inspect
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from hf_iau.data.adapters import active_adapters
-from hf_iau.data.rows import row_bytes, sample_positions
-from hf_iau.data.targets import base_model
+from hf_iau.data.digests import digests_and_columns
+from hf_iau.data.targets import base_model, input_columns
 from hf_iau.distributed import class_name, full_tensor, reshard
 
-FINGERPRINT_ROWS = 256
 _VERSIONED = ("hf-iau", "torch", "transformers", "datasets", "accelerate", "peft")
 
 
@@ -60,34 +58,15 @@ def tensors_fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     return values.hexdigest()
 
 
-def input_columns(model: nn.Module) -> set[str]:
-    """The columns of a row that the model's forward (or its labels) can use."""
-    forward = base_model(model).__dict__.get("_original_forward", base_model(model).forward)
-    return set(inspect.signature(forward).parameters) | {"label", "labels", "label_ids"}
-
-
-def content_seen(row: Any, columns: set[str]) -> Any:
-    """A row without what is in none of the `columns`; all of it where nothing would be left."""
-    if not isinstance(row, Mapping):
-        return row
-    return {key: value for key, value in row.items() if key in columns} or dict(row)
-
-
 def data_fingerprint(model: nn.Module, dataset: Any) -> dict[str, Any]:
-    """Row count and a digest of up to 256 evenly seeded rows of `dataset`, as far as the model sees them.
+    """Row count and a digest of every row of `dataset` and of their order, as far as the model sees them.
 
     Columns that the model's forward does not take are left out, so that the fingerprint is the same before and after
     the Trainer removes them. `columns` names those that are left.
     """
-    columns = input_columns(model)
-    digest = hashlib.blake2b(digest_size=16)
-    seen: set[str] = set()
-    for position in sample_positions(len(dataset), FINGERPRINT_ROWS, seed=len(dataset)):
-        row = content_seen(dataset[int(position)], columns)
-        if isinstance(row, Mapping):
-            seen |= set(row)
-        digest.update(row_bytes(row))
-    return {"rows": len(dataset), "columns": sorted(seen), "content": digest.hexdigest()}
+    digests, columns = digests_and_columns(dataset, input_columns(model))
+    content = hashlib.blake2b(digests.tobytes(), digest_size=16).hexdigest()
+    return {"rows": len(dataset), "columns": columns, "content": content}
 
 
 def package_versions() -> dict[str, str]:

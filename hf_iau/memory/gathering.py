@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +28,24 @@ from hf_iau.data import (
     probe_additivity,
     probe_targets,
 )
+from hf_iau.data.digests import sample_positions
 from hf_iau.data.precision import compute_settings
 from hf_iau.data.row_loss import UserLossFunction
-from hf_iau.data.rows import Collator, refuse_iterable, sample_positions
-from hf_iau.data.targets import find_real_valued_labels
+from hf_iau.data.rows import Collator, refuse_iterable
+from hf_iau.data.targets import find_real_valued_labels, input_columns
 from hf_iau.data.validation import check_before_gathering, check_placement, refuse_wrapped
 from hf_iau.distributed import SAME_START, assert_same_on_ranks, is_sharded, sharded_passes, sync_errors
 from hf_iau.distributed.wrappers import unwrap_model
-from hf_iau.errors import ConfigError, UnsupportedModelError
+from hf_iau.errors import ConfigError, MemoryFileError, MemoryMismatchError, RequestError, UnsupportedModelError
 from hf_iau.memory.config import GatherConfig
-from hf_iau.memory.fingerprints import data_fingerprint, input_columns, model_fingerprint
+from hf_iau.memory.fingerprints import data_fingerprint, model_fingerprint
 from hf_iau.memory.gradient_sum import GradientSum, sum_row_gradients, trainable_parameters
-from hf_iau.memory.keys import find_key, warn_without_key
+from hf_iau.memory.keys import find_key, process_key, require_key, warn_without_key
 from hf_iau.memory.memory import GradientMemory
-from hf_iau.memory.row_identity import RowIdentity
+from hf_iau.memory.memory_files import MEMORY_FOLDER, MEMORY_HEADER
+from hf_iau.memory.row_identity import RowIdentity, keyed_fingerprints
+
+logger = logging.getLogger(__name__)
 
 
 def gather(
@@ -54,6 +60,7 @@ def gather(
     label_smoothing_factor: float = 0.0,
     optimizer: torch.optim.Optimizer | None = None,
     device: torch.device | str | None = None,
+    previous: GradientMemory | None = None,
 ) -> GradientMemory:
     """Make the memory of a model that was trained without this package.
 
@@ -72,11 +79,14 @@ def gather(
         label_smoothing_factor: the `TrainingArguments` value it was trained with.
         optimizer: for `curvature="adam"`, and to find coupled weight decay.
         device: where batches are moved; default: the model's device.
+        previous: the memory that the model had, whose forgotten rows are left out; default: the one in the folder that
+            the model was loaded from, if it is of these weights.
 
     Returns:
         The memory; keep it with `.save(dir)`.
 
     Raises:
+        RequestError: rows were forgotten, and the previous memory does not know which.
         UnsupportedModelError: rows without numbers, random transforms, an unreadable loss.
         CoupledRowsError: the loss couples rows of a batch.
         NonFiniteGradientError: a row's gradient is NaN or infinite.
@@ -100,13 +110,85 @@ def gather(
         device=device or next(model.parameters()).device,
         name="training rows",
     )
-    memory = build_memory(model, source, loss, config, optimizer=optimizer)
-    memory.row_identity = identify_rows(model, source.dataset)
+    previous = previous or memory_beside(model, getattr(model, "name_or_path", None))
+    identity = identify_rows(model, source.dataset)
+    forgotten = forgotten_before(model, source.dataset, previous)
+    return gather_without(model, source, identity, forgotten, loss, config, optimizer)
+
+
+def gather_without(
+    model: nn.Module,
+    source: RowSource,
+    identity: RowIdentity | None,
+    forgotten: np.ndarray,
+    row_loss: RowLoss,
+    config: GatherConfig,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> GradientMemory:
+    """Gather from the rows that were not forgotten; row numbers still name rows of the whole training set.
+
+    Args:
+        model, row_loss, config, optimizer: as for `build_memory`.
+        source: all training rows.
+        identity: theirs.
+        forgotten: which of them are out: bool, `(rows,)`.
+    """
+    out = bool(forgotten.any())
+    remaining = source.select(np.flatnonzero(~forgotten)) if out else source
+    memory = build_memory(model, remaining, row_loss, config, optimizer=optimizer)
+    if out:
+        memory.data = data_fingerprint(model, source.dataset)
+        with compute_settings(config.precision):
+            memory.loss["probe"] = memory.probe_loss(model, row_loss, source)
+        memory.forgotten_rows = int(forgotten.sum())
+    memory.row_identity = None if identity is None else replace(identity, forgotten=forgotten)
     return memory
 
 
-def identify_rows(model: nn.Module, dataset: Any, output_dir: str | Path | None = None) -> RowIdentity | None:
-    """Keyed fingerprints of the training rows where there is a key, else None (said once).
+def forgotten_before(model: nn.Module, dataset: Any, previous: GradientMemory | None) -> np.ndarray:
+    """Which rows of `dataset` the requests that `previous` has been through took out: bool, `(rows,)`.
+
+    Raises:
+        RequestError: some were, and it is not known which.
+        ConfigError: they are known by a key that is not set.
+    """
+    none = np.zeros(len(dataset), dtype=bool)
+    if previous is None or not previous.forgotten_rows:
+        return none
+    identity, same = previous.row_identity, previous.data == data_fingerprint(model, dataset)
+    if identity is None:
+        if not same:  # the caller's own choice of rows
+            return none
+        raise RequestError(
+            f"{previous.forgotten_rows} of these {len(dataset)} rows were forgotten, and the memory, which was "
+            "gathered without a key (HF_IAU_KEY), does not know which: gathering from all of them would count rows as "
+            "kept that are not. Leave them out of the data set yourself."
+        )
+    if same:
+        return identity.forgotten.copy()
+    key = process_key() if identity.of_process else require_key("Knowing which rows were forgotten")
+    identity.check_key(key)
+    fingerprints = keyed_fingerprints(key, model, dataset)
+    trained = {name for name, (rows, _) in identity.copies(fingerprints).items() if rows}
+    known = np.asarray([row.tobytes() in trained for row in fingerprints], dtype=bool)
+    return known & ~identity.still_in(fingerprints)
+
+
+def memory_beside(model: nn.Module, folder: str | Path | None) -> GradientMemory | None:
+    """The memory below `folder`, if there is one of the model's weights; one that cannot be read is told."""
+    private = Path(folder or "") / MEMORY_FOLDER
+    if not folder or not (private / MEMORY_HEADER).is_file():
+        return None
+    try:
+        memory = GradientMemory.load(private)
+    except (MemoryFileError, MemoryMismatchError) as error:
+        logger.warning("The memory in %s cannot be read, so rows forgotten before are not known: %s", private, error)
+        return None
+    return memory if memory.model["weights"] == model_fingerprint(model)["weights"] else None
+
+
+def identify_rows(model: nn.Module, dataset: Any, output_dir: str | Path | None = None) -> RowIdentity:
+    """Keyed fingerprints of the training rows; without a key (said once) with one that ends with this process.
 
     Args:
         model: the trained model.
@@ -116,8 +198,7 @@ def identify_rows(model: nn.Module, dataset: Any, output_dir: str | Path | None 
     key = find_key(output_dir)
     if key is None:
         warn_without_key()
-        return None
-    return RowIdentity.of(key, model, dataset)
+    return RowIdentity.of(key or process_key(), model, dataset)
 
 
 def build_memory(

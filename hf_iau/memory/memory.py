@@ -77,7 +77,8 @@ class GradientMemory:
         forgotten_rows, forgotten_targets: taken out by requests since the memory was gathered.
         relative_path: summed length of all steps since then, relative to the weights' norm.
         curvature_path: what `relative_path` was when the curvature was estimated; 0 where that was when gathering.
-        row_identity: keyed fingerprints of the training rows, forgotten ones among them; None without a key.
+        row_identity: keyed fingerprints of the training rows, forgotten ones among them; those made without a key of
+            yours are not saved, so that None is read.
         held_out: `loss` of the held-out rows at the weights that were gathered from and a digest (`content`) of those
             rows; None until the first request measures it.
         seconds: what gathering cost, by phase.
@@ -342,9 +343,14 @@ class GradientMemory:
         tensors = {f"{_SUM_PREFIX}{name}": t for name, t in (self.gradient_sum or {}).items()}
         if self.curvature is not None:
             tensors |= self.curvature.tensors()
-        if self.row_identity is not None:
-            tensors |= self.row_identity.tensors()
+        if self._saved_identity is not None:
+            tensors |= self._saved_identity.tensors()
         return tensors
+
+    @property
+    def _saved_identity(self) -> RowIdentity | None:
+        """Fingerprints whose key will be known to who reads them."""
+        return None if self.row_identity is None or self.row_identity.of_process else self.row_identity
 
     def _fetched(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors in the order of the file, one after the other whole in every process."""
@@ -415,7 +421,7 @@ class GradientMemory:
             "parameters": {name: list(shape) for name, shape in self.parameters.items()},
             "parameter_order": list(self.parameters),
             "curvature": None if self.curvature is None else self.curvature.metadata(),
-            "row_identity": None if self.row_identity is None else self.row_identity.metadata(),
+            "row_identity": None if self._saved_identity is None else self._saved_identity.metadata(),
         }
 
     @classmethod

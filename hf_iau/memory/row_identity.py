@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_iau.data.rows import row_bytes
+from hf_iau.data.digests import row_digests
+from hf_iau.data.targets import input_columns
 from hf_iau.errors import AlreadyForgottenError, MemoryFileError, MemoryMismatchError, UnknownRowsError
-from hf_iau.memory.fingerprints import content_seen, input_columns, weights_fingerprint
-from hf_iau.memory.keys import Key
+from hf_iau.memory.fingerprints import weights_fingerprint
+from hf_iau.memory.keys import Key, process_key
 
 FINGERPRINT_BYTES = 16
 # Candidates are found by the first 22 bits of a fingerprint, through a table of 4 MiB.
@@ -60,6 +61,11 @@ class RowIdentity:
     def __len__(self) -> int:
         return len(self.fingerprints)
 
+    @property
+    def of_process(self) -> bool:
+        """Whether the key is this process's own, so that nothing is kept of the fingerprints when it ends."""
+        return self.key_check == process_key().check
+
     def check_key(self, key: Key) -> None:
         """Raise `MemoryMismatchError` unless `key` is the one that the fingerprints were made with."""
         if key.check != self.key_check:
@@ -73,11 +79,12 @@ class RowIdentity:
         places_of = self._positions(requested)
         return {name: (len(places), int(self.forgotten[places].sum())) for name, places in places_of.items()}
 
-    def check_request(self, requested: np.ndarray) -> None:
+    def check_request(self, requested: np.ndarray, positions: np.ndarray | None = None) -> None:
         """Raise unless every row of a request was trained on and is still in.
 
         Args:
             requested: keyed fingerprints of the request's rows, uint8, `(m, 16)`.
+            positions: their row numbers, where they were named so: then it is these very copies that count.
 
         Raises:
             UnknownRowsError: rows that were never trained on.
@@ -88,12 +95,14 @@ class RowIdentity:
         unknown = [i for i, row in enumerate(requested) if copies[row.tobytes()][0] == 0]
         if unknown:
             raise UnknownRowsError(
-                f"{len(unknown)} of the {len(requested)} rows were never trained on, e.g. the one at position "
-                f"{unknown[0]}: there is nothing to forget of them. Leave them out, or look whether they were "
-                "preprocessed like the training rows."
+                f"{len(unknown)} of the {len(requested)} rows were never trained on in the run that the memory is of, "
+                f"e.g. the one at position {unknown[0]}. Leave them out; or look whether they were preprocessed like "
+                "the training rows; or, if the model had them in an earlier run, gather from the rows of both."
             )
         gone = 0
-        for name, count in wanted.items():
+        if positions is not None:
+            gone = int(self.forgotten[positions].sum())
+        for name, count in wanted.items() if positions is None else ():
             trained, forgotten = copies[name]
             gone += min(forgotten, max(0, count - (trained - forgotten)))
         if gone:
@@ -134,20 +143,16 @@ class RowIdentity:
 
         Args:
             requested: keyed fingerprints of the request's rows.
-            positions: their row numbers, where the request named them so; those are marked if they are still in.
+            positions: their row numbers, where the request named them so: then it is these that are marked.
         """
         forgotten = self.forgotten.copy()
-        left = Counter(row.tobytes() for row in requested)
         if positions is not None:
-            for position in positions[~forgotten[positions]].tolist():
-                name = self.fingerprints[position].tobytes()
-                if left[name]:
-                    forgotten[position] = True
-                    left[name] -= 1
-        if left.total():
-            for name, places in self._positions(requested).items():
-                free = [i for i in places if not forgotten[i]]
-                forgotten[free[: left[name]]] = True
+            forgotten[positions] = True
+            return replace(self, forgotten=forgotten)
+        left = Counter(row.tobytes() for row in requested)
+        for name, places in self._positions(requested).items():
+            free = [i for i in places if not forgotten[i]]
+            forgotten[free[: left[name]]] = True
         return replace(self, forgotten=forgotten)
 
     def _positions(self, requested: np.ndarray) -> dict[bytes, list[int]]:
@@ -209,10 +214,8 @@ class RowIdentity:
 
 def keyed_fingerprints(key: Key, model: nn.Module, dataset: Any) -> np.ndarray:
     """Keyed fingerprints of all rows of `dataset`, as far as `model` sees them: uint8, `(rows, 16)`."""
-    columns = input_columns(model)
-    fingerprints = bytearray()
-    for i in range(len(dataset)):
-        fingerprints += key.fingerprint(row_bytes(content_seen(dataset[i], columns)))
+    digests = row_digests(dataset, input_columns(model))
+    fingerprints = bytearray().join(key.fingerprint(row.tobytes()) for row in digests)
     return np.frombuffer(fingerprints, dtype=np.uint8).reshape(-1, FINGERPRINT_BYTES)
 
 

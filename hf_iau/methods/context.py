@@ -36,6 +36,9 @@ class ForgetContext:
         forget_positions: the forget rows' numbers in `train`, where the request named them so.
         retain: all retained rows, only where the caller gave `retain_dataset`.
         held_out: rows that were never trained on, for calibration.
+        copies_left: training rows that stay and are exact copies of forget rows.
+        left_out: rows that were asked for and not trained on, and so are not among the forget rows.
+        notes: sentences about the rows, for the report.
         excluded: digests of rows that are out: forgotten now or earlier.
         digests: digests of the forget rows, with how often each occurs.
         fingerprints: keyed fingerprints of the forget rows in their order, uint8 `(m, 16)`; None without a key.
@@ -56,6 +59,9 @@ class ForgetContext:
     forget_positions: np.ndarray | None = None
     retain: RowSource | None = None
     held_out: RowSource | None = None
+    copies_left: int = 0
+    left_out: int = 0
+    notes: list[str] = field(default_factory=list)
     excluded: set[bytes] = field(default_factory=set)
     digests: Counter[bytes] = field(default_factory=Counter)
     fingerprints: np.ndarray | None = None

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from hf_iau.data import RowSource
-from hf_iau.data.precision import compute_settings
 from hf_iau.data.trainer_rows import trainer_rows
 from hf_iau.errors import MemoryFileError, MissingMemoryError
 from hf_iau.memory.config import GatherConfig
 from hf_iau.memory.fingerprints import data_fingerprint, weights_fingerprint
-from hf_iau.memory.gathering import build_memory, identify_rows
+from hf_iau.memory.gathering import gather_without, identify_rows
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.memory.row_identity import RowIdentity
 from hf_iau.methods.context import remaining_positions
@@ -35,22 +33,10 @@ def gather_remaining(view: TrainerView, config: GatherConfig, dataset: Any) -> G
     source = trainer_rows(view.trainer, dataset, "training rows", config.batch_size)
     model = view.model
     identity = _identity_of(view, source)
-    remaining = source
-    if identity is not None and bool(identity.forgotten.any()):
-        remaining = source.select(np.flatnonzero(~identity.forgotten))
-    elif view.state.forgotten:
-        remaining = source.select(positions := remaining_rows(view, source))
-        if identity is not None:
-            identity = replace(identity, forgotten=~np.isin(np.arange(len(source)), positions))
-    memory = build_memory(model, remaining, view.row_loss, config, optimizer=view.trainer.optimizer)
-    memory.row_identity = identity
-    if len(remaining) < len(source):
-        # Row numbers still name rows of the whole training set.
-        memory.data = data_fingerprint(model, source.dataset)
-        with compute_settings(config.precision):
-            memory.loss["probe"] = memory.probe_loss(model, view.row_loss, source)
-        memory.forgotten_rows = len(source) - len(remaining)
-    return memory
+    forgotten = np.zeros(len(source), dtype=bool) if identity is None else identity.forgotten
+    if not forgotten.any() and view.state.forgotten:
+        forgotten = ~np.isin(np.arange(len(source)), remaining_rows(view, source))
+    return gather_without(model, source, identity, forgotten, view.row_loss, config, view.trainer.optimizer)
 
 
 def remaining_rows(view: TrainerView, source: RowSource) -> list[int]:

@@ -27,10 +27,12 @@ from hf_iau.report.card import UnlearningCard, card_metadata, task_of_model
 from hf_iau.trainer.callback import IAUCallback, UnaskedIAUCallback, announce_row_loss, refuse_unsupported_engines
 from hf_iau.trainer.regather import gather_remaining
 from hf_iau.trainer.restriction import GradientRestriction, RestrictionConfig
+from hf_iau.trainer.row_numbers import row_numbers_carried
 from hf_iau.trainer.saving import save_private_files
 from hf_iau.trainer.upload import hub_errors_explained
 from hf_iau.unlearn.output import UnlearnOutput
 from hf_iau.unlearn.record import Commit
+from hf_iau.unlearn.rows import TrainingRows
 from hf_iau.unlearn.run import Request, checked_models, run_request
 from hf_iau.unlearn.state import UnlearningState
 from hf_iau.unlearn.unfinished import refuse_unfinished
@@ -85,7 +87,9 @@ class UnlearningTrainer(Trainer):
         self._given_row_loss = row_loss
         self._restriction_config = _restriction_config(restriction)
         self._restriction: GradientRestriction | None = None
-        super().__init__(*args, **kwargs)
+        with row_numbers_carried(self, UnlearningTrainer, args, kwargs) as carried:
+            super().__init__(*carried.args, **carried.kwargs)
+        self._given_rows = carried.rows
         if self._gathering_callback() is None:
             self.add_callback(UnaskedIAUCallback())
         refuse_unsupported_engines(self.args)
@@ -305,8 +309,13 @@ class UnlearningTrainer(Trainer):
             state=self.unlearning_state,
             read_memory=lambda: self.memory,
             read_card=lambda: self.unlearning_card,
+            rows=self._training_rows(),
             why_no_memory=None if callback is None else callback.failure,
         )
+
+    def _training_rows(self) -> TrainingRows:
+        same = self.train_dataset is self._given_rows.dataset
+        return self._given_rows if same else TrainingRows.of(self.train_dataset)
 
     # --- forgetting -----------------------------------------------------------------------------------------------
 
@@ -331,8 +340,10 @@ class UnlearningTrainer(Trainer):
         are bit-identical to before.
 
         Args:
-            forget_dataset: the rows to forget, e.g. `train_dataset.select(ids)`, with the training rows' columns.
-            forget_indices: instead, their numbers in `train_dataset`, which must be the set the memory was made of.
+            forget_dataset: the rows to forget, e.g. `train_dataset.select(ids)`: rows of the data set that the trainer
+                was given, or as they are trained on.
+            forget_indices: instead, their numbers in the data set that the trainer was given (or one boolean for each
+                of its rows), of which the memory must have been made.
             method: "iau" (curvature-aware, calibrated), "iau-paper", "iau-released", or any registered name.
             config: the method's configuration; default: its class with default values.
             held_out_dataset: rows never trained on, for calibration and report; default: `eval_dataset`.

@@ -9,13 +9,15 @@ import numpy as np
 from torch import nn
 
 from hf_iau.data import RowSource, probe_additivity
-from hf_iau.data.rows import refuse_iterable, row_bytes
-from hf_iau.data.targets import find_real_valued_labels
+from hf_iau.data.row_loss import batch_rows
+from hf_iau.data.rows import refuse_iterable
+from hf_iau.data.targets import IGNORED_LABEL, count_targets, find_real_valued_labels, labels_of
 from hf_iau.data.trainer_rows import optional_rows, trainer_rows
 from hf_iau.data.validation import (
     check_adapters,
     check_columns,
     check_placement,
+    check_same_columns,
     refuse_random_rows,
     refuse_wrapped,
     rows_are_deterministic,
@@ -25,14 +27,51 @@ from hf_iau.errors import AlreadyForgottenError, ConfigError, RequestError
 from hf_iau.memory.fingerprints import data_fingerprint
 from hf_iau.memory.gathering import count_labels
 from hf_iau.memory.gradient_sum import trainable_parameters
-from hf_iau.memory.keys import find_key
+from hf_iau.memory.keys import find_key, process_key
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.memory.row_identity import keyed_fingerprints
 from hf_iau.methods.context import ForgetContext
-from hf_iau.unlearn.rows import NamedRows, forgotten_before, refuse_repeated_rows
+from hf_iau.unlearn.rows import (
+    NamedRows,
+    forgotten_before,
+    refuse_repeated_rows,
+    requested_rows,
+    rows_apart,
+    without_targets,
+)
 from hf_iau.unlearn.state import UnlearningState
 from hf_iau.unlearn.view import TrainerView
 from hf_iau.utils.timing import PhaseTimer
+
+
+def resolve_rows(view: TrainerView, forget_dataset: Any, forget_indices: Any) -> NamedRows:
+    """The rows of a request that the model was trained on, and what is to be said of the others.
+
+    Args:
+        view: of the trainer that runs it.
+        forget_dataset, forget_indices: as given to `unlearn`.
+
+    Raises:
+        RequestError: the rows are named wrongly.
+        UnknownRowsError: rows that the trainer was never given.
+    """
+    if isinstance(forget_dataset, NamedRows):
+        return forget_dataset
+    rows = requested_rows(view.rows, forget_dataset, forget_indices)
+    return without_targets(rows, _without_labels(view, rows)) if len(rows) else rows
+
+
+def _without_labels(view: TrainerView, rows: NamedRows) -> np.ndarray:
+    """Which rows have no label that counts: bool, `(m,)`."""
+    source = trainer_rows(view.trainer, rows.dataset, "forget rows")
+    empty = np.zeros(len(rows), dtype=bool)
+    for positions, inputs in source:
+        labels = labels_of(inputs)
+        if labels is None or labels.is_floating_point() or not bool((labels == IGNORED_LABEL).any()):
+            continue
+        for i, position in enumerate(positions.tolist()):
+            empty[position] = len(labels) == batch_rows(inputs) and count_targets(view.model, labels[i : i + 1], 1) == 0
+    return empty
 
 
 def request_context(
@@ -90,11 +129,13 @@ def request_context(
             f"The request is to forget {len(forget)} of {still_in} training rows, that is all of them: nothing would "
             "be left to keep. Start again from the pretrained weights instead."
         )
-    digests = Counter(row_bytes(forget.dataset[i]) for i in range(len(forget)))
-    refuse_repeated_rows(forget, digests, train)
-    fingerprints = _fingerprints(args.output_dir, model, memory, forget, rows.fingerprints)
+    asked = forget.digests()
+    digests = Counter(row.tobytes() for row in asked)
+    trained = None if train is None else Counter(row.tobytes() for row in train.digests())
+    refuse_repeated_rows(forget, asked, trained)
+    fingerprints = _fingerprints(args.output_dir, model, memory, forget, rows)
     _recall_forgotten(state, model, memory, train)
-    again = forgotten_before(digests, state.forgotten, train)
+    again = _again(state, digests, trained, positions)
     if again:
         raise AlreadyForgottenError(
             f"{again} of the {len(forget)} rows were already forgotten by an earlier request to this trainer: "
@@ -107,6 +148,15 @@ def request_context(
     held_out = optional_rows(
         trainer, held_out_dataset if held_out_dataset is not None else trainer.eval_dataset, "held-out rows"
     )
+    for others in (retain, held_out):
+        check_same_columns(trainer, others, forget)
+    notes = list(rows.notes)
+    known = trained if trained is not None else digests + state.forgotten
+    held_out = _apart(held_out, known, "held_out_dataset", notes)
+    copies_left = 0
+    if trained is not None:
+        copies_left = sum(trained[row] - count - state.forgotten[row] for row, count in digests.items())
+        notes += [] if not copies_left else [_about_copies(copies_left)]
     return ForgetContext(
         model=model,
         row_loss=view.row_loss,
@@ -116,6 +166,9 @@ def request_context(
         forget_positions=positions,
         retain=retain,
         held_out=held_out,
+        copies_left=copies_left,
+        left_out=rows.left_out,
+        notes=notes,
         excluded=set(digests) | set(state.forgotten),
         digests=digests,
         fingerprints=fingerprints,
@@ -127,6 +180,25 @@ def request_context(
         progress=not args.disable_tqdm,
         timer=timer,
     )
+
+
+def test_rows(view: TrainerView, context: ForgetContext, test_dataset: Any) -> RowSource | None:
+    """The rows that the report alone looks at: in no context, so that no method does.
+
+    Args:
+        view: of the trainer that runs the request.
+        context: of the request; learns what is to be said of the rows.
+        test_dataset: as given to `unlearn`.
+
+    Raises:
+        RequestError: they are training rows, or lack columns.
+    """
+    test = optional_rows(view.trainer, test_dataset, "test rows")
+    check_same_columns(view.trainer, test, context.forget)
+    known = context.digests + context.forgotten
+    if context.train is not None and test is not None:
+        known = Counter(row.tobytes() for row in context.train.digests())
+    return _apart(test, known, "test_dataset", context.notes)
 
 
 def check_loss(context: ForgetContext) -> None:
@@ -151,7 +223,7 @@ def _check_retained(retain: RowSource, forget_rows: int, digests: set[bytes], st
     refuse_random_rows(retain)
     # A kept duplicate of a forget row is no mistake, as long as the two sets can be disjoint.
     if still_in is None or len(retain) + forget_rows > still_in:
-        shared = sum(row_bytes(retain.dataset[i]) in digests for i in range(len(retain)))
+        shared = sum(row.tobytes() in digests for row in retain.digests())
         if shared:
             raise RequestError(
                 f"retain_dataset has {len(retain)} rows, {shared} of which are forget rows: pass only the rows "
@@ -164,15 +236,15 @@ def _fingerprints(
     model: nn.Module,
     memory: GradientMemory | None,
     forget: RowSource,
-    fingerprints: np.ndarray | None,
+    rows: NamedRows,
 ) -> np.ndarray | None:
     """Keyed fingerprints of the forget rows, given or made, checked against the memory's; None without a key."""
     identity = None if memory is None else memory.row_identity
-    if fingerprints is not None:  # whoever made them has checked the key
+    if rows.fingerprints is not None:  # whoever made them has checked the key
         if identity is not None:
-            identity.check_request(fingerprints)
-        return fingerprints
-    key = find_key(output_dir)
+            identity.check_request(rows.fingerprints, rows.positions)
+        return rows.fingerprints
+    key = process_key() if identity is not None and identity.of_process else find_key(output_dir)
     if key is None:
         if identity is not None:
             raise ConfigError(
@@ -183,8 +255,34 @@ def _fingerprints(
     fingerprints = keyed_fingerprints(key, model, forget.dataset)
     if identity is not None:
         identity.check_key(key)
-        identity.check_request(fingerprints)
+        identity.check_request(fingerprints, rows.positions)
     return fingerprints
+
+
+def _again(
+    state: UnlearningState, digests: Counter[bytes], trained: Counter[bytes] | None, positions: np.ndarray | None
+) -> int:
+    """How many rows of a request an earlier one of this trainer took out."""
+    if positions is not None and len(state.forgotten_positions) == state.forgotten.total():
+        return int(np.isin(positions, state.forgotten_positions).sum())
+    return forgotten_before(digests, state.forgotten, trained)
+
+
+def _apart(source: RowSource | None, trained: Counter[bytes], argument: str, notes: list[str]) -> RowSource | None:
+    """Rows that were never trained on, without chance copies of training rows, which are noted."""
+    if source is None:
+        return None
+    apart, copies = rows_apart(source, source.digests(), trained, argument)
+    if copies:
+        notes.append(f"{copies} of the {len(source)} {source.name} are copies of training rows and were left out.")
+    return apart
+
+
+def _about_copies(copies: int) -> str:
+    return (
+        f"{copies} training rows that stay are exact copies of forget rows: a model trained without the forget rows "
+        "would still know their content. If it is to go, name the copies too."
+    )
 
 
 def _recall_forgotten(
@@ -196,5 +294,5 @@ def _recall_forgotten(
         return
     if memory.data == data_fingerprint(model, train.dataset):
         gone = np.flatnonzero(identity.forgotten).tolist()
-        state.forgotten = Counter(row_bytes(train.dataset[i]) for i in gone)
+        state.forgotten = Counter(train.digest(i) for i in gone)
         state.forgotten_positions = tuple(gone)

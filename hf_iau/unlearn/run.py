@@ -14,8 +14,6 @@ from torch import nn
 from hf_iau.data import RowSource
 from hf_iau.data.model_mode import placed_on, preserved_random_state
 from hf_iau.data.precision import compute_settings, memory_device
-from hf_iau.data.trainer_rows import optional_rows
-from hf_iau.data.validation import check_same_columns
 from hf_iau.distributed import full_parameters, is_main_process, is_sharded, sync_errors
 from hf_iau.distributed.wrappers import unwrap_model
 from hf_iau.errors import IAUError, MissingMemoryError, RequestError
@@ -24,14 +22,15 @@ from hf_iau.memory.fingerprints import package_versions
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.methods.base import UnlearningMethod, config_values
 from hf_iau.methods.context import ROWS_LOOKED_AT, ForgetContext
+from hf_iau.methods.iau.verdict import CHECK, OK
 from hf_iau.methods.outcome import MethodOutcome
 from hf_iau.report.card import UnlearningCard
 from hf_iau.report.report import UnlearningReport
 from hf_iau.unlearn.budget import Budget, budget_after, few_rows_warning, judged
 from hf_iau.unlearn.output import UnlearnOutput
-from hf_iau.unlearn.prepare import check_loss, request_context
+from hf_iau.unlearn.prepare import check_loss, request_context, resolve_rows, test_rows
 from hf_iau.unlearn.record import Commit, FinishedRequest, StepEffect, UnlearnRecord
-from hf_iau.unlearn.rows import NamedRows, requested_rows
+from hf_iau.unlearn.rows import NamedRows
 from hf_iau.unlearn.state import UnlearningState
 from hf_iau.unlearn.sync import agree_on_request, settle_weights
 from hf_iau.unlearn.transaction import WeightTransaction
@@ -74,9 +73,9 @@ def run_request(
     with _conditions(view, method):
         timer = PhaseTimer(view.args.device)
         with timer.phase("check"):
-            rows = requested_rows(view.train_dataset, request.forget_dataset, request.forget_indices)
+            rows = resolve_rows(view, request.forget_dataset, request.forget_indices)
             if len(rows) == 0:
-                return _nothing_to_forget(view, method, config)
+                return _nothing_to_forget(view, rows, method, config)
             context, test = _checked(view, request, rows, method, config, timer)
         output = _change_weights(view, request, context, test, method, config, commit)
     return output
@@ -87,9 +86,7 @@ def _checked(
 ) -> tuple[ForgetContext, RowSource | None]:
     """The context of a request that has passed every check, and the test rows."""
     context = request_context(view, rows, request.held_out_dataset, request.retain_dataset, timer)
-    test = optional_rows(view.trainer, request.test_dataset, "test rows")
-    for others in (context.retain, context.held_out, test):
-        check_same_columns(view.trainer, others, context.forget)
+    test = test_rows(view, context, request.test_dataset)
     try:
         method.check(context, config)
     except MissingMemoryError as error:
@@ -227,11 +224,13 @@ def _report(
     budget = budget_after(context, memory, losses[0], losses[1], effect.forecast_forget_loss_rise)
     own_reasons = outcome.step.reasons if outcome.step is not None else []
     verdict, reasons = judged(outcome.verdict, own_reasons, budget)
+    if context.copies_left and verdict == OK:
+        verdict, reasons = CHECK, [f"{context.copies_left} exact copies of forget rows stay in training"]
     report = UnlearningReport.build(
         method=method.name,
         config=config_values(config),
         seed=context.seed,
-        counts={"train_rows": _rows_in(context)},
+        counts=_counts(context),
         before=before,
         after=after,
         retrained=retrained[0] if retrained else None,
@@ -239,7 +238,7 @@ def _report(
         seconds=context.timer.seconds,
         peak_memory_bytes=context.timer.peak_memory_bytes,
         diagnostics=_diagnostics(outcome, effect, budget, None if reasons == own_reasons else reasons),
-        warnings=outcome.warnings,
+        warnings=[*context.notes, *outcome.warnings],
         verdict=verdict,
         calibrated=outcome.calibrated,
     )
@@ -273,6 +272,12 @@ def _diagnostics(
     return values if reasons is None else values | {"reasons": reasons}
 
 
+def _counts(context: ForgetContext) -> dict[str, int | None]:
+    """Rows that no measurement counts."""
+    told = {"left_out_rows": context.left_out, "copies_left": context.copies_left}
+    return {"train_rows": _rows_in(context)} | {name: count for name, count in told.items() if count}
+
+
 def _rows_in(context: ForgetContext) -> int | None:
     """How many training rows there were before the request, as far as that is known."""
     if context.memory is not None:
@@ -288,17 +293,18 @@ def _numbers(figures: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _nothing_to_forget(view: TrainerView, method: UnlearningMethod, config: Any) -> UnlearnOutput:
-    sentence = "The request names no rows: nothing was forgotten and no weight was changed."
-    warnings.warn(sentence, stacklevel=4)  # where unlearn() was called
+def _nothing_to_forget(view: TrainerView, rows: NamedRows, method: UnlearningMethod, config: Any) -> UnlearnOutput:
+    asked = "names no rows" if not rows.left_out else "names only rows that the model was never trained on"
+    sentences = [*rows.notes, f"The request {asked}: nothing was forgotten and no weight was changed."]
+    warnings.warn(" ".join(sentences), stacklevel=4)  # where unlearn() was called
     report = UnlearningReport(
         method=method.name,
         config=config_values(config),
         seed=view.args.seed,
-        counts={"forget_rows": 0},
+        counts={"forget_rows": 0} | ({"left_out_rows": rows.left_out} if rows.left_out else {}),
         before={},
         after={},
-        warnings=[sentence],
+        warnings=sentences,
         versions=package_versions(),
     )
     return UnlearnOutput(report, applied=False, memory=view.read_memory())

@@ -14,6 +14,7 @@ from hf_iau.data.trainer_rows import model_of
 from hf_iau.errors import MissingMemoryError
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.report.card import UnlearningCard
+from hf_iau.unlearn.rows import TrainingRows
 from hf_iau.unlearn.state import UnlearningState
 
 
@@ -27,6 +28,7 @@ class TrainerView:
         state: what the trainer knows of its requests; a request changes it.
         read_memory: gives the memory in force, or None; may raise where it cannot be read.
         read_card: gives what the model card tells of the present weights.
+        rows: the training rows, as they are trained on and as they were given.
         why_no_memory: why gathering after training was not possible, where nobody had asked for it; else None.
     """
 
@@ -35,6 +37,7 @@ class TrainerView:
     state: UnlearningState
     read_memory: Callable[[], GradientMemory | None]
     read_card: Callable[[], UnlearningCard]
+    rows: TrainingRows
     why_no_memory: Exception | None = None
 
     @property
@@ -46,11 +49,6 @@ class TrainerView:
     def model(self) -> nn.Module:
         """The bare model."""
         return model_of(self.trainer)
-
-    @property
-    def train_dataset(self) -> Any:
-        """The training rows, or None."""
-        return self.trainer.train_dataset
 
     @property
     def eval_dataset(self) -> Any:

@@ -30,7 +30,7 @@ from hf_iau import (
     UnlearningTrainer,
     UnlearnOutput,
 )
-from hf_iau.data.rows import row_bytes
+from hf_iau.data.digests import row_bytes
 from hf_iau.deletion.ids import rows_of_ids, rows_still_in
 from hf_iau.memory.keys import Key, find_key
 from hf_iau.memory.row_identity import RowIdentity, keyed_fingerprints
@@ -162,10 +162,16 @@ def test_a_key_file_must_not_lie_beside_the_memory(tmp_path: Path, monkeypatch: 
 # In the trainer
 
 
-def test_without_a_key_nothing_is_kept(tmp_path: Path) -> None:
+def test_without_a_key_rows_are_known_in_this_process_alone(tmp_path: Path) -> None:
     trainer = trained(tmp_path)
-    assert trainer.memory.row_identity is None
+    with pytest.raises(UnknownRowsError, match="2 of the 2 rows were never trained on"):
+        trainer.unlearn(as_dataset(plain_rows(2, seed=9)), config=GIVEN)
     forget(trainer, [1])
+    assert np.flatnonzero(trainer.memory.row_identity.forgotten).tolist() == [1]
+    with pytest.raises(AlreadyForgottenError):
+        forget(trainer, [1])
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert trainer.memory.row_identity.fingerprints[0].tobytes() not in written
     assert restarted(trainer, tmp_path).memory.row_identity is None
 
 

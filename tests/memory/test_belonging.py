@@ -183,7 +183,7 @@ def test_check_data_names_both_sides() -> None:
     assert memory.data["content"][:8] in message and data_fingerprint(model, other)["content"][:8] in message
     with pytest.raises(MemoryMismatchError) as caught:
         memory.check_data(model, as_dataset(rows).rename_column("features", "x"))
-    assert "['features', 'labels']" in str(caught.value) and "['labels']" in str(caught.value)
+    assert "['features', 'labels']" in str(caught.value) and "['labels', 'x']" in str(caught.value)
 
 
 def weighted(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
@@ -270,6 +270,7 @@ def test_counts() -> None:
     memory = make_memory(plain(), plain_rows())
     assert (memory.n_rows, memory.n_targets, memory.gradient_sum_rows) == (12, 12, 12)
     assert memory.label_counts == {"0": 4, "1": 4, "2": 4}
-    assert memory.nbytes() == 4 * sum(p.numel() for p in plain().parameters())
+    fingerprints = 12 * 16  # held in the process that gathered, also without a key
+    assert memory.nbytes() == 4 * sum(p.numel() for p in plain().parameters()) + fingerprints
     assert memory.parameters == {name: tuple(p.shape) for name, p in plain().named_parameters()}
     assert memory.schema_version == 4 and memory.settings["gradient_sum"] == "full"

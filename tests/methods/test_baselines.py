@@ -18,7 +18,7 @@ from unlearning_trainers import FORGET, ROWS, WITH_CURVATURE, assert_bits, make_
 
 from hf_iau import UnlearningTrainer
 from hf_iau.data import RowSource
-from hf_iau.data.rows import row_bytes
+from hf_iau.data.digests import row_bytes
 from hf_iau.errors import ConfigError, NonFiniteGradientError, RequestError
 from hf_iau.methods.base import available_methods
 from hf_iau.methods.baselines.bad_teacher import BadTeacherConfig

@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 from hf_iau.curvature import Curvature
 from hf_iau.data import RowPredictions, RowSource, predict_rows
-from hf_iau.data.rows import sample_positions
+from hf_iau.data.digests import sample_positions
 from hf_iau.distributed import is_main_process
 from hf_iau.methods.iau.multi_step_gradients import (
     REFERENCE_ROWS_PER_STEP,

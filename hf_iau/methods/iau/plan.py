@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from hf_iau.data import RowSource, predict_rows
-from hf_iau.data.rows import sample_positions
+from hf_iau.data.digests import sample_positions
 from hf_iau.errors import CalibrationError
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.methods.context import ForgetContext

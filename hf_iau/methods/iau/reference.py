@@ -9,8 +9,7 @@ import numpy as np
 from scipy import stats
 
 from hf_iau.data import RowPredictions
-from hf_iau.data.rows import row_bytes
-from hf_iau.errors import CalibrationError, RequestError
+from hf_iau.errors import CalibrationError
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.methods.context import ROWS_LOOKED_AT, ForgetContext
 from hf_iau.methods.iau.config import ENOUGH_FORGET_ROWS, FEWEST_COMPARED_ROWS, FEWEST_HELD_OUT_ROWS, IAUConfig
@@ -20,10 +19,6 @@ from hf_iau.methods.iau.trial import auc_distance
 
 # A random draw fails one of two tests at 1 % in 2 % of the cases; proxies then serve it as well.
 _SIGNIFICANCE = 0.01
-# Held-out rows that are compared with training rows: two data sets that share a tenth show up among so many pairs.
-_OVERLAP_ROWS = 512
-# Real data sets hold a few exact duplicates; an overlap of sets is another matter.
-_FEW_DUPLICATES, _SHARE_OF_DUPLICATES = 2, 0.02
 
 
 @dataclass(frozen=True)
@@ -174,7 +169,6 @@ def check_calibratable(context: ForgetContext, config: IAUConfig, memory: Gradie
 
     Raises:
         CalibrationError: too few held-out rows; or a single forget row, and no other training rows.
-        RequestError: the held-out rows were trained on.
         MemoryFileError: the memory's calibration is malformed.
     """
     if config.is_given or context.held_out is None:
@@ -194,23 +188,4 @@ def check_calibratable(context: ForgetContext, config: IAUConfig, memory: Gradie
         raise CalibrationError(
             "A single forget row cannot set the target of calibration, and the trainer has no other training rows to "
             "try steps on: give it its train_dataset, pass retain_dataset=, or set IAUConfig(scale=…, damping=…)."
-        )
-    _refuse_overlap(context)
-
-
-def _refuse_overlap(context: ForgetContext) -> None:
-    """Held-out rows that are being forgotten, or were trained on, would set a false target."""
-    assert context.held_out is not None
-    probe = context.held_out.sample(_OVERLAP_ROWS, context.seed)
-    digests = {row_bytes(probe.dataset[i]) for i in range(len(probe))}
-    shared, share = len(digests & context.excluded), 1.0
-    if not shared and context.train is not None:
-        # The order in which retained rows are drawn: most of these are hashed for other reasons too.
-        positions = np.random.default_rng(context.seed).permutation(len(context.train))[:ROWS_LOOKED_AT]
-        shared = sum(context.train.digest(int(i)) in digests for i in positions)
-        share = len(positions) / max(len(context.train), 1)
-    if shared > max(_FEW_DUPLICATES, _SHARE_OF_DUPLICATES * len(probe) * share):
-        raise RequestError(
-            f"{shared} of {len(probe)} held-out rows looked at are training rows: a model treats those as known, so "
-            "calibrating on them would forget nothing. Pass held_out_dataset= with rows that were never trained on."
         )

@@ -12,7 +12,7 @@ import torch
 
 from hf_iau import CalibrationError, IAUConfig, MissingMemoryError, RequestError
 from hf_iau.data import RowSource, predictions
-from hf_iau.data.rows import row_bytes
+from hf_iau.data.digests import row_bytes
 from hf_iau.data.trainer_rows import trainer_rows
 from hf_iau.methods.iau import plan as search
 from hf_iau.methods.iau.verdict import CHECK, OK, RETRAIN
