@@ -121,7 +121,7 @@ def test_copies_are_counted() -> None:
     twice = once.without(np.stack([a]))
     with pytest.raises(AlreadyForgottenError, match="1 of the 2"):
         twice.check_request(np.stack([a, b]))
-    with pytest.raises(UnknownRowsError, match=r"1 of the 2 rows were never trained on, e\.g\. the one at position 1"):
+    with pytest.raises(UnknownRowsError, match=r"1 of the 2 rows were never trained on .* at position 1\."):
         twice.check_request(np.stack([b, a + 5]))
 
 
