@@ -6,7 +6,6 @@ import json
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from jinja2 import TemplateError
 from hf_iau.errors import RequestError
 from hf_iau.evaluation.intervals import RESAMPLES
 from hf_iau.evaluation.measurement import Measurement
+from hf_iau.memory.fingerprints import installed_version
 from hf_iau.report import content, pages, tables
 from hf_iau.report.histograms import loss_histograms
 from hf_iau.report.measured import (
@@ -285,13 +285,8 @@ class UnlearningReport:
 
 def installed_versions() -> dict[str, str]:
     """Versions of Python and of the packages that a report's numbers depend on."""
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+    found = {name: installed_version(name) for name in _PACKAGES}
+    return {"python": platform.python_version()} | {name: version for name, version in found.items() if version}
 
 
 def _without_per_row(diagnostics: Any) -> Any:

@@ -332,7 +332,7 @@ class Sequences(RuleBasedStateMachine):
 
 TestSequences = Sequences.TestCase
 TestSequences.settings = settings(
-    max_examples=int(os.environ.get("HF_IAU_SEQUENCES", "30")),
+    max_examples=int(os.environ.get("HF_IAU_SEQUENCES", "20")),
     stateful_step_count=8,
     deadline=None,
     suppress_health_check=list(HealthCheck),
