@@ -81,7 +81,10 @@ def weight_files(path: str) -> list[Path]:
         ConfigError: there are none.
     """
     place = Path(path)
-    files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place] if place.is_file() else []
+    try:
+        files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place] if place.is_file() else []
+    except OSError:  # a name that is too long
+        files = []
     if not files or any(file.suffix != ".safetensors" for file in files):
         raise ConfigError(
             f"initial_weights={path!r}: give a safetensors file, or a folder with some, as save_pretrained() writes "
