@@ -74,6 +74,7 @@ class RowSource:
         self._digests: dict[int, bytes] = {}
         self._share: tuple[RowSource, int] | None = None
         self._length_order: np.ndarray | None = None
+        self._longest_first: RowSource | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -132,7 +133,14 @@ class RowSource:
                 yield positions, to_device(whole, self.device)
             return
         order = self.length_order()
-        rows = self if start == 0 and _is_identity(order) else self.select(order[start:])
+        if start:
+            rows = self.select(order[start:])
+        elif _is_identity(order):
+            rows = self
+        else:
+            if self._longest_first is None:
+                self._longest_first = self.select(order)
+            rows = self._longest_first
         for positions, inputs in rows:
             yield order[start + positions], inputs
 

@@ -44,7 +44,7 @@ _OF_GROUP = (
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether the parameters are sharded over the ranks, so that all of these have to run the same passes."""
-    if model in _UNSHARDED:
+    if not dist.is_initialized() or model in _UNSHARDED:
         return False
     reshard(model)
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
@@ -52,7 +52,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 def reshard(model: nn.Module) -> None:
     """Give back what FSDP2 has gathered: after a forward pass the outermost module is still whole."""
-    if model not in _UNSHARDED:
+    if dist.is_initialized() and model not in _UNSHARDED:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
