@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -68,14 +69,19 @@ def test_two_processes_are_launched(tmp_path: Path) -> None:
         str(config_file("cpu_two_processes")),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        [*command, "--main_process_port", "0", str(script), str(REPOSITORY / "tests"), str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+    with socket.socket() as kept:
+        # Bound and not listening, it keeps the port from all but the launcher, which reuses addresses as well.
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        kept.bind(("127.0.0.1", 0))
+        where = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(kept.getsockname()[1])]
+        done = subprocess.run(
+            [*command, *where, str(script), str(REPOSITORY / "tests"), str(tmp_path)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=280,
+            check=False,
+        )
     assert done.returncode == 0, done.stderr[-4000:]
     found = [json.loads((tmp_path / f"process-{number}.json").read_text()) for number in range(2)]
     assert [about["processes"] for about in found] == [2, 2]
