@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+import torch
 from torch.utils import backend_registration
 
-if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+if not (hasattr(backend_registration, "_setup_privateuseone_for_python_backend") and hasattr(torch._C, "_acc")):
     collect_ignore_glob = ["*"]
