@@ -18,7 +18,7 @@ if str(ROOT) not in sys.path:
 
 from tiny_models import llama  # noqa: E402
 
-from benchmarks import answer_scores  # noqa: E402
+from benchmarks import answer_scores, question_answers  # noqa: E402
 from benchmarks.answer_scores import greedy_answers, rouge_l_recall  # noqa: E402
 from benchmarks.cells import CellStore, run_cells  # noqa: E402
 from benchmarks.question_answers import load_tofu, prompt_tokens, train_tokenizer  # noqa: E402
@@ -151,6 +151,7 @@ def test_rouge_l_recall_by_hand() -> None:
 
 def test_a_cell_and_the_table_have_the_figures(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answer_scores, "LONGEST_ANSWER", 4)
+    monkeypatch.setattr(question_answers, "VOCABULARY", 400)  # eigenvectors of the output layer take its cube
     work = replace(TOFU_LLAMA, training=replace(TOFU_LLAMA.training, epochs=1), **ROWS)
     suite = replace(SUITES["tofu"], works=(work,), scenarios=(Scenario("an-author", classes=1),), variants=(RELEASED,))
     models, cells = ModelStore(tmp_path / "models", data), CellStore(tmp_path / "tofu")

@@ -28,7 +28,7 @@ from hf_iau.curvature.fit import Fit
 WIDE = {
     "hidden_size": 64,
     "intermediate_size": 256,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "vocab_size": 400,
     "max_position_embeddings": 48,
 }
@@ -46,7 +46,7 @@ def no_floors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wide(kind: str, **settings: Any) -> nn.Module:
-    model = build("bert", **WIDE, **settings)
+    model = build("bert", **(WIDE | settings))
     if kind == "full":
         return model
     torch.manual_seed(1)
@@ -55,14 +55,14 @@ def wide(kind: str, **settings: Any) -> nn.Module:
 
 
 @contextmanager
-def wide_trainer(folder: Path, kind: str, length: int, **settings: Any) -> Iterator[UnlearningTrainer]:
+def wide_trainer(folder: Path, kind: str, length: int, layers: int = 2, **settings: Any) -> Iterator[UnlearningTrainer]:
     """On the device, with rows of one length: none is longer than what is seen when the optimizer has its state."""
     gc.collect()
     with simulated_device() as device:
         both = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
         yield make_trainer(
             folder,
-            model=wide(kind),
+            model=wide(kind, num_hidden_layers=layers),
             rows=text_rows(48, length=(length, length + 1)),
             settings=settings_for(device, **(both | settings)),
             eval_dataset=as_dataset(text_rows(HELD_OUT, seed=1, length=(length, length + 1))),
@@ -123,10 +123,13 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
 def test_beside_a_living_optimizer(case: str, tmp_path: Path) -> None:
     """`IAUCallback` gathers at the end of training, requests follow; one is calibrated where activations take most."""
     kind, length, settings = CASES[case]
+    layers = (
+        3 if case == "full, two rows" else 2
+    )  # where training needs little, its layers have to outweigh our buffers
 
     def peaks(config: GatherConfig, requests: bool) -> tuple[int, list[int]]:
         """Of training, and of gathering and the requests."""
-        with wide_trainer(tmp_path, kind, length, **settings) as trainer:
+        with wide_trainer(tmp_path, kind, length, layers, **settings) as trainer:
             ends = TrainingEnds()
             trainer.add_callback(ends)
             trainer.add_callback(IAUCallback(config, save=False))
@@ -180,7 +183,7 @@ def test_training_goes_on_as_if_nothing_was_gathered(
     def train(callback: Gathering | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         with simulated_device() as device:
             torch.manual_seed(0)
-            model, settings = wide(kind, dropout=0.1), settings_for(device, max_steps=5)
+            model, settings = wide(kind, dropout=0.1, num_hidden_layers=1), settings_for(device, max_steps=5)
             trainer = make_trainer(tmp_path, model=model, settings=settings)
             if callback is not None:
                 callback.trainer = trainer

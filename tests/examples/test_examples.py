@@ -6,9 +6,7 @@ import contextlib
 import importlib.util
 import io
 import json
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -27,21 +25,7 @@ FIGURES = {"forget_accuracy", "retain_accuracy", "test_accuracy", "mia_auc"}
 
 
 def run_script(name: str, *arguments: object, folder: Path) -> str:
-    """Run one example in a process of its own; returns what it printed."""
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(folder / "cache"),
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    return finished.stdout
-
-
-def run_script_here(name: str, *arguments: object, folder: Path) -> str:
-    """The same in this process, which has imported the libraries already."""
+    """Run one example in this process, which has imported the libraries already; returns what it printed."""
     printed, threads = io.StringIO(), torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patched, contextlib.redirect_stdout(printed):
         patched.setattr(sys, "argv", [name, *map(str, arguments)])
@@ -81,7 +65,7 @@ def read_report(folder: Path, models: tuple[str, ...]) -> dict:
 
 
 def test_demo_writes_a_complete_report(tmp_path: Path) -> None:
-    printed = run_script_here("demo.py", "--quick", "--output_dir", tmp_path / "demo", folder=tmp_path)
+    printed = run_script("demo.py", "--quick", "--output_dir", tmp_path / "demo", folder=tmp_path)
     report = read_report(tmp_path / "demo", ("before", "after", "retrained"))
     assert report["method"] == "iau" and report["calibrated"] is True
     assert report["counts"]["forget_rows"] == 25
@@ -159,7 +143,7 @@ def test_image_classification_on_local_files(tmp_path: Path, image_files: tuple[
     arguments = ["--train_file", image_files[0], "--test_file", image_files[1], "--from_config", "resnet", *COMMON]
     overrides = '{"embedding_size": 8, "depths": [1], "hidden_sizes": [8]}'
     arguments += ["--config_overrides", overrides, "--output_dir", tmp_path / "out", "--noise_floor"]
-    run_script_here("image_classification.py", *arguments, "--forget_fraction", 0.2, folder=tmp_path)
+    run_script("image_classification.py", *arguments, "--forget_fraction", 0.2, folder=tmp_path)
     report = read_report(tmp_path / "out", ("before", "after", "retrained"))
     assert report["counts"]["forget_rows"] == 32
     assert report["noise_floor"]["gap"]["mean_absolute"] >= 0.0

@@ -39,11 +39,14 @@ SETTINGS = ["-".join(map(str, setting)) for setting in itertools.product(*CHOICE
 
 
 def settings_of(processes: int) -> list[str]:
-    """Every setting for one process; for several the half in which each value of one choice meets each of another."""
+    """Every setting for one process; for several the fewest in which each value of one choice meets each of another."""
     if processes == 1:
         return SETTINGS
-    places = itertools.product(*(range(len(choice)) for choice in CHOICES))
-    return [setting for setting, place in zip(SETTINGS, places, strict=True) if sum(place) % 2 == 0]
+    pairs = [(b, other) for b in range(len(BATCH_SIZES)) for other in (0, 1)]
+    # Two settings a batch size, which differ in all else; two choices are alike at one batch size, unlike at another.
+    places = [(bit, b, bit ^ (b == 1), bit ^ (b == 2)) for b, bit in pairs]
+    chosen = {"-".join(str(choice[p]) for choice, p in zip(CHOICES, place, strict=True)) for place in places}
+    return [setting for setting in SETTINGS if setting in chosen]
 
 
 def collator(padding: str) -> Collator:

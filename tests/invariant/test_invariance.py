@@ -58,11 +58,11 @@ def initial_weights() -> dict[str, Tensor]:
 
 
 def test_every_pair_of_choices_meets_in_several_processes() -> None:
-    half = {tuple(setting.split("-")) for setting in matrix.settings_of(2)}
-    assert len(half) == len(matrix.SETTINGS) // 2 and half < {tuple(s.split("-")) for s in matrix.settings_of(1)}
+    some = {tuple(setting.split("-")) for setting in matrix.settings_of(2)}
+    assert len(some) == 6 and some < {tuple(s.split("-")) for s in matrix.settings_of(1)}
     for one, other in itertools.combinations(range(len(matrix.CHOICES)), 2):
         pairs = itertools.product(map(str, matrix.CHOICES[one]), map(str, matrix.CHOICES[other]))
-        assert {(setting[one], setting[other]) for setting in half} == set(pairs)
+        assert {(setting[one], setting[other]) for setting in some} == set(pairs)
 
 
 @pytest.mark.parametrize("which", ["train", "forget"])
