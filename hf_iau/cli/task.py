@@ -48,6 +48,33 @@ _LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError)
 
 
 @dataclass(frozen=True)
+class Reader:
+    """Makes a model's inputs of a batch of texts or images.
+
+    It holds no model: data sets pickle and hash all that a function holds which they are given.
+    """
+
+    processor: Any
+    input_columns: tuple[str, ...]
+    max_length: int | None
+
+    def tokens(self, batch: dict[str, list[Any]]) -> Any:
+        """Texts in tokens."""
+        texts = [batch[column] for column in self.input_columns]
+        return self.processor(*texts, truncation=True, max_length=self.max_length)
+
+    def tokens_with_labels(self, batch: dict[str, list[Any]]) -> dict[str, Any]:
+        """The same, each token to be predicted."""
+        tokens = self.tokens(batch)
+        return {**tokens, "labels": [list(row) for row in tokens["input_ids"]]}
+
+    def images(self, batch: dict[str, list[Any]]) -> dict[str, Any]:
+        """Images in pixels, with their labels."""
+        images = [image.convert("RGB") for image in batch[self.input_columns[0]]]
+        return {**self.processor(images, return_tensors="pt"), "labels": batch["labels"]}
+
+
+@dataclass(frozen=True)
 class Task:
     """A model and what its rows need.
 
@@ -91,28 +118,17 @@ class Task:
                     f"There is no column {column!r} to read the {'image' if self.kind == 'image' else 'text'}s from: "
                     f"the rows have {', '.join(rows.column_names)}."
                 )
+        reader = Reader(self.processor, self.input_columns, self.max_length)
         if self.kind == "language":
             # Columns that the Trainer would take for labels, beside those made here.
             others = [column for column in ("label", "label_ids") if column in rows.column_names]
-            return rows.remove_columns(others).map(self._tokenize_with_labels, batched=True, desc="Tokenizing")
+            return rows.remove_columns(others).map(reader.tokens_with_labels, batched=True, desc="Tokenizing")
         config: Any = self.model.config
         kind = config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
         rows = rows_of_labels(rows, self.label_column, config.label2id, kind)
         if self.kind == "image":
-            return rows.with_transform(self._read_images)
-        return rows.map(self._tokenize, batched=True, desc="Tokenizing")
-
-    def _tokenize(self, batch: dict[str, list[Any]]) -> Any:
-        texts = [batch[column] for column in self.input_columns]
-        return self.processor(*texts, truncation=True, max_length=self.max_length)
-
-    def _tokenize_with_labels(self, batch: dict[str, list[Any]]) -> Any:
-        tokens = self._tokenize(batch)
-        return {**tokens, "labels": [list(row) for row in tokens["input_ids"]]}
-
-    def _read_images(self, batch: dict[str, list[Any]]) -> dict[str, Any]:
-        images = [image.convert("RGB") for image in batch[self.input_columns[0]]]
-        return {**self.processor(images, return_tensors="pt"), "labels": batch["labels"]}
+            return rows.with_transform(reader.images)
+        return rows.map(reader.tokens, batched=True, desc="Tokenizing")
 
 
 def load_task(

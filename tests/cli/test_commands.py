@@ -11,9 +11,12 @@ import pytest
 from accelerate.commands.launch import launch_command, launch_command_parser
 from command_runner import HELD_OUT, ROWS, run, run_json
 from huggingface_hub import ModelCard
+from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_iau import GradientMemory, UnlearningReport
+from hf_iau.cli.task import load_task
+from hf_iau.cli.task_rows import load_rows
 from hf_iau.deletion.ledger import Ledger
 from hf_iau.memory.fingerprints import weights_fingerprint
 
@@ -29,6 +32,30 @@ def gathered(text_model: Path, text_rows_files: dict[str, str]) -> Path:
 
 def others(files: dict[str, str]) -> tuple[str, ...]:
     return ("--train", files["train"], "--held-out", files["held_out"], "--test", files["test"], "--cpu")
+
+
+def test_preparing_rows_does_not_pickle_the_model(
+    text_model: Path, text_rows_files: dict[str, str], image_model: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data sets hash what they are mapped with: a model would be written out anew for each of them."""
+
+    pickled = []
+    reduce = nn.Module.__reduce_ex__
+
+    def watched(module: nn.Module, protocol: Any) -> Any:
+        pickled.append(type(module).__name__)
+        return reduce(module, protocol)
+
+    monkeypatch.setattr(nn.Module, "__reduce_ex__", watched)
+    for model, rows, column in (
+        (text_model, text_rows_files["train"], "text"),
+        (image_model[0], image_model[1], "image"),
+    ):
+        task = load_task(str(model), input_columns=(column,))
+        prepared = task.prepare(load_rows(rows))
+        first = prepared[0]
+        assert {"input_ids", "labels"} <= first.keys() or tuple(first["pixel_values"].shape) == (3, 8, 8)
+    assert not pickled
 
 
 def test_gather_writes_the_memory(text_model: Path, text_rows_files: dict[str, str], tmp_path: Path) -> None:
