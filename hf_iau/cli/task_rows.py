@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def load_rows(source: str, *, configuration: str | None = None) -> datasets.Data
     """The rows that `source` names.
 
     Args:
-        source: a parquet, csv, tsv, json or jsonl file; a folder written by `Dataset.save_to_disk`; a folder of images
+        source: a parquet, csv, tsv, json or jsonl file; a folder written by `save_to_disk`; a folder of images
             with a folder a class; or a data set of the Hub. A split may follow a colon, e.g. `imdb:test[:1000]`; else
             it is `train`.
         configuration: of a data set of the Hub that has several.
@@ -34,6 +35,10 @@ def load_rows(source: str, *, configuration: str | None = None) -> datasets.Data
     try:
         if path.is_dir() and (path / "state.json").is_file():
             return datasets.Dataset.load_from_disk(str(path))
+        if (path / "dataset_dict.json").is_file():
+            splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+            files = {saved: str(path / saved / "*.arrow") for saved in splits}
+            return datasets.load_dataset("arrow", data_files=files, split=split)
         if path.is_dir() and not any(path.glob("*.*")):
             return datasets.load_dataset("imagefolder", data_dir=str(path), split=split)
         if path.suffix.lower() in ROW_FILES and (path.is_file() or "/" not in name):

@@ -30,6 +30,7 @@ def test_files_folders_and_splits(tmp_path: Path) -> None:
         assert load_rows(str(tmp_path / name))["text"][:] == ["a", "b", "c"]
     assert load_rows(f"{tmp_path / 'rows.parquet'}:train[1:]")["text"][:] == ["b", "c"]
     datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "splits")
+    assert load_rows(f"{tmp_path / 'splits'}:train[1:]")["text"][:] == ["b", "c"]
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
     assert len(load_rows(str(tmp_path / "splits"))) == len(load_rows(str(tmp_path / "splits" / "train"))) == 3
     for name in ("splits:test", "absent.csv", "broken.parquet", "rows.parquet:test", "absent"):
