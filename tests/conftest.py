@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,24 @@ import torch
 # Before anything imports huggingface_hub: no test needs the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# The files that take longest, the longest first: begun last, one of them would keep everybody waiting.
+LONGEST = (
+    "distributed/test_sharded.py",
+    "invariant/test_invariance.py",
+    "device/test_memory_on_a_device.py",
+    "architectures/test_architectures.py",
+    "memory/test_gradient_sums.py",
+    "device/test_requests_on_a_device.py",
+    "trainer/test_callback.py",
+    "cli/test_commands.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of `LONGEST` first; the rest stays in its order."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def pytest_collection_finish() -> None:
