@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import Dataset
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from hf_iau.data.adapters import SUPPORTED, adapter_configs, adapter_owner, unsupported_reason
 from hf_iau.data.digests import row_bytes, sample_positions
@@ -109,6 +109,50 @@ def check_adapters(model: nn.Module) -> None:
             raise UnsupportedModelError(
                 f"The adapters are disabled (layer {name!r}), so their weights have no gradient. Leave the "
                 "disable_adapter() context, or call model.enable_adapter_layers()."
+            )
+
+
+_PREFERENCES = "compares answers, with one another or with a reference model, or draws them anew"
+_TRAINERS_REFUSED = {
+    "RewardConfig": ("RewardTrainer", "is one of pairs of texts, collated as twice as many rows"),
+    "PRMConfig": ("PRMTrainer", "is one of the steps of a row"),
+    "SentenceTransformerTrainingArguments": (
+        "SentenceTransformerTrainer",
+        "is a module of its own over several texts a row, and most of its losses compare the rows of a batch "
+        "(MultipleNegativesRankingLoss and others)",
+    ),
+    "SparseEncoderTrainingArguments": ("SparseEncoderTrainer", "compares the rows of a batch"),
+    "CrossEncoderTrainingArguments": ("CrossEncoderTrainer", "is a module of its own over pairs of texts"),
+} | {
+    f"{name}Config": (f"{name}Trainer", _PREFERENCES)
+    for name in (
+        *("BCO", "CPO", "DPO", "Distillation", "GKD", "GOLD", "GRPO", "KTO", "MiniLLM", "NashMD", "ORPO", "OnlineDPO"),
+        *("PPO", "RLOO", "SDFT", "SDPO", "XPO"),
+    )
+}
+
+
+def refuse_trainer(args: TrainingArguments) -> None:
+    """Refuse trainers of TRL and sentence-transformers whose rows or losses this package does not read, by their name.
+
+    Args:
+        args: training arguments, whose class tells which trainer they are for.
+
+    Raises:
+        UnsupportedModelError: packed rows, or such a trainer.
+    """
+    for kind in type(args).__mro__:
+        refused = _TRAINERS_REFUSED.get(kind.__name__)
+        if refused is not None and kind.__module__.startswith(("trl", "sentence_transformers")):
+            raise UnsupportedModelError(
+                f"{refused[0]} cannot forget rows: its loss {refused[1]}, so it is no sum over rows that this package "
+                "could read. Fine-tune with Trainer, Seq2SeqTrainer or TRL's SFTTrainer, or remove the IAUCallback."
+            )
+    for option in ("packing", "padding_free", "eval_packing"):
+        if getattr(args, option, None):
+            raise UnsupportedModelError(
+                f"{option}=True puts several rows into one, which then cannot be told apart or forgotten: set "
+                f"{option}=False. Sorting by length (group_by_length=True) spares padding as well."
             )
 
 

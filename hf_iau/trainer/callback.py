@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from hf_iau.data import RowLoss, RowSource, probe_additivity, probe_targets
 from hf_iau.data.row_loss import UserLossFunction
-from hf_iau.data.validation import refuse_device
+from hf_iau.data.validation import refuse_device, refuse_trainer
 from hf_iau.distributed import sync_errors
 from hf_iau.distributed.wrappers import unwrap_model
 from hf_iau.errors import MissingMemoryError, UnsupportedModelError
@@ -207,6 +207,7 @@ class UnaskedIAUCallback(IAUCallback):
 
 def refuse_unsupported_engines(args: TrainingArguments) -> None:
     """Refuse training engines whose gradients or parameters this package does not read, before training starts."""
+    refuse_trainer(args)
     refuse_device(args.device.type)
     if args.n_gpu > 1:
         raise UnsupportedModelError(

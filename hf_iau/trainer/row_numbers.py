@@ -63,7 +63,8 @@ def row_numbers_carried(
     if isinstance(now, datasets.Dataset) and NUMBER_COLUMN in now.column_names:
         numbers = np.asarray(now.with_format(None)[NUMBER_COLUMN], dtype=np.int64)
         trainer.train_dataset = now.remove_columns(NUMBER_COLUMN)
-    carried.rows = TrainingRows(trainer.train_dataset, given, numbers, following.__name__)
+    cut = getattr(trainer, "cut_row_numbers", np.zeros(0, dtype=np.int64))
+    carried.rows = TrainingRows(trainer.train_dataset, given, numbers, following.__name__, cut)
 
 
 def _numbered(dataset: datasets.Dataset) -> datasets.Dataset:

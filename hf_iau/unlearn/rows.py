@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
@@ -36,12 +36,14 @@ class TrainingRows:
         numbers: int64, `(rows of dataset,)`: each row's number in `given`; None where it is the same row for row, or
             not known.
         prepared_by: name of the trainer that made other rows of what it was given; None where it left them alone.
+        cut: numbers of the given rows that it cut to a length, int64.
     """
 
     dataset: Any
     given: Any
     numbers: np.ndarray | None = None
     prepared_by: str | None = None
+    cut: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     @classmethod
     def of(cls, dataset: Any) -> TrainingRows:
@@ -185,6 +187,12 @@ def named_rows(train: TrainingRows, numbers: np.ndarray, visits: np.ndarray | No
             f"{dropped} of the {len(numbers)} requested rows were dropped by {train.prepared_by} when it prepared its "
             "training rows, so the model was never trained on them: there is nothing to forget of them, and they were "
             "left out."
+        )
+    cut = int(np.isin(numbers, train.cut).sum())
+    if cut:
+        notes.append(
+            f"{cut} of the {len(numbers)} requested rows were cut by {train.prepared_by}, for they are longer than its "
+            "longest row: the model was trained on what is left of them alone, and it is that which was forgotten."
         )
     unvisited = 0
     if visits is not None and len(visits) == len(train.dataset):

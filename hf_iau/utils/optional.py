@@ -12,6 +12,7 @@ _PACKAGES = {
     "matplotlib": ("matplotlib", "plots"),
     "rich": ("rich", "cli"),
     "sklearn": ("scikit-learn", "metrics"),
+    "trl": ("trl", "trl"),
     "typer": ("typer", "cli"),
 }
 
