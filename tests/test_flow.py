@@ -27,7 +27,7 @@ CORE = (
     "cost_estimate",
     "trainer",
 )
-EDGES = ("deletion", "metrics", "accelerate_configs", "cli")
+EDGES = ("deletion", "metrics", "accelerate_configs", "cli", "trl")
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or not path.name.startswith("__"))
 
 
