@@ -25,7 +25,7 @@ from hf_iau.deletion.ids import all_forgotten, rows_of_ids, rows_still_in
 from hf_iau.deletion.journal import Journal, JournalFile
 from hf_iau.deletion.ledger import LEDGER_NAME, Ledger, LedgerEntry
 from hf_iau.deletion.queue import RequestQueue
-from hf_iau.deletion.storage import RequestStorage, full_weights, storage_errors
+from hf_iau.deletion.storage import RECEIPT_FOLDER, RequestStorage, full_weights, storage_errors
 from hf_iau.deletion.termination import Termination
 from hf_iau.distributed import is_main_process, run_on_main_process
 from hf_iau.errors import ConfigError, MissingMemoryError, RequestError, StorageError
@@ -34,7 +34,9 @@ from hf_iau.memory.keys import Key, require_key
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.memory.memory_files import MEMORY_FOLDER
 from hf_iau.memory.row_identity import FINGERPRINT_BYTES, RowIdentity, keyed_fingerprints
+from hf_iau.methods.base import find_method, makes_weights_anew
 from hf_iau.report.report import UnlearningReport
+from hf_iau.trainer.saving import rows_forgotten_on_disk, weights_on_disk
 from hf_iau.trainer.unlearning_trainer import UnlearningTrainer
 from hf_iau.unlearn.budget import FEWEST_ROWS
 from hf_iau.unlearn.output import UnlearnOutput
@@ -135,7 +137,8 @@ class DeletionService:
     ) -> DeletionOutput:
         """Make the model forget rows, and write weights, memory, ledger and receipt as one transaction.
 
-        The same request run again is finished, or answered from the ledger, but never run twice. A request cannot be
+        The same request run again is finished, or answered from the ledger, but never run twice; except by a method
+        that makes the weights anew (`method="retrain"`), where an approximate one was not enough. A request cannot be
         reverted.
 
         Args:
@@ -164,10 +167,11 @@ class DeletionService:
             rows, notes, all_out = self._named(forget_dataset, forget_indices, ids)
             if len(rows) == 0:
                 return DeletionOutput(**vars(self.trainer.unlearn(rows, **settings)))
+            anew = find_method(settings.get("method", "iau"), settings.get("config"))[0]
             entry = self._entry_of(entries, rows, request_id, memory, exact=not all_out)
-            if entry is not None:
+            if entry is not None and (entry.method == anew.name or not makes_weights_anew(anew)):
                 return DeletionOutput(_report_of(entry), applied=False, memory=self.trainer.memory, entry=entry)
-            if all_out:
+            if all_out and not makes_weights_anew(anew):
                 raise all_forgotten(len(rows))
             self._check_room(memory)
             output = self._carry_out(rows, request_id, memory, termination, settings)
@@ -215,6 +219,7 @@ class DeletionService:
                 lambda: asdict(self._storage.write(journal, run_name, request, termination)), "writing the request"
             )
             written.append(LedgerEntry(**entry))
+            self.trainer.unlearning_state.on_disk.add(entry["weights_after"])
             request.report.seconds["save"] = time.perf_counter() - started
 
         output = self.trainer.unlearn(rows, commit=commit, **settings)
@@ -446,10 +451,10 @@ class DeletionService:
             journal.time,
         )
         now = weights_fingerprint(model_of(self.trainer))
-        if now == journal.weights_before:
+        if now == journal.weights_after:
+            self._adopt()
+        elif now == journal.weights_before or now in self.trainer.unlearning_state.on_disk:
             self._load_weights(journal.weights_after)
-        elif now == journal.weights_after:
-            self.trainer.unlearning_state.adopt(self.folder / MEMORY_FOLDER)
 
     def _catch_up(self) -> list[LedgerEntry]:
         """Give a model from before the last request, which would undo it when saved, the weights that it left.
@@ -461,13 +466,38 @@ class DeletionService:
 
         def read() -> dict[str, Any] | None:
             entries[:] = self.ledger.entries()
+            self._check_receipts(len(entries))
             return asdict(entries[-1]) if entries else None
 
         last = run_on_main_process(read, "the ledger")
-        if last is not None and last["weights_before"] != last["weights_after"]:
-            if weights_fingerprint(model_of(self.trainer)) == last["weights_before"]:
-                self._load_weights(last["weights_after"])
+        there = run_on_main_process(lambda: weights_on_disk(self.folder / MEMORY_FOLDER), "the weights on disk")
+        known = self.trainer.unlearning_state.on_disk
+        if there is None or (last is None and not rows_forgotten_on_disk(self.folder / MEMORY_FOLDER)):
+            return entries
+        now = weights_fingerprint(model_of(self.trainer))
+        before = None if last is None else last["weights_before"]
+        if now == there:
+            known.add(there)
+        elif there not in known or now == before:  # another trainer has served requests since
+            if now != before and now not in known:
+                raise StorageError(
+                    f"Requests were served in {self.folder} since this trainer was made, and its model was changed "
+                    "since as well and not saved: going on would bring forgotten rows back. Load the model that lies "
+                    "there and give it to a new trainer."
+                )
+            self._load_weights(there)
         return entries
+
+    def _check_receipts(self, entries: int) -> None:
+        """Raise `StorageError` where there are receipts of more entries than the ledger has."""
+        found = (self.folder / MEMORY_FOLDER / RECEIPT_FOLDER).glob("[0-9]*.md")
+        last = max((int(path.stem) for path in found if path.stem.isdigit()), default=0)
+        if last > entries:
+            raise StorageError(
+                f"There is a receipt of entry {last} in {self.folder / MEMORY_FOLDER / RECEIPT_FOLDER}, and the ledger "
+                f"{self.ledger.path} has {entries} entries: it was deleted or cut off, and going on would write over "
+                "receipts. Restore it from a copy; if it is lost, move the receipts elsewhere."
+            )
 
     def _load_weights(self, expected: str) -> None:
         trainer = self.trainer
@@ -479,7 +509,14 @@ class DeletionService:
                 raise self._cannot_load() from error
             if weights_fingerprint(model_of(trainer)) != expected:
                 raise self._cannot_load()
-        trainer.unlearning_state.adopt(self.folder / MEMORY_FOLDER)
+        self._adopt()
+
+    def _adopt(self) -> None:
+        """Take what lies in the folder for the present state."""
+        state, private = self.trainer.unlearning_state, self.folder / MEMORY_FOLDER
+        state.adopt(private)
+        there = weights_on_disk(private)
+        state.on_disk |= set() if there is None else {there}
 
     def _cannot_load(self) -> StorageError:
         return StorageError(

@@ -1,4 +1,4 @@
-"""SIGTERM while a request runs: undone cleanly, or finished first, and then obeyed."""
+"""SIGTERM and Ctrl-C while a request runs: undone cleanly, or finished first, and then obeyed."""
 
 from __future__ import annotations
 
@@ -13,47 +13,51 @@ from hf_iau.errors import RequestError
 
 logger = logging.getLogger(__name__)
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 class _Terminated(BaseException):
     """Raised by the handler; no `except Exception` on the way swallows it."""
 
 
 class Termination:
-    """A context in which SIGTERM raises, so that everything is put back, or waits while `deferred` is true.
+    """A context in which SIGTERM and SIGINT raise, so that everything is put back, or wait while `deferred` is true.
 
-    Afterwards the signal is sent again to whoever handled it before: a process without a handler ends by it. Outside
-    the main thread Python allows no handlers, and the signal does what it always does.
+    Afterwards the signal is sent again to whoever handled it before: a process without a handler ends by SIGTERM, and
+    Ctrl-C raises `KeyboardInterrupt`. Outside the main thread Python allows no handlers, and the signals do what they
+    always do.
     """
 
     def __init__(self) -> None:
         self.deferred = False
-        self._received = False
-        self._earlier: Any = None
-        self._installed = False
+        self._received: int | None = None
+        self._earlier: dict[int, Any] = {}
 
     def __enter__(self) -> Termination:
         if threading.current_thread() is threading.main_thread():
-            self._earlier = signal.signal(signal.SIGTERM, self._handle)
-            self._installed = True
+            for number in _SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._earlier[number] = signal.signal(number, self._handle)
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._received = True
+        self._received = number
         if not self.deferred:
             raise _Terminated
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._installed:
-            signal.signal(signal.SIGTERM, self._earlier if self._earlier is not None else signal.SIG_DFL)
-        if not self._received:
+        for number, earlier in self._earlier.items():
+            signal.signal(number, earlier if earlier is not None else signal.SIG_DFL)
+        if self._received is None:
             return
-        undone = kind is not None
+        undone, name = kind is not None, signal.Signals(self._received).name
         logger.error(
-            "SIGTERM while a request ran: %s",
+            "%s while a request ran: %s",
+            name,
             "nothing was changed; run the request again." if undone else "the request was finished first.",
         )
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), self._received)
         if undone:  # a handler of the caller's let the process live
-            raise RequestError("SIGTERM interrupted the request: nothing was changed; run it again.") from None
+            raise RequestError(f"{name} interrupted the request: nothing was changed; run it again.") from None

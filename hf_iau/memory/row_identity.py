@@ -79,12 +79,15 @@ class RowIdentity:
         places_of = self._positions(requested)
         return {name: (len(places), int(self.forgotten[places].sum())) for name, places in places_of.items()}
 
-    def check_request(self, requested: np.ndarray, positions: np.ndarray | None = None) -> None:
+    def check_request(
+        self, requested: np.ndarray, positions: np.ndarray | None = None, again_allowed: bool = False
+    ) -> None:
         """Raise unless every row of a request was trained on and is still in.
 
         Args:
             requested: keyed fingerprints of the request's rows, uint8, `(m, 16)`.
             positions: their row numbers, where they were named so: then it is these very copies that count.
+            again_allowed: rows may be out already.
 
         Raises:
             UnknownRowsError: rows that were never trained on.
@@ -105,7 +108,7 @@ class RowIdentity:
         for name, count in wanted.items() if positions is None else ():
             trained, forgotten = copies[name]
             gone += min(forgotten, max(0, count - (trained - forgotten)))
-        if gone:
+        if gone and not again_allowed:
             raise AlreadyForgottenError(
                 f"{gone} of the {len(requested)} rows were already forgotten by an earlier request: leave them out."
             )

@@ -22,7 +22,8 @@ class UnlearningMethod(Protocol):
 
     A class that also has `moves_only_trained = True` promises to leave frozen parameters alone; a request then keeps no
     copy of them. One that has `works_on_shards = True` is given the parameters of a model under `fully_shard` as they
-    are, as DTensors, with a memory that is spread over the processes; others are given whole parameters.
+    are, as DTensors, with a memory that is spread over the processes; others are given whole parameters. One that has
+    `makes_weights_anew = True` may be asked for rows that were forgotten before.
     """
 
     name: ClassVar[str]
@@ -36,6 +37,12 @@ class UnlearningMethod(Protocol):
     def run(self, context: ForgetContext, config: Any) -> MethodOutcome:
         """Change `context.model` in place. The caller undoes everything if this raises."""
         ...
+
+
+def makes_weights_anew(method: UnlearningMethod) -> bool:
+    """Whether a method trains from the beginning on the rows that are left, so that rows forgotten before may be asked
+    for again."""
+    return bool(getattr(method, "makes_weights_anew", False))
 
 
 _METHODS: dict[str, UnlearningMethod] = {}

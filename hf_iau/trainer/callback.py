@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
@@ -20,9 +23,9 @@ from hf_iau.distributed.wrappers import unwrap_model
 from hf_iau.errors import MissingMemoryError, UnsupportedModelError
 from hf_iau.memory.config import GatherConfig
 from hf_iau.memory.gathering import (
-    build_memory,
     check_before_gathering,
     choose_row_loss,
+    gather_without,
     identify_rows,
     keep_input_columns,
     memory_summary,
@@ -41,6 +44,40 @@ _ROW_LOSS_OF_MODEL: weakref.WeakKeyDictionary[nn.Module, RowLoss] = weakref.Weak
 def announce_row_loss(model: nn.Module, row_loss: RowLoss) -> None:
     """Let callbacks that see `model` know the loss that its trainer uses."""
     _ROW_LOSS_OF_MODEL[model] = row_loss
+
+
+@dataclass(frozen=True)
+class TrainingRowsLeft:
+    """What an `UnlearningTrainer` trains on.
+
+    Attributes:
+        dataset: all training rows, forgotten ones among them.
+        forgotten: which of them are left out: bool, `(rows,)`; None where none is.
+        count: how many rows requests took out so far, as far as any record tells.
+    """
+
+    dataset: Any
+    forgotten: np.ndarray | None
+    count: int
+
+
+_ROWS_OF_MODEL: weakref.WeakKeyDictionary[nn.Module, TrainingRowsLeft] = weakref.WeakKeyDictionary()
+
+
+def announce_training_rows(model: nn.Module, dataset: Any, forgotten: np.ndarray | None, count: int) -> None:
+    """Let callbacks that see `model` know which rows its trainer leaves out; see `TrainingRowsLeft`."""
+    _ROWS_OF_MODEL[model] = TrainingRowsLeft(dataset, forgotten, count)
+
+
+_CHECKPOINT_NOTE = "forgotten_rows.json"
+
+
+def rows_forgotten_by(checkpoint: Path) -> int:
+    """How many rows had been forgotten when a checkpoint was written; 0 where it does not say."""
+    try:
+        return int(json.loads((checkpoint / _CHECKPOINT_NOTE).read_text(encoding="utf-8"))["rows"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 class IAUCallback(TrainerCallback):
@@ -145,14 +182,26 @@ class IAUCallback(TrainerCallback):
             with sync_errors("gathering"):  # nobody reads the files before they are written
                 source = self._source(args, model, kwargs["train_dataloader"])
                 loss = self._choose_loss(args, model)
-                self._memory = build_memory(model, source, loss, self.config, optimizer=kwargs.get("optimizer"))
-                self._memory.row_identity = identify_rows(model, source.dataset, args.output_dir)
+                identity = identify_rows(model, source.dataset, args.output_dir)
+                rows = _ROWS_OF_MODEL.get(model)
+                forgotten = np.zeros(len(source), dtype=bool)
+                if rows is not None and rows.forgotten is not None and len(rows.forgotten) == len(source):
+                    forgotten = rows.forgotten
+                self._memory = gather_without(
+                    model, source, identity, forgotten, loss, self.config, kwargs.get("optimizer")
+                )
                 if self.save and (args.should_save or self._memory.is_sharded):
                     self._memory.save(Path(args.output_dir or ".") / MEMORY_FOLDER)
             logger.info("Gathered a gradient memory: %s", dict(memory_summary(self._memory)))
         except Exception as error:  # whatever it is, the training that has just ended is not to be lost with it
             self.failure = error
             logger.error("Gathering failed after training; the model is unharmed. %s: %s", type(error).__name__, error)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        rows = _ROWS_OF_MODEL.get(unwrap_model(kwargs["model"])) if kwargs.get("model") is not None else None
+        folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if rows is not None and rows.count and args.should_save and folder.is_dir():
+            (folder / _CHECKPOINT_NOTE).write_text(json.dumps({"rows": rows.count}), encoding="utf-8")
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -170,6 +219,9 @@ class IAUCallback(TrainerCallback):
 
     def _source(self, args: TrainingArguments, model: nn.Module, loader: Any) -> RowSource:
         dataset = self.dataset if self.dataset is not None else loader.dataset
+        rows = _ROWS_OF_MODEL.get(model)
+        if self.dataset is None and rows is not None and rows.forgotten is not None:
+            dataset = rows.dataset
         if args.remove_unused_columns:  # else a loss or collator may use columns that the model does not take
             dataset = keep_input_columns(model, dataset, "training rows")
         return RowSource(

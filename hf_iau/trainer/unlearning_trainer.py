@@ -3,32 +3,51 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_iau.data import RowLoss
 from hf_iau.data.row_loss import TrainerRowLoss, UserLossFunction
-from hf_iau.data.trainer_rows import model_of
-from hf_iau.distributed import full_parameters, is_sharded
+from hf_iau.data.rows import refuse_iterable, select_rows
+from hf_iau.data.trainer_rows import model_of, trainer_rows
+from hf_iau.distributed import full_parameters, is_main_process, is_sharded
 from hf_iau.distributed.wrappers import unwrap_model
-from hf_iau.errors import ConfigError, MissingMemoryError, RequestError, UnsupportedModelError
+from hf_iau.errors import (
+    ConfigError,
+    MemoryFileError,
+    MemoryMismatchError,
+    MissingMemoryError,
+    RequestError,
+    UnsupportedModelError,
+)
 from hf_iau.memory.config import GatherConfig
-from hf_iau.memory.gathering import choose_row_loss
+from hf_iau.memory.gathering import choose_row_loss, forgotten_before
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.memory.memory_files import MEMORY_FOLDER, MEMORY_HEADER
 from hf_iau.memory.private_files import TRAINER_IGNORES, refuse_private_files
 from hf_iau.methods.base import find_method
 from hf_iau.report.card import UnlearningCard, card_metadata, task_of_model
-from hf_iau.trainer.callback import IAUCallback, UnaskedIAUCallback, announce_row_loss, refuse_unsupported_engines
-from hf_iau.trainer.regather import gather_remaining
+from hf_iau.trainer.callback import (
+    IAUCallback,
+    UnaskedIAUCallback,
+    announce_row_loss,
+    announce_training_rows,
+    refuse_unsupported_engines,
+    rows_forgotten_by,
+)
+from hf_iau.trainer.regather import gather_remaining, remaining_rows
 from hf_iau.trainer.restriction import GradientRestriction, RestrictionConfig
 from hf_iau.trainer.row_numbers import row_numbers_carried
-from hf_iau.trainer.saving import save_private_files
+from hf_iau.trainer.saving import refuse_stale, rows_forgotten_on_disk, save_private_files, weights_on_disk
 from hf_iau.trainer.upload import hub_errors_explained
 from hf_iau.unlearn.output import UnlearnOutput
 from hf_iau.unlearn.record import Commit
@@ -37,6 +56,11 @@ from hf_iau.unlearn.run import Request, checked_models, run_request
 from hf_iau.unlearn.state import UnlearningState
 from hf_iau.unlearn.unfinished import refuse_unfinished
 from hf_iau.unlearn.view import TrainerView
+
+logger = logging.getLogger(__name__)
+
+# Not in the trainer itself, which some searches of hyper-parameters pickle.
+_LOCKS: weakref.WeakKeyDictionary[Trainer, threading.RLock] = weakref.WeakKeyDictionary()
 
 
 class UnlearningTrainer(Trainer):
@@ -90,6 +114,7 @@ class UnlearningTrainer(Trainer):
         with row_numbers_carried(self, UnlearningTrainer, args, kwargs) as carried:
             super().__init__(*carried.args, **carried.kwargs)
         self._given_rows = carried.rows
+        self._note_what_is_on_disk()
         if self._gathering_callback() is None:
             self.add_callback(UnaskedIAUCallback())
         refuse_unsupported_engines(self.args)
@@ -108,15 +133,74 @@ class UnlearningTrainer(Trainer):
         return model
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `Trainer`. The memory of an earlier run no longer fits afterwards and is dropped here."""
+        """As in `Trainer`. The memory of an earlier run no longer fits afterwards and is dropped here.
+
+        Rows that were forgotten are left out, also where another process served the request and the memory below
+        `output_dir` knows which they were.
+
+        Raises:
+            RequestError: it is not known which rows were forgotten, they cannot be left out, or the checkpoint that is
+                to be gone on from was written before.
+        """
         if self.model is not None and not self.is_fsdp_enabled and is_sharded(self.model):
             raise UnsupportedModelError(
                 "The model's parameters are sharded by fully_shard (FSDP2) already, which the Trainer cannot train. "
                 "Let Accelerate shard it (`accelerate launch --use_fsdp --fsdp_version 2`), or train with a loop of "
                 "your own, gather with hf_iau.gather(model, rows), and use this trainer to unlearn()."
             )
-        self.unlearning_state = UnlearningState(card=UnlearningCard())
-        return super().train(*args, **kwargs)
+        with self._alone(), self._without_forgotten_rows(_checkpoint_asked(self, args, kwargs)):
+            state = self.unlearning_state
+            self.unlearning_state = UnlearningState(
+                card=UnlearningCard(),
+                forgotten=state.forgotten,
+                forgotten_positions=state.forgotten_positions,
+                on_disk=state.on_disk,
+            )
+            return super().train(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _without_forgotten_rows(self, checkpoint: Path | None) -> Iterator[None]:
+        """Train on the rows that no request took out, and from no checkpoint that still knows the others.
+
+        Raises:
+            RequestError: which rows are out is not known, they cannot be left out, or `checkpoint` is from before.
+        """
+        forgotten = self._forgotten_rows()
+        count = max(0 if forgotten is None else int(forgotten.sum()), rows_forgotten_on_disk(self._private_folder))
+        if checkpoint is not None and count > rows_forgotten_by(checkpoint):
+            raise RequestError(
+                f"resume_from_checkpoint={checkpoint}: it was written before {count - rows_forgotten_by(checkpoint)} "
+                "rows were forgotten, so going on from it would bring them back. Train on from the model as it is "
+                "(resume_from_checkpoint=None), and remove the checkpoint."
+            )
+        if self.model is None:
+            yield
+            return
+        whole, model = self.train_dataset, model_of(self)
+        announce_training_rows(model, whole, forgotten, count)
+        if forgotten is not None and forgotten.any():
+            if is_main_process():
+                logger.warning("%d forgotten rows are left out of this training.", int(forgotten.sum()))
+            self.train_dataset = select_rows(whole, np.flatnonzero(~forgotten))
+        try:
+            yield
+        finally:
+            self.train_dataset = whole
+
+    def _forgotten_rows(self) -> np.ndarray | None:
+        """Which of `train_dataset`'s rows are out: bool, `(rows,)`; None where no request is known of."""
+        state, memory = self.unlearning_state, None
+        if self.train_dataset is None or self.model is None:
+            return None
+        with contextlib.suppress(MissingMemoryError, MemoryFileError, MemoryMismatchError):
+            memory = self.memory
+        if not state.forgotten and (memory is None or not memory.forgotten_rows):
+            return None
+        refuse_iterable(self.train_dataset, "training rows, some of which were forgotten,")
+        source = trainer_rows(self, self.train_dataset, "training rows")
+        if state.forgotten:
+            return ~np.isin(np.arange(len(source)), remaining_rows(self.view, source))
+        return forgotten_before(model_of(self), source.dataset, memory)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
@@ -232,8 +316,9 @@ class UnlearningTrainer(Trainer):
         rows = dataset if dataset is not None else self.train_dataset
         if rows is None:
             raise RequestError("gather(): the trainer has no train_dataset. Give it one, or pass dataset=.")
-        memory = gather_remaining(self.view, config, rows)
-        self.unlearning_state.latest, self.unlearning_state.ended = memory, False
+        with self._alone():
+            memory = gather_remaining(self.view, config, rows)
+            self.unlearning_state.latest, self.unlearning_state.ended = memory, False
         return memory
 
     def rebase(self, config: GatherConfig | None = None) -> GradientMemory:
@@ -272,22 +357,38 @@ class UnlearningTrainer(Trainer):
         is saved by all of them together.
 
         Raises:
-            StorageError: a committed request that was interrupted lies in `output_dir`; `DeletionService(trainer)`
-                finishes it.
+            StorageError: a committed request that was interrupted lies in `output_dir` (`DeletionService(trainer)`
+                finishes it); or the folder holds a model that forgot rows since this trainer was made.
         """
+        with self._alone():
+            self._save_model(output_dir, _internal_call)
+
+    def _save_model(self, output_dir: str | None, _internal_call: bool) -> None:
         beside_weights = not _internal_call and not self.is_in_train
+        folder = Path(output_dir or self.args.output_dir or ".") / MEMORY_FOLDER
         if beside_weights:
             refuse_unfinished(self.args.output_dir)
+            refuse_stale(folder, self.unlearning_state.on_disk, self._memory_read(), "output_dir")
         # Accelerate writes what it has sharded itself.
         alone = self.model is None or self.is_fsdp_enabled
         with contextlib.nullcontext() if alone else full_parameters(model_of(self)):
             super().save_model(output_dir, _internal_call)
         if beside_weights:
-            folder = Path(output_dir or self.args.output_dir or ".") / MEMORY_FOLDER
             self._save_private_files(folder, self.args.should_save)
 
     def _save_private_files(self, folder: Path, write: bool) -> None:
         save_private_files(model_of(self), self._memory_read(), self.unlearning_state, folder, write)
+        self._note_what_is_on_disk()
+
+    def _note_what_is_on_disk(self) -> None:
+        there = weights_on_disk(self._private_folder)
+        self.unlearning_state.on_disk |= set() if there is None else {there}
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One thread at a time changes this trainer's model, or reads it as a whole; others wait."""
+        with _LOCKS.setdefault(self, threading.RLock()):
+            yield
 
     def add_callback(self, callback: Any) -> None:
         """As in `Trainer`; an `IAUCallback` takes the place of the one that the trainer added itself."""
@@ -390,7 +491,18 @@ class UnlearningTrainer(Trainer):
             retrained_models=checked_models(retrained_model),
             dry_run=dry_run,
         )
-        return run_request(self.view, request, chosen, config, commit)
+        with self._alone():
+            output = run_request(self.view, request, chosen, config, commit)
+        if output.undo is not None:
+            output.undo = self._locked(output.undo)
+        return output
+
+    def _locked(self, undo: Callable[[], None]) -> Callable[[], None]:
+        def undo_alone() -> None:
+            with self._alone():
+                undo()
+
+        return undo_alone
 
     # --- publishing -----------------------------------------------------------------------------------------------
 
@@ -435,6 +547,7 @@ class UnlearningTrainer(Trainer):
         if self.is_world_process_zero():
             refuse_private_files(self.args.output_dir or ".", TRAINER_IGNORES)
         refuse_unfinished(self.args.output_dir)
+        refuse_stale(self._private_folder, self.unlearning_state.on_disk, self._memory_read(), "output_dir")
         self._save_private_files(self._private_folder, self.is_world_process_zero())
         with hub_errors_explained(self._repository()):
             return super().push_to_hub(*args, **kwargs)
@@ -447,6 +560,14 @@ class UnlearningTrainer(Trainer):
 
     def _repository(self) -> str:
         return self.args.hub_model_id or Path(self.args.output_dir or ".").absolute().name
+
+
+def _checkpoint_asked(trainer: Trainer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Path | None:
+    """The checkpoint that `train()` was asked to go on from, or None."""
+    asked = args[0] if args else kwargs.get("resume_from_checkpoint", trainer.args.resume_from_checkpoint)
+    if asked is True or asked in ("True", "true"):
+        asked = get_last_checkpoint(trainer.args.output_dir or ".")
+    return Path(asked) if asked else None
 
 
 def _restriction_config(asked: RestrictionConfig | str | None) -> RestrictionConfig | None:

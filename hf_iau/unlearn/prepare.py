@@ -80,6 +80,8 @@ def request_context(
     held_out_dataset: Any,
     retain_dataset: Any,
     timer: PhaseTimer,
+    *,
+    again_allowed: bool = False,
 ) -> ForgetContext:
     """The context of one request.
 
@@ -88,6 +90,7 @@ def request_context(
         rows: to be forgotten.
         held_out_dataset, retain_dataset: as given to `unlearn`.
         timer: of the request.
+        again_allowed: rows that were forgotten before may be among them.
 
     Raises:
         RequestError: the rows are at fault, or all are to be forgotten.
@@ -133,10 +136,10 @@ def request_context(
     digests = Counter(row.tobytes() for row in asked)
     trained = None if train is None else Counter(row.tobytes() for row in train.digests())
     refuse_repeated_rows(forget, asked, trained)
-    fingerprints = _fingerprints(args.output_dir, model, memory, forget, rows)
+    fingerprints = _fingerprints(args.output_dir, model, memory, forget, rows, again_allowed)
     _recall_forgotten(state, model, memory, train)
     again = _again(state, digests, trained, positions)
-    if again:
+    if again and not again_allowed:
         raise AlreadyForgottenError(
             f"{again} of the {len(forget)} rows were already forgotten by an earlier request to this trainer: "
             "leave them out."
@@ -172,7 +175,7 @@ def request_context(
         excluded=set(digests) | set(state.forgotten),
         digests=digests,
         fingerprints=fingerprints,
-        forgotten=state.forgotten,
+        forgotten=state.forgotten - digests if again else state.forgotten,
         forgotten_positions=state.forgotten_positions,
         trainer=trainer,
         label_counts=count_labels(forget.dataset),
@@ -237,12 +240,13 @@ def _fingerprints(
     memory: GradientMemory | None,
     forget: RowSource,
     rows: NamedRows,
+    again_allowed: bool,
 ) -> np.ndarray | None:
     """Keyed fingerprints of the forget rows, given or made, checked against the memory's; None without a key."""
     identity = None if memory is None else memory.row_identity
     if rows.fingerprints is not None:  # whoever made them has checked the key
         if identity is not None:
-            identity.check_request(rows.fingerprints, rows.positions)
+            identity.check_request(rows.fingerprints, rows.positions, again_allowed)
         return rows.fingerprints
     key = process_key() if identity is not None and identity.of_process else find_key(output_dir)
     if key is None:
@@ -255,7 +259,7 @@ def _fingerprints(
     fingerprints = keyed_fingerprints(key, model, forget.dataset)
     if identity is not None:
         identity.check_key(key)
-        identity.check_request(fingerprints, rows.positions)
+        identity.check_request(fingerprints, rows.positions, again_allowed)
     return fingerprints
 
 

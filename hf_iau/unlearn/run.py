@@ -20,7 +20,7 @@ from hf_iau.errors import IAUError, MissingMemoryError, RequestError
 from hf_iau.evaluation.measurement import Measurement, measure_model
 from hf_iau.memory.fingerprints import package_versions
 from hf_iau.memory.memory import GradientMemory
-from hf_iau.methods.base import UnlearningMethod, config_values
+from hf_iau.methods.base import UnlearningMethod, config_values, makes_weights_anew
 from hf_iau.methods.context import ROWS_LOOKED_AT, ForgetContext
 from hf_iau.methods.iau.verdict import CHECK, OK
 from hf_iau.methods.outcome import MethodOutcome
@@ -85,7 +85,8 @@ def _checked(
     view: TrainerView, request: Request, rows: NamedRows, method: UnlearningMethod, config: Any, timer: PhaseTimer
 ) -> tuple[ForgetContext, RowSource | None]:
     """The context of a request that has passed every check, and the test rows."""
-    context = request_context(view, rows, request.held_out_dataset, request.retain_dataset, timer)
+    again = makes_weights_anew(method)
+    context = request_context(view, rows, request.held_out_dataset, request.retain_dataset, timer, again_allowed=again)
     test = test_rows(view, context, request.test_dataset)
     try:
         method.check(context, config)

@@ -24,6 +24,7 @@ class UnlearningState:
         forgotten: digests of the rows that are out, with how often each occurs.
         forgotten_positions: numbers by which they were named, where they were.
         card: None where it was not read yet.
+        on_disk: fingerprints of the weights that this trainer has found in its `output_dir`, or left there itself.
     """
 
     given: GradientMemory | None = None
@@ -32,6 +33,7 @@ class UnlearningState:
     forgotten: Counter[bytes] = field(default_factory=Counter)
     forgotten_positions: tuple[int, ...] = ()
     card: UnlearningCard | None = None
+    on_disk: set[str] = field(default_factory=set)
 
     def adopt(self, folder: Path) -> None:
         """Take what lies in `folder` for the memory of the present weights, whatever was in force before."""

@@ -44,6 +44,7 @@ class Retrain:
     """
 
     name: ClassVar[str] = "retrain"
+    makes_weights_anew: ClassVar[bool] = True
     config_class: ClassVar[type] = RetrainConfig
     citation: ClassVar[str] = (
         "exact unlearning; e.g. Cao, Yang: Towards Making Systems Forget with Machine Unlearning, 2015"
