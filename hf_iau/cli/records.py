@@ -60,7 +60,12 @@ def show_ledger(directory: Path, head: str | None, count: int | None, out: Outpu
     table = Table("number", "time", "method", "rows", "verdict", "entry", caption=f"Verified. Head {verified.head}")
     for entry in entries:
         table.add_row(*(str(value) for value in [*list(entry.values())[:-1], f"{str(entry['mac'])[:16]}…"]))
-    out.result({"verified": True, "count": verified.count, "head": verified.head, "entries": entries}, table)
+    values = {"verified": True, "count": verified.count, "head": verified.head, "weights_match": verified.weights_match}
+    out.result(values | {"entries": entries}, table)
+    if not ledger.path.is_file():
+        out.note(f"There is no ledger in {directory}: no request was served there by the deletion service.")
+    if verified.weights_match is False or not ledger.path.is_file():
+        raise typer.Exit(ExitCode.FOUND)
 
 
 def _findings(values: dict[str, Any], root: Path) -> Table:

@@ -12,15 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import safetensors
-import transformers
 from huggingface_hub import ModelCard
-from safetensors import safe_open
-from transformers import AutoConfig
 
 from hf_iau.deletion.ledger import LEDGER_NAME
+from hf_iau.deletion.saved_weights import saved_weights_fingerprint, weights_of_last_request
 from hf_iau.errors import IAUError, PublishError, RequestError
-from hf_iau.memory.fingerprints import tensors_fingerprint, weights_fingerprint
 from hf_iau.memory.memory_files import MEMORY_FOLDER, MEMORY_HEADER, is_memory_file, read_header
 from hf_iau.report import tables
 
@@ -257,7 +253,7 @@ def _live_memory(root: Path) -> Iterator[Finding]:
             why = f"A memory that cannot be read: gradients of the rows all the same. ({error})"
             yield Finding(path, "memory", _size(path), why)
         else:
-            live = _model_fingerprint(root, expected=weights)
+            live = saved_weights_fingerprint(root, expected=weights)
             if live is not None and live != weights:
                 why = "A memory of other weights than the model's: it serves no request any more."
                 yield Finding(path, "memory", _size(path), why)
@@ -268,6 +264,9 @@ def _live_memory(root: Path) -> Iterator[Finding]:
                 yield Finding(path, "memory", size, why, False, "Gather anew from the retained rows to be rid of it.")
     ledger = folder / LEDGER_NAME
     if ledger.is_file():
+        if weights_of_last_request(ledger) is False:
+            why = "The weights here are not those that the last request in the ledger left: perhaps from before it."
+            yield Finding(root, "weights", 0, why, False, "Compare them with a copy, and run the request again.")
         why = "The ledger of requests, with keyed fingerprints of the forgotten rows: pseudonymous personal data."
         yield Finding(ledger, "ledger", _size(ledger), why, False, "Keep it as long as you must be able to prove them.")
     for path in sorted(folder.iterdir()):
@@ -340,32 +339,6 @@ def _is_memory_header(path: Path) -> bool:
     except IAUError:
         return False
     return True
-
-
-def _model_fingerprint(root: Path, expected: str) -> str | None:
-    """Fingerprint of the weights saved in `root`, or None where it cannot be known.
-
-    The tensors of a safetensors file are the model's own unless some are tied; then the model is built to know.
-    """
-    files = sorted(root.glob("model*.safetensors"))
-    try:
-        names = {}
-        for file in files:
-            with safe_open(file, framework="pt") as tensors:
-                names.update(dict.fromkeys(tensors.keys(), file))
-
-        def in_order() -> Iterator[tuple[str, Any]]:
-            for name in sorted(names):
-                with safe_open(names[name], framework="pt") as tensors:
-                    yield name, tensors.get_tensor(name)
-
-        if names and tensors_fingerprint(in_order()) == expected:
-            return expected
-        config = AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
-        model_class = getattr(transformers, config.architectures[0])
-        return weights_fingerprint(model_class.from_pretrained(root, local_files_only=True, dtype="auto"))
-    except (OSError, ValueError, TypeError, AttributeError, IndexError, RuntimeError, safetensors.SafetensorError):
-        return None
 
 
 def _same_bytes(one: Path, other: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -12,13 +13,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from hf_iau.deletion.saved_weights import weights_are
 from hf_iau.errors import LedgerError
 from hf_iau.memory.keys import Key, require_key
 from hf_iau.memory.memory_files import MEMORY_FOLDER
 from hf_iau.utils.atomic_files import PRIVATE_FOLDER, write_text_atomically
 
+logger = logging.getLogger(__name__)
+
 LEDGER_NAME = "ledger.jsonl"
-SCHEMA = 2
+SCHEMA = 3
 BEGINNING = "0" * 64
 _MAX_LEDGER_BYTES = 2**30
 _MAC = re.compile(r"[0-9a-f]{64}")
@@ -42,6 +46,7 @@ class LedgerEntry:
         weights_before, weights_after: fingerprints of the weights.
         outcome: measured figures before and after, verdict, and size of the step.
         versions: of Python and of the packages that did it.
+        files: the weights' files, each with the digest of its content.
         previous: `mac` of the entry before, 64 zeros for the first.
         mac: HMAC-SHA256 of all of the above.
     """
@@ -59,6 +64,7 @@ class LedgerEntry:
     weights_after: str
     outcome: dict[str, Any]
     versions: dict[str, str]
+    files: dict[str, str]
     previous: str
     mac: str = ""
     schema: int = SCHEMA
@@ -76,10 +82,17 @@ class LedgerEntry:
 
 @dataclass(frozen=True)
 class LedgerHead:
-    """How many entries a ledger has, and the `mac` of the last one: what a receipt carries."""
+    """How many entries a ledger has, and the `mac` of the last one: what a receipt carries.
+
+    Attributes:
+        count, head: these two.
+        weights_match: whether the weights in the folder are those that the last entry left; None where that cannot be
+            known (no entry, no weights there, or weights whose model cannot be built).
+    """
 
     count: int
     head: str
+    weights_match: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +130,7 @@ class Ledger:
             count: number of that entry.
 
         Returns:
-            The number of entries and the present head.
+            The number of entries, the present head, and whether the weights beside it are those of the last entry.
 
         Raises:
             LedgerError: an entry was edited, dropped, added or moved; or the entry of `head` is gone.
@@ -136,7 +149,17 @@ class Ledger:
                 raise LedgerError(f"Head {head[:16]}… is entry {found.number} of {self.path}, not entry {count}.")
         elif count is not None and len(entries) < count:
             raise LedgerError(f"The ledger {self.path} has {len(entries)} entries, fewer than {count}: it was cut off.")
-        return LedgerHead(len(entries), entries[-1].mac if entries else BEGINNING)
+        if not entries:
+            return LedgerHead(0, BEGINNING)
+        match = weights_are(self.path.parent.parent, entries[-1].weights_after, entries[-1].files)
+        if match is False:
+            logger.warning(
+                "The weights in %s are not those that entry %d of the ledger left: the model was trained on, or older "
+                "weights were put back, with the rows that it had forgotten.",
+                self.path.parent.parent,
+                entries[-1].number,
+            )
+        return LedgerHead(len(entries), entries[-1].mac, match)
 
     def entries(self) -> list[LedgerEntry]:
         """All entries, in order, after checking each; none where there is no ledger yet.
@@ -235,7 +258,7 @@ def _read(line: str, number: int, path: Path) -> LedgerEntry:
     right = (
         all(isinstance(values[name], str) for name in texts)
         and all(type(values[name]) is int and values[name] >= 0 for name in ("number", "rows"))
-        and all(isinstance(values[name], dict) for name in ("config", "outcome", "versions"))
+        and all(isinstance(values[name], dict) for name in ("config", "outcome", "versions", "files"))
         and (values["calibration"] is None or isinstance(values["calibration"], dict))
         and isinstance(values["row_ids"], list)
         and all(type(row) is str and len(row) == 32 for row in values["row_ids"])

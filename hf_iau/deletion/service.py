@@ -606,7 +606,8 @@ def _last_entry(entries: list[LedgerEntry], name: str, run_name: str, weights: s
     """The last entry of that request in that training run."""
     for entry in reversed(entries):
         # Without a memory there is no telling one training run from the next, except by the weights.
-        if (entry.request, entry.training_run) == (name, run_name) and (run_name or entry.weights_after == weights):
+        same_run = bool(run_name) and entry.training_run == run_name
+        if entry.request == name and (same_run or entry.weights_after == weights):
             return asdict(entry)
     return None
 

@@ -26,7 +26,7 @@ from hf_iau.errors import IAUError, StorageError
 from hf_iau.memory.fingerprints import package_versions, weights_fingerprint
 from hf_iau.memory.memory_files import MEMORY_FOLDER, MEMORY_HEADER, is_memory_file
 from hf_iau.unlearn.record import FinishedRequest, UnlearnRecord
-from hf_iau.utils.atomic_files import PRIVATE_FOLDER, write_text_atomically
+from hf_iau.utils.atomic_files import PRIVATE_FOLDER, file_digest, write_text_atomically
 from hf_iau.utils.jsonable import jsonable
 
 RECEIPT_FOLDER = "receipts"
@@ -83,8 +83,9 @@ class RequestStorage:
                     waiting = self._queue.read().without_finished(fingerprints, memory.row_identity)
                     self._queue.write(waiting, private / QUEUE_NAME)
                 after = weights_fingerprint(context.model)
-                entry = self._stage_entry(journal, run_name, fingerprints, after, request.record, private)
                 weights, removed = self._weight_files(journal.request)
+                digests = {name: file_digest(staged / name) for name in weights if name.endswith(".safetensors")}
+                entry = self._stage_entry(journal, run_name, fingerprints, after, request.record, private, digests)
                 files = [*weights, *self._private_files()]
                 for name in files:
                     _flush(staged / name)
@@ -118,6 +119,7 @@ class RequestStorage:
         after: str,
         record: UnlearnRecord,
         private: Path,
+        files: dict[str, str],
     ) -> LedgerEntry:
         entry, text = self._ledger.extended(
             request=journal.request,
@@ -143,6 +145,7 @@ class RequestStorage:
                 }
             ),
             versions=record.versions or package_versions(),
+            files=files,
         )
         write_text_atomically(private / LEDGER_NAME, text)
         receipt = private / RECEIPT_FOLDER / f"{entry.number:05d}"

@@ -165,8 +165,7 @@ class UnlearningTrainer(Trainer):
         Raises:
             RequestError: which rows are out is not known, they cannot be left out, or `checkpoint` is from before.
         """
-        forgotten = self._forgotten_rows()
-        count = max(0 if forgotten is None else int(forgotten.sum()), rows_forgotten_on_disk(self._private_folder))
+        count = max(self.unlearning_state.forgotten.total(), rows_forgotten_on_disk(self._private_folder))
         if checkpoint is not None and count > rows_forgotten_by(checkpoint):
             raise RequestError(
                 f"resume_from_checkpoint={checkpoint}: it was written before {count - rows_forgotten_by(checkpoint)} "
@@ -176,6 +175,7 @@ class UnlearningTrainer(Trainer):
         if self.model is None:
             yield
             return
+        forgotten = self._forgotten_rows()
         whole, model = self.train_dataset, model_of(self)
         announce_training_rows(model, whole, forgotten, count)
         if forgotten is not None and forgotten.any():
@@ -378,7 +378,8 @@ class UnlearningTrainer(Trainer):
 
     def _save_private_files(self, folder: Path, write: bool) -> None:
         save_private_files(model_of(self), self._memory_read(), self.unlearning_state, folder, write)
-        self._note_what_is_on_disk()
+        if folder.resolve() == self._private_folder.resolve():
+            self._note_what_is_on_disk()
 
     def _note_what_is_on_disk(self) -> None:
         there = weights_on_disk(self._private_folder)
