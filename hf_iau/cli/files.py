@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ ROW_FILES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json
 """Suffixes of files of rows, and the loader of Datasets that reads each."""
 
 _MODEL_FILES = ("config.json", "adapter_config.json")
+_WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+")
 _MAX_IDS_BYTES = 2**30
 
 
@@ -91,6 +93,8 @@ def read_ids(path: str | Path, kind: type[int] | type[str] = int) -> list[Any]:
         if isinstance(value, bool) or not isinstance(value, (int, str)):
             raise RequestError(f"{path} holds {value!r}, which is no id: write numbers or texts.")
         try:
+            if kind is int and isinstance(value, str) and not _WHOLE_NUMBER.fullmatch(value):
+                raise ValueError(value)  # int() takes 1_0 and other scripts' digits as well
             ids.append(kind(value))
         except ValueError as error:
             raise RequestError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,7 @@ class Task:
                     f"There is no column {column!r} to read the {'image' if self.kind == 'image' else 'text'}s from: "
                     f"the rows have {', '.join(rows.column_names)}."
                 )
+        _refuse_empty(rows, self.input_columns)
         reader = Reader(self.processor, self.input_columns, self.max_length)
         if self.kind == "language":
             # Columns that the Trainer would take for labels, beside those made here.
@@ -129,6 +130,18 @@ class Task:
         if self.kind == "image":
             return rows.with_transform(reader.images)
         return rows.map(reader.tokens, batched=True, desc="Tokenizing")
+
+
+def _refuse_empty(rows: datasets.Dataset, columns: Sequence[str]) -> None:
+    """Raise `RequestError` for a row without a value in one of the `columns`."""
+    for column in columns:
+        values = rows.with_format("arrow")[column]  # images are not decoded
+        if values.null_count:
+            empty = values.is_null().to_numpy().nonzero()[0]
+            raise RequestError(
+                f"{len(empty)} rows have nothing in the column {column!r}, e.g. row {int(empty[0])}: leave them out, "
+                "or fill them in."
+            )
 
 
 def load_task(

@@ -34,19 +34,23 @@ def rows_of_ids(dataset: Any, column: str | None, ids: Sequence[Any]) -> np.ndar
     if dataset is None:
         raise RequestError("ids name rows of train_dataset, but the trainer has none: give it one.")
     if isinstance(ids, (str, bytes)) or not isinstance(ids, (Sequence, np.ndarray)):
-        raise RequestError(f"ids={ids!r} is a {type(ids).__name__}: give a list of ids.")
+        raise RequestError(f"ids is a {type(ids).__name__}: give a list of ids.")
     refuse_iterable(dataset, "training rows")
-    wanted = {_plain(value) for value in ids}
+    try:
+        wanted = {_plain(value) for value in ids}
+    except TypeError as error:
+        raise RequestError(f"ids holds something that is no id ({error}): give numbers or texts.") from error
     held = _values(dataset, column)
     chosen = [i for i, value in enumerate(held) if value in wanted]
     missing = wanted - {held[i] for i in chosen}
     if missing:
-        example = sorted(missing, key=str)[0]
+        # Not the id itself: errors end up in logs.
+        place = next(i for i, value in enumerate(ids) if _plain(value) in missing)
         known = type(held[0]).__name__ if held else "nothing"
         raise RequestError(
-            f"{len(missing)} of {len(wanted)} ids are in no training row, e.g. {example!r} (a "
-            f"{type(example).__name__}; column {column!r} holds {known}): they were never trained on, or are written "
-            "differently."
+            f"{len(missing)} of {len(wanted)} ids are in no training row, e.g. the one at position {place} (a "
+            f"{type(_plain(ids[place])).__name__}; column {column!r} holds {known}): they were never trained on, or "
+            "are written differently."
         )
     return np.asarray(chosen, dtype=np.int64)
 

@@ -44,7 +44,7 @@ from hf_iau.unlearn.prepare import resolve_rows
 from hf_iau.unlearn.record import FinishedRequest
 from hf_iau.unlearn.rows import NamedRows
 from hf_iau.unlearn.transaction import WeightTransaction
-from hf_iau.utils.atomic_files import PRIVATE_FOLDER
+from hf_iau.utils.atomic_files import make_private_folder
 
 logger = logging.getLogger(__name__)
 
@@ -255,7 +255,7 @@ class DeletionService:
             return None if named - given else entry
         if named != given:
             raise RequestError(
-                f"request_id={request_id!r} names a request of {entry.rows} rows that was carried out at {entry.time}, "
+                f"This request_id names a request of {entry.rows} rows that was carried out at {entry.time}, "
                 f"and the {len(rows)} rows given now are others: nothing was computed, and they are not "
                 "forgotten. Give them a request_id of their own, or leave it out."
             )
@@ -400,7 +400,7 @@ class DeletionService:
 
         def acquire() -> None:
             try:
-                private.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
+                make_private_folder(private, ignored_by_git=True)
                 lock.acquire()
                 if not os.access(self.folder, os.W_OK) or not os.access(private, os.W_OK):
                     raise PermissionError("no permission to write")

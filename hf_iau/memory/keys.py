@@ -18,6 +18,8 @@ KEY_VARIABLE = "HF_IAU_KEY"
 KEY_FILE_VARIABLE = "HF_IAU_KEY_FILE"
 _SHORTEST = 32
 _LONGEST = 4096
+# 32 random hexadecimal digits have fewer different ones once in a million times.
+_FEWEST_DIFFERENT = 8
 _REMEDY = "make one with `python -c 'import secrets; print(secrets.token_hex(32))'`"
 
 
@@ -42,12 +44,18 @@ class Key:
         """The keys derived from a secret of at least 32 characters.
 
         Raises:
-            ConfigError: the secret is too short or too long.
+            ConfigError: the secret is too short, too long, or of too few different characters.
         """
         material = (secret.encode() if isinstance(secret, str) else bytes(secret)).strip()
         if not _SHORTEST <= len(material) <= _LONGEST:
             raise ConfigError(
                 f"{source} is {len(material)} bytes long: give {_SHORTEST} to {_LONGEST} random ones; {_REMEDY}."
+            )
+
+        if len(set(material)) < _FEWEST_DIFFERENT:
+            raise ConfigError(
+                f"{source} has {len(set(material))} different characters, so it can be guessed: give random ones; "
+                f"{_REMEDY}."
             )
 
         def derived(label: str) -> bytes:

@@ -37,8 +37,8 @@ from hf_iau.memory.memory_files import (
 )
 from hf_iau.memory.row_identity import RowIdentity
 from hf_iau.utils.atomic_files import (
-    PRIVATE_FOLDER,
     file_digest,
+    make_private_folder,
     sync_folder,
     write_atomically,
     write_text_atomically,
@@ -367,7 +367,7 @@ class GradientMemory:
                 yield name, fetch_tensor(tensors[name], owner, f"saving {name}")
 
     def _save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
+        make_private_folder(folder, ignored_by_git=folder.name == MEMORY_FOLDER)
         tensors = self._tensors()
         digest: list[str] = []
 

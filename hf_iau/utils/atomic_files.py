@@ -13,6 +13,16 @@ PRIVATE_FILE = 0o600
 PRIVATE_FOLDER = 0o700
 
 
+def make_private_folder(folder: Path, ignored_by_git: bool = False) -> None:
+    """Make `folder`, for its owner alone; with a `.gitignore` of everything in it, if asked for."""
+    folder.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
+    ignore = folder / ".gitignore"
+    if ignored_by_git and not ignore.exists():
+        with contextlib.suppress(OSError):  # a convenience: whatever comes next tells of a full disk
+            ignore.write_text("# Private: personal data, see the documentation of hf-iau.\n*\n", encoding="utf-8")
+            ignore.chmod(PRIVATE_FILE)
+
+
 def write_atomically(path: Path, write: Callable[[Path], None], mode: int = PRIVATE_FILE) -> None:
     """Call `write(temporary path)` beside `path`, flush it to disk and move it into place, with `mode`.
 

@@ -132,7 +132,7 @@ def test_in_place_is_served_once(
     text_model: Path, text_rows_files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shutil.copytree(text_model, tmp_path / "model", ignore=shutil.ignore_patterns("_iau")))
-    monkeypatch.setenv("HF_IAU_KEY", "k" * 40)
+    monkeypatch.setenv("HF_IAU_KEY", "k0123456789" * 4)
     run("gather", folder, "--train", text_rows_files["train"], "--cpu")
     old = weights_fingerprint(AutoModelForSequenceClassification.from_pretrained(folder))
     arguments = ("unlearn", folder, *others(text_rows_files), "--where", "number < 120", "--in-place", *STEP)
@@ -210,7 +210,7 @@ def test_audit_lists_asks_and_purges(text_model: Path, tmp_path: Path) -> None:
 
 def test_ledger_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "HF_IAU_KEY" in run_json("ledger", tmp_path, code=3)["message"]
-    monkeypatch.setenv("HF_IAU_KEY", "k" * 40)
+    monkeypatch.setenv("HF_IAU_KEY", "k0123456789" * 4)
     assert run_json("ledger", tmp_path)["count"] == 0
     entries = [
         Ledger.of(tmp_path).append(

@@ -91,7 +91,7 @@ def test_an_adapter_is_gathered_unlearned_and_saved_by_plain_peft(
 def test_an_adapter_changed_in_place(
     adapter: Path, text_rows_files: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_IAU_KEY", "k" * 40)
+    monkeypatch.setenv("HF_IAU_KEY", "k0123456789" * 4)
     files = ("--train", text_rows_files["train"], "--held-out", text_rows_files["held_out"], "--cpu")
     run("gather", adapter, "--train", text_rows_files["train"], "--cpu")
     before = load_file(adapter / "adapter_model.safetensors")

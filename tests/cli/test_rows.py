@@ -61,6 +61,13 @@ def test_labels_as_the_model_numbers_them() -> None:
         rows_of_labels(names, "x", LABELS, kind)
 
 
+def test_numbers_are_written_plainly(tmp_path: Path) -> None:
+    for text in ("1_0", "１０", "0x1"):
+        (tmp_path / "ids.txt").write_text(text, encoding="utf-8")
+        with pytest.raises(RequestError, match="which is no whole number"):
+            read_ids(tmp_path / "ids.txt")
+
+
 def test_ids(tmp_path: Path) -> None:
     path = tmp_path / "ids"
     for content in ("3\n 17\n\n5", "[3, 17, 5]", '["3", "17", "5"]', "\ufeff3\r\n17\r\n5\r\n"):

@@ -271,3 +271,27 @@ def test_weights_that_are_not_what_the_ledger_says_are_told(tmp_path: Path) -> N
     assert service.ledger.verify().weights_match is False
     (finding,) = [finding for finding in audit(tmp_path).findings if finding.kind == "weights"]
     assert "not those that the last request" in finding.why
+
+
+def test_errors_and_logs_name_no_id(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    people = as_dataset([row | {"user": f"person-{i}@example.org"} for i, row in enumerate(plain_rows(12))])
+    trainer = trained(tmp_path, train_dataset=people)
+    trainer.save_model()
+    service = DeletionService(trainer, KEY, id_column="user")
+    service.unlearn(ids=["person-1@example.org"], request_id="ticket of Ms Example", config=GIVEN)
+    with pytest.raises(RequestError, match="This request_id names a request of 1 rows") as first:
+        service.unlearn(ids=["person-2@example.org"], request_id="ticket of Ms Example", config=GIVEN)
+    with pytest.raises(RequestError, match="1 of 2 ids are in no training row, e.g. the one at position 1") as second:
+        service.unlearn(ids=["person-3@example.org", "person-99@example.org"], config=GIVEN)
+    with pytest.raises(RequestError, match="ids is a str: give a list of ids") as third:
+        service.unlearn(ids="person-3@example.org", config=GIVEN)
+    with pytest.raises(RequestError, match="something that is no id"):
+        service.unlearn(ids=[["person-3@example.org"]], config=GIVEN)
+    told = " ".join([*(str(error.value) for error in (first, second, third)), caplog.text])
+    assert "example.org" not in told and "Example" not in told
+
+
+@pytest.mark.parametrize("secret", ["a" * 32, "abc" * 20, "00000000000000000000000000000001"])
+def test_keys_that_can_be_guessed_are_refused(tmp_path: Path, secret: str) -> None:
+    with pytest.raises(ConfigError, match="different characters, so it can be guessed"):
+        DeletionService(trained(tmp_path), secret)

@@ -12,7 +12,7 @@ from several_processes import run_in_processes
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_IAU_KEY", "k" * 40)
+        patch.setenv("HF_IAU_KEY", "k0123456789" * 4)
         return run_in_processes(
             Path(__file__).with_name("process_scenarios.py"), tmp_path_factory.mktemp("processes"), "saved:1", "saved:2"
         )

@@ -36,7 +36,7 @@ from hf_iau.memory.keys import Key, find_key
 from hf_iau.memory.row_identity import RowIdentity, keyed_fingerprints
 
 GIVEN = IAUConfig(scale=0.1, damping=1.0)
-SECRET = "s" * 40
+SECRET = "s0123456789" * 4
 KEY = Key.from_secret(SECRET)
 
 
@@ -237,7 +237,7 @@ def test_a_second_training_run_starts_afresh(with_key: None, tmp_path: Path) -> 
 
 def test_the_wrong_key_and_a_missing_one_are_told(with_key: None, tmp_path: Path, monkeypatch: Any) -> None:
     trainer = trained(tmp_path)
-    monkeypatch.setenv("HF_IAU_KEY", "t" * 40)
+    monkeypatch.setenv("HF_IAU_KEY", "t0123456789" * 4)
     with pytest.raises(MemoryMismatchError, match="no row would be recognised"):
         forget(trainer, [1])
     monkeypatch.delenv("HF_IAU_KEY")

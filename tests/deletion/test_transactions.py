@@ -51,7 +51,7 @@ ROWS = list(range(1, 32, 2))
 
 @pytest.fixture(autouse=True)
 def _key(_no_key_of_the_machine: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_IAU_KEY", "k" * 40)
+    monkeypatch.setenv("HF_IAU_KEY", "k0123456789" * 4)
 
 
 @pytest.fixture
@@ -441,7 +441,7 @@ def test_a_memory_from_before_the_key_learns_its_rows(tmp_path: Path, monkeypatc
     monkeypatch.delenv("HF_IAU_KEY")
     trainer = make_trainer(tmp_path, "plain", rows=plain_rows(60))
     trainer.gather(WITH_CURVATURE)
-    monkeypatch.setenv("HF_IAU_KEY", "k" * 40)
+    monkeypatch.setenv("HF_IAU_KEY", "k0123456789" * 4)
     serve(trainer)
     assert GradientMemory.load(tmp_path).row_identity.forgotten.sum() == 16
 
@@ -461,7 +461,7 @@ def scene() -> Scene:
     train, held_out = draw(400, 1), draw(300, 2)
     model = fit(Classifier(), train, epochs=20, seed=0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_IAU_KEY", "k" * 40)
+        patch.setenv("HF_IAU_KEY", "k0123456789" * 4)
         memory = gather(model, train, config=GatherConfig(gradient_sum="full", batch_size=128, progress=False))
     return Scene(model, train, held_out, Rows(*train[:0].values()), memory, parameters_of(model))
 
@@ -551,9 +551,9 @@ def test_a_key_that_is_given_needs_no_environment(tmp_path: Path, monkeypatch: p
         DeletionService(trainer, "short")
     with pytest.raises(ConfigError, match=r"key is a int"):
         DeletionService(trainer, 7)
-    key = Key.from_secret("s" * 40)
+    key = Key.from_secret("s0123456789" * 4)
     assert DeletionService(trainer, key, id_column="user_id").unlearn(ids=["u1"], config=GIVEN).applied
-    service = DeletionService(trainer, b"s" * 40, id_column="user_id")
+    service = DeletionService(trainer, b"s0123456789" * 4, id_column="user_id")
     assert service.unlearn(ids=["u1", "u2"], config=GIVEN).entry.rows == 10
     assert service.queue(forget_indices=[50], config=GIVEN) is None
     assert service.serve_queue(config=GIVEN).entry.number == 3 and service.ledger.verify().count == 3

@@ -212,7 +212,7 @@ def test_gradient_restriction_and_the_callback(mode: str, tmp_path: Path) -> Non
 
 
 def test_a_saved_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_IAU_KEY", "0" * 64)
+    monkeypatch.setenv("HF_IAU_KEY", "0123456789abcdef" * 4)
 
     def serve(device: torch.device) -> dict[str, Tensor]:
         trainer = make_trainer(tmp_path / device.type, "bert", settings=settings_for(device))

@@ -334,7 +334,7 @@ def _deadly_trainer(folder: Path, **settings: Any) -> UnlearningTrainer:
 
 def _what_is_left(trainer: UnlearningTrainer, folder: Path) -> dict[str, Any]:
     saved = GradientMemory.load(folder / "trainer")
-    files = sorted(path.name for path in (folder / "trainer" / "_iau").iterdir())
+    files = sorted(path.name for path in (folder / "trainer" / "_iau").glob("memory*"))
     return {"rows": saved.n_rows, "files": files, "print": saved.model["weights"]}
 
 

@@ -554,7 +554,7 @@ def test_an_ended_memory_is_removed_from_the_folder(
         with pytest.raises(MemoryFileError, match="No gradient memory"):
             GradientMemory.load(tmp_path)
     trainer.save_model()
-    assert sorted(path.name for path in (tmp_path / "_iau").iterdir()) == ["card.json", "ledger.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "_iau").iterdir()) == [".gitignore", "card.json", "ledger.jsonl"]
     assert make_trainer(tmp_path, model=trainer.model).memory is None
     # A memory that was gathered at the new weights meanwhile is not touched.
     gather(trainer.model, trainer.train_dataset, config=EXACT, data_collator=trainer.data_collator).save(
