@@ -281,7 +281,7 @@ def test_errors_and_logs_name_no_id(tmp_path: Path, caplog: pytest.LogCaptureFix
     service.unlearn(ids=["person-1@example.org"], request_id="ticket of Ms Example", config=GIVEN)
     with pytest.raises(RequestError, match="This request_id names a request of 1 rows") as first:
         service.unlearn(ids=["person-2@example.org"], request_id="ticket of Ms Example", config=GIVEN)
-    with pytest.raises(RequestError, match="1 of 2 ids are in no training row, e.g. the one at position 1") as second:
+    with pytest.raises(RequestError, match=r"1 of 2 ids are in no training row, e.g. the one at position 1") as second:
         service.unlearn(ids=["person-3@example.org", "person-99@example.org"], config=GIVEN)
     with pytest.raises(RequestError, match="ids is a str: give a list of ids") as third:
         service.unlearn(ids="person-3@example.org", config=GIVEN)
