@@ -32,6 +32,7 @@ def values(number: int) -> dict[str, Any]:
         "weights_after": "after",
         "outcome": {"before": {"forget_loss": 0.25}, "after": {"forget_loss": None}},
         "versions": {"torch": "2"},
+        "files": {},
     }
 
 

@@ -201,6 +201,7 @@ def test_two_threads_take_turns(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_ctrl_c_around_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may ignore it
     trainer = trained(tmp_path)
     trainer.save_model()
     service = DeletionService(trainer, KEY)

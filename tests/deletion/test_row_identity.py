@@ -225,14 +225,15 @@ def test_gathering_anew_leaves_out_what_was_forgotten_in_another_process(with_ke
         forget(trainer, [1])
 
 
-def test_a_second_training_run_starts_afresh(with_key: None, tmp_path: Path) -> None:
+def test_a_second_training_run_leaves_forgotten_rows_out(with_key: None, tmp_path: Path) -> None:
     trainer = trained(tmp_path)
     run = trainer.memory.row_identity.training_run
     forget(trainer, [1])
     trainer.train()
-    assert not trainer.memory.row_identity.forgotten.any()
+    assert np.flatnonzero(trainer.memory.row_identity.forgotten).tolist() == [1]
     assert trainer.memory.row_identity.training_run != run
-    forget(trainer, [1])
+    with pytest.raises(AlreadyForgottenError):
+        forget(trainer, [1])
 
 
 def test_the_wrong_key_and_a_missing_one_are_told(with_key: None, tmp_path: Path, monkeypatch: Any) -> None:
@@ -300,7 +301,7 @@ def test_unknown_ids_are_refused(with_key: None, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, "plain", rows=rows_with_ids())
     trainer.gather(WITH_CURVATURE)
     service = DeletionService(trainer, id_column="user_id")
-    with pytest.raises(RequestError, match=r"1 of 2 ids are in no training row, e\.g\. 'u99'"):
+    with pytest.raises(RequestError, match=r"1 of 2 ids are in no training row, e\.g\. the one at position 1"):
         service.unlearn(ids=["u1", "u99"])
     with pytest.raises(RequestError, match="is a str"):
         service.unlearn(ids="u1")

@@ -38,6 +38,7 @@ from hf_iau import (
     UnlearningTrainer,
 )
 from hf_iau.deletion.journal import JournalFile
+from hf_iau.methods import base
 from hf_iau.methods.base import register_method
 from hf_iau.methods.context import ForgetContext
 from hf_iau.methods.outcome import MethodOutcome
@@ -70,7 +71,6 @@ class CountRowsConfig:
     """Nothing to set."""
 
 
-@register_method
 class CountRows:
     """Counts the forget rows in the weights."""
 
@@ -119,6 +119,14 @@ def on_disk(folder: Path) -> Accountant:
     return model
 
 
+@pytest.fixture(autouse=True)
+def _with_key_and_method(_no_key_of_the_machine: None, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("HF_IAU_KEY", KEY)
+    register_method(CountRows)
+    yield
+    del base._METHODS[CountRows.name]
+
+
 class _Trained:
     """A folder with a trained model and its memory, made once."""
 
@@ -142,7 +150,6 @@ class Sequences(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
-        os.environ["HF_IAU_KEY"] = KEY
         self.folder = Path(tempfile.mkdtemp())
         _Trained.copy_to(self.folder)
         self.gone: set[int] = set()
@@ -154,7 +161,6 @@ class Sequences(RuleBasedStateMachine):
         self.stale: tuple[UnlearningTrainer, set[int]] | None = None
 
     def teardown(self) -> None:
-        os.environ.pop("HF_IAU_KEY", None)
         if hasattr(self, "folder"):
             shutil.rmtree(self.folder)
 

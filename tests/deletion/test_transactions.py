@@ -388,7 +388,7 @@ def test_named_requests(trainer: UnlearningTrainer, tmp_path: Path, monkeypatch:
     with monkeypatch.context() as patch:
         patch.setattr("hf_iau.trainer.unlearning_trainer.run_request", lambda *a, **k: pytest.fail("it computed"))
         for others in ([9], [7], [7, 8, 9]):
-            with pytest.raises(RequestError, match=r"request_id='ticket 12' names a request of 2 rows .* of their own"):
+            with pytest.raises(RequestError, match=r"This request_id names a request of 2 rows .* of their own"):
                 serve(trainer, others, request_id="ticket 12")
     assert_bits(trainer.model, bits)
     assert on_disk(tmp_path) == files
@@ -424,11 +424,13 @@ def test_a_request_of_ids_is_answered_when_it_is_run_again(tmp_path: Path) -> No
     assert on_disk(tmp_path) == files
 
 
-def test_a_later_training_run_on_the_same_rows_has_requests_of_its_own(trainer: UnlearningTrainer) -> None:
+def test_a_later_training_run_has_requests_of_its_own(trainer: UnlearningTrainer) -> None:
     assert serve(trainer).applied
-    trainer.train()
+    trainer.train()  # without the rows that are out
     trainer.gather(WITH_CURVATURE)
-    assert serve(trainer).applied
+    with pytest.raises(AlreadyForgottenError):
+        serve(trainer)
+    assert serve(trainer, [31, 33]).applied
 
 
 def test_saving_needs_a_key(trainer: UnlearningTrainer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,6 +150,7 @@ def entry_of(rows: int = 80, **changes: Any) -> LedgerEntry:
         "weights_after": "1e" * 32,
         "outcome": {"before": figures, "after": {**figures, "forget_accuracy": 0.2251}, "verdict": "ok"},
         "versions": {"python": "3.11.7", "torch": "2.6.0"},
+        "files": {},
         "previous": "0" * 64,
         "mac": "7c" * 32,
     }

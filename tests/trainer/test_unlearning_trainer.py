@@ -26,6 +26,7 @@ from unlearning_trainers import (
 )
 
 from hf_iau import (
+    AlreadyForgottenError,
     GatherConfig,
     GradientMemory,
     IAUCallback,
@@ -329,8 +330,10 @@ def test_training_goes_on_and_drops_the_stale_memory(tmp_path: Path) -> None:
     trainer.train()
     assert any(not torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
     assert trainer.memory is None
-    with pytest.raises(MissingMemoryError):
+    with pytest.raises(AlreadyForgottenError):
         forget(trainer)
+    with pytest.raises(MissingMemoryError):
+        forget(trainer, [0, 2])
 
 
 def gathering(trainer: UnlearningTrainer) -> list[IAUCallback]:
@@ -393,7 +396,7 @@ def test_gathering_unasked_that_fails_after_training_leaves_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make_trainer(tmp_path)
-    monkeypatch.setattr("hf_iau.trainer.callback.build_memory", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("hf_iau.trainer.callback.gather_without", lambda *a, **k: 1 / 0)
     trainer.train()
     assert trainer.memory is None
     with pytest.raises(MissingMemoryError, match="not possible: division by zero"):
@@ -429,8 +432,8 @@ def test_training_goes_on_and_gathers_anew(tmp_path: Path) -> None:
     trainer.train()
     memory = trainer.memory
     assert memory is not None and memory is not old
-    assert (memory.n_rows, memory.gradient_sum_kind) == (ROWS, "full")
-    forget(trainer)
+    assert (memory.n_rows, memory.forgotten_rows, memory.gradient_sum_kind) == (ROWS - len(FORGET), len(FORGET), "full")
+    forget(trainer, [0, 2])
 
 
 def test_weights_that_were_moved_by_hand_do_not_fit_the_memory(tmp_path: Path) -> None:
