@@ -7,6 +7,7 @@ sets how many sequences are tried.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -34,6 +35,7 @@ from hf_iau import (
     GatherConfig,
     IAUCallback,
     MemoryMismatchError,
+    StorageError,
     UnknownRowsError,
     UnlearningTrainer,
 )
@@ -156,9 +158,8 @@ class Sequences(RuleBasedStateMachine):
         self.saved: set[int] = set()
         self.waiting: set[int] = set()
         self.last: tuple[Any, set[int]] | None = None
-        self.unsure: set[int] = set()
         self.trainer = make_trainer(self.folder, on_disk(self.folder))
-        self.stale: tuple[UnlearningTrainer, set[int]] | None = None
+        self.other: tuple[UnlearningTrainer, set[int]] | None = None
 
     def teardown(self) -> None:
         if hasattr(self, "folder"):
@@ -308,6 +309,53 @@ class Sequences(RuleBasedStateMachine):
     @rule()
     def gather(self) -> None:
         self.trainer.gather()
+
+    @rule()
+    def train_on(self) -> None:
+        """Rows that are out are not trained on, and what is trained is saved."""
+        before = self.trainer.model.trained.clone()
+        self.trainer.train()
+        new = self.trainer.model.trained - before
+        assert new.sum() > 0
+        left = {CONTENT[i] for i in range(ROWS) if i not in self.gone}
+        assert all(new[content] == 0 for content in range(ROWS) if content not in left)
+        self.last = None
+        if self.saved <= self.gone:
+            self.trainer.save_model()
+            self.saved = set(self.gone)
+        else:
+            self.reload()
+
+    @rule()
+    def another_trainer_is_made(self) -> None:
+        self.other = (make_trainer(self.folder, on_disk(self.folder)), set(self.saved))
+
+    @precondition(lambda self: self.other is not None)
+    @rule(numbers=NUMBERS)
+    def the_other_trainer_serves(self, numbers: set[int]) -> None:
+        """It may be from before other requests: then it takes over what they left first, or refuses."""
+        assert self.other is not None
+        trainer, _ = self.other
+        try:
+            served = self.service(trainer).unlearn(forget_indices=numbers, **self.ask).applied
+        except (AlreadyForgottenError, StorageError):
+            served = False
+        if served:
+            assert not numbers & self.saved
+            self.saved = self.saved | numbers
+            self.waiting -= self.saved
+            self.other = (trainer, set(self.saved))
+            self.reload()
+
+    @precondition(lambda self: self.other is not None)
+    @rule()
+    def the_other_trainer_saves(self) -> None:
+        assert self.other is not None
+        trainer, _ = self.other
+        with contextlib.suppress(StorageError):
+            trainer.save_model()
+        found = Counter({i: int(n) for i, n in enumerate(on_disk(self.folder).tally.tolist()) if n})
+        assert not Counter(CONTENT[i] for i in self.saved) - found, "rows came back"
 
     @rule(seed=st.integers(0, 5))
     def shuffled(self, seed: int) -> None:

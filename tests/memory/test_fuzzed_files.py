@@ -328,6 +328,7 @@ def ledger_text() -> str:
                 weights_after="1" * 32,
                 outcome={"before": {"forget_loss": 0.25}},
                 versions={"python": "3"},
+                files={"model.safetensors": "0" * 32},
             )
         return ledger.path.read_text()
 

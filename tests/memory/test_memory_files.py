@@ -90,7 +90,7 @@ def assert_same(one: GradientMemory, other: GradientMemory) -> None:
                 assert json.dumps(a.metadata(), sort_keys=True) == json.dumps(b.metadata(), sort_keys=True)
         elif field.name == "row_identity":
             # Fingerprints by this process's own key are not written.
-            assert b is None and (a is None or a.of_process)
+            assert all(identity is None or identity.of_process for identity in (a, b))
         else:
             assert a == b or (a != a and b != b), field.name
     assert list(one.parameters) == list(other.parameters)
