@@ -119,7 +119,8 @@ def estimate(
     Args:
         model: the model that is to be gathered from; left as it was found.
         dataset: its training rows.
-        config: what is to be gathered; default `GatherConfig()`.
+        config: what is to be gathered; default `GatherConfig()`. `precision="auto"` knows of no Trainer here: give
+            "bfloat16" where training uses autocast.
         method_config: of the request; default `IAUConfig()`.
         request_rows: rows of the request; default: a hundredth of the training rows.
         held_out_rows: rows that calibration may look at.
@@ -135,6 +136,7 @@ def estimate(
         UnsupportedModelError: the model or the rows cannot be gathered from.
     """
     config, method_config, model = config or GatherConfig(), method_config or IAUConfig(), unwrap_model(model)
+    config = config.resolved()
     source = RowSource(
         keep_input_columns(model, dataset, "training rows"),
         data_collator or default_collator(processing_class),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from accelerate.utils import convert_to_fp32
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -30,7 +31,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
     * parameters that `fully_shard` has sharded are gathered a module at a time, and gradients are summed
       exactly (see `sharded_passes`); all processes take the same passes;
     * the autocast wrapper that Accelerate puts around `forward` under bf16/fp16 is set aside, so that the training
-      process and a fresh process compute the same numbers; `compute_settings(precision=…)` alone decides;
+      process and a fresh process compute the same numbers; `compute_settings(precision=…)` alone decides. Under
+      autocast the model returns float32, as in that wrapper;
     * layers with gradient checkpointing still recompute their activations, which Transformers does in training only;
     * code compiled in place (`model.compile()`) is not used;
     * float32 is not rounded to TF32 (see `full_float32`).
@@ -88,7 +90,8 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
         autocast = torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
         # Compiled code would be compiled anew for these few passes, and does not call hooks that come later.
         with autocast, full_float32(), torch.compiler.set_stance("force_eager"), _recomputing(model):
-            yield
+            with _returning_float32(model) if dtype is not None else contextlib.nullcontext():
+                yield
     finally:
         for module, flag in training_flags.items():
             module.training = flag
@@ -99,6 +102,16 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
         random_state.restore()
+
+
+@contextlib.contextmanager
+def _returning_float32(model: nn.Module) -> Iterator[None]:
+    """Let a model return its loss and logits in float32, as Accelerate does it under autocast."""
+    handle = model.register_forward_hook(lambda module, inputs, outputs: convert_to_fp32(outputs))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager

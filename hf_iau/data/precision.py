@@ -11,12 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["auto", "float32", "bfloat16"]
+PassPrecision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
 class _ComputeSettings:
-    precision: Precision = "float32"
+    precision: PassPrecision = "float32"
     memory_device: torch.device | None = None
 
 
@@ -26,7 +27,7 @@ _CURRENT: ContextVar[_ComputeSettings] = ContextVar("hf_iau_compute_settings", d
 
 @contextlib.contextmanager
 def compute_settings(
-    precision: Precision | None = None, memory_device: torch.device | str | None = None
+    precision: PassPrecision | None = None, memory_device: torch.device | str | None = None
 ) -> Iterator[None]:
     """Inside the context, rows are passed through models in `precision`, and sums are kept on `memory_device`.
 
@@ -41,6 +42,41 @@ def compute_settings(
         yield
     finally:
         _CURRENT.reset(token)
+
+
+def resolve_precision(asked: Precision, mixed_precision: str | None, device: torch.device | None) -> PassPrecision:
+    """What "auto" comes to: the autocast of training.
+
+    fp16 autocast has no use here: a row's gradient, of a row that is known well above all, lies below fp16's smallest
+    number, and training's loss scale, which is found by overflowing now and then, is no part of a sum that must be
+    exact. bf16 has float32's range, and kernels that refuse float32 take it too. Devices without bf16 (which no such
+    kernel runs on) work in float32.
+
+    Args:
+        asked: as in `GatherConfig`.
+        mixed_precision: as Accelerate names it ("no", "bf16", "fp16", "fp8"); None where nothing is known of training.
+        device: of the model.
+    """
+    if asked != "auto":
+        return asked
+    if mixed_precision == "bf16":
+        return "bfloat16"
+    if mixed_precision in ("fp16", "fp8"):
+        return "bfloat16" if _has_bfloat16(device) else "float32"
+    return "float32"
+
+
+def _has_bfloat16(device: torch.device | None) -> bool:
+    """Whether the device computes in bf16 itself."""
+    if device is None or device.type != "cuda":
+        return True
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def mixed_precision_of(args: Any) -> str:
+    """The mixed precision of a Trainer's passes ("no", "bf16", "fp16", "fp8"), from its `TrainingArguments`."""
+    named = getattr(args, "mixed_precision", None)  # what `accelerate launch --mixed_precision` asks for, too
+    return str(named) if named is not None else "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
 
 
 def autocast_dtype() -> torch.dtype | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_iau.data import RowLoss, RowSource, evaluation_mode, probe_additivity
-from hf_iau.data.precision import rounds_to_half
+from hf_iau.data.precision import Precision, compute_settings, resolve_precision, rounds_to_half
 from hf_iau.data.row_loss import UserLossFunction
 from hf_iau.data.rows import Collator
 from hf_iau.data.validation import check_adapters, check_placement
@@ -56,6 +56,7 @@ def check_row_gradients(
     rows: int = 8,
     batch_sizes: tuple[int, ...] = (2, 3, 8),
     tolerance: float | None = None,
+    precision: Precision = "auto",
 ) -> GradientCheck:
     """Compare batched gradient sums with a plain loop over batches of one row.
 
@@ -68,6 +69,8 @@ def check_row_gradients(
         rows: how many rows to check.
         batch_sizes: batch sizes to compare with the loop.
         tolerance: relative to Σ‖∇ℓ_i‖; default 1e-10 for float64 weights, 1e-5 for float32, 2e-2 below.
+        precision: of the passes, as in `GatherConfig`: "bfloat16" for bf16 autocast, which attention kernels that
+            refuse float32 need; "auto" is "float32" (without autocast), for no Trainer is known here.
 
     Returns:
         Whether it `passed`, and the parameters that are `failing`.
@@ -92,6 +95,15 @@ def check_row_gradients(
     if len(source) == 0:
         raise IAUError("check_row_gradients(): dataset is empty, pass a few rows.")
     source = source.sample(rows, seed=0)
+    with compute_settings(resolve_precision(precision, None, None)):
+        errors, failing, tolerance = _compare(model, loss, source, batch_sizes, tolerance)
+    return GradientCheck(errors, tuple(failing), tolerance, len(source))
+
+
+def _compare(
+    model: nn.Module, loss: RowLoss, source: RowSource, batch_sizes: tuple[int, ...], tolerance: float | None
+) -> tuple[dict[int, float], dict[str, None], float]:
+    """Relative errors by batch size, the parameters that fail, and the tolerance."""
     probe_additivity(loss, model, source)
     parameters = trainable_parameters(model)
     if tolerance is None:
@@ -106,7 +118,7 @@ def check_row_gradients(
         distances = {name: inner_product([(d, d)]) ** 0.5 for name, d in differences.items()}
         errors[batch_size] = sum(d**2 for d in distances.values()) ** 0.5 / scale
         failing |= {name: None for name, distance in distances.items() if distance > tolerance * scale}
-    return GradientCheck(errors, tuple(failing), tolerance, len(source))
+    return errors, failing, tolerance
 
 
 def _loop(

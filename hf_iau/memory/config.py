@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from hf_iau.data.precision import Precision
+import torch
+
+from hf_iau.data.precision import Precision, resolve_precision
 from hf_iau.utils.config_checks import check_choice, check_device, check_number
 
 GradientSumKind = Literal["full", "sampled", "none"]
@@ -54,11 +56,12 @@ class GatherConfig:
         default=None, metadata={"help": "Device that factors are kept on, e.g. 'cpu'; default: memory_device."}
     )
     precision: Precision = field(
-        default="float32",
+        default="auto",
         metadata={
             "help": "Of passes over rows, gathering and at requests: 'float32' (without autocast, in the weights' own "
-            "type), or 'bfloat16' (bf16 autocast; what is added up stays float32 and float64). Faster on GPUs, with "
-            "gradients good to about a percent."
+            "type), 'bfloat16' (bf16 autocast; what is added up stays float32 and float64; gradients good to about a "
+            "percent), or 'auto': 'bfloat16' where the Trainer trains under bf16, fp16 or fp8 autocast, else "
+            "'float32'. What was used is recorded, and requests use it too."
         },
     )
     memory_device: str | None = field(
@@ -92,6 +95,15 @@ class GatherConfig:
         check_device(self, "memory_device")
         check_number(self, "batch_size", at_least=1, whole=True, optional=True)
         check_number(self, "seed", at_least=0, whole=True)
+
+    def resolved(self, mixed_precision: str | None = None, device: torch.device | None = None) -> GatherConfig:
+        """The same with the precision that `precision="auto"` stands for.
+
+        Args:
+            mixed_precision: of training, as Accelerate names it; None where nothing is known of it.
+            device: of the model.
+        """
+        return replace(self, precision=resolve_precision(self.precision, mixed_precision, device))
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON."""

@@ -133,7 +133,7 @@ def gather_without(
         identity: theirs.
         forgotten: which of them are out: bool, `(rows,)`.
     """
-    out = bool(forgotten.any())
+    config, out = config.resolved(), bool(forgotten.any())
     remaining = source.select(np.flatnonzero(~forgotten)) if out else source
     memory = build_memory(model, remaining, row_loss, config, optimizer=optimizer)
     if out:
@@ -209,7 +209,16 @@ def build_memory(
     *,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> GradientMemory:
-    """Gather from prepared rows; what `gather` and `IAUCallback` share."""
+    """Gather from prepared rows; what `gather` and `IAUCallback` share.
+
+    Args:
+        model: the bare model.
+        source: its training rows.
+        row_loss: the objective.
+        config: `resolved` for the training that is known of; `precision="auto"` is else without autocast.
+        optimizer: of the training, where there is one.
+    """
+    config = config.resolved()
     decay = coupled_weight_decay(model, optimizer)
     if config.curvature == "adam" and is_sharded(model):
         raise UnsupportedModelError(

@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from hf_iau.data import RowLoss, RowSource, probe_additivity, probe_targets
+from hf_iau.data.precision import compute_settings, mixed_precision_of
 from hf_iau.data.row_loss import UserLossFunction
 from hf_iau.data.validation import refuse_device, refuse_trainer
 from hf_iau.distributed import sync_errors
@@ -162,9 +163,11 @@ class IAUCallback(TrainerCallback):
             find_key(args.output_dir)  # a key that cannot be used is better refused now than after training
             source = self._source(args, model, kwargs["train_dataloader"])
             check_before_gathering(model, source.dataset)
-            probe_additivity(self._choose_loss(args, model), model, source)
-            if self.config.reads_targets:
-                probe_targets(model, source)
+            config = self._resolved_config(args)
+            with compute_settings(config.precision, config.memory_device):
+                probe_additivity(self._choose_loss(args, model), model, source)
+                if config.reads_targets:
+                    probe_targets(model, source)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -187,8 +190,9 @@ class IAUCallback(TrainerCallback):
                 forgotten = np.zeros(len(source), dtype=bool)
                 if rows is not None and rows.forgotten is not None and len(rows.forgotten) == len(source):
                     forgotten = rows.forgotten
+                config = self._resolved_config(args)
                 self._memory = gather_without(
-                    model, source, identity, forgotten, loss, self.config, kwargs.get("optimizer")
+                    model, source, identity, forgotten, loss, config, kwargs.get("optimizer")
                 )
                 if self.save and (args.should_save or self._memory.is_sharded):
                     self._memory.save(Path(args.output_dir or ".") / MEMORY_FOLDER)
@@ -209,6 +213,9 @@ class IAUCallback(TrainerCallback):
         refuse_private_files(args.output_dir or ".", TRAINER_IGNORES)
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):  # uploaded as a whole
             refuse_private_files(Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+    def _resolved_config(self, args: TrainingArguments) -> GatherConfig:
+        return self.config.resolved(mixed_precision_of(args), args.device)
 
     def _choose_loss(self, args: TrainingArguments, model: nn.Module) -> RowLoss:
         if self.row_loss is None and model in _ROW_LOSS_OF_MODEL:

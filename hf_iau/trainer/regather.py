@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from hf_iau.data import RowSource
+from hf_iau.data.precision import mixed_precision_of
 from hf_iau.data.trainer_rows import trainer_rows
 from hf_iau.errors import MemoryFileError, MissingMemoryError
 from hf_iau.memory.config import GatherConfig
@@ -30,6 +31,7 @@ def gather_remaining(view: TrainerView, config: GatherConfig, dataset: Any) -> G
         config: what to gather.
         dataset: all training rows.
     """
+    config = config.resolved(mixed_precision_of(view.args), view.args.device)
     source = trainer_rows(view.trainer, dataset, "training rows", config.batch_size)
     model = view.model
     identity = _identity_of(view, source)

@@ -13,7 +13,7 @@ from torch import nn
 
 from hf_iau.data import RowSource
 from hf_iau.data.model_mode import placed_on, preserved_random_state
-from hf_iau.data.precision import compute_settings, memory_device
+from hf_iau.data.precision import compute_settings, memory_device, mixed_precision_of, resolve_precision
 from hf_iau.distributed import full_parameters, is_main_process, is_sharded, sync_errors
 from hf_iau.distributed.wrappers import unwrap_model
 from hf_iau.errors import IAUError, MissingMemoryError, RequestError
@@ -156,12 +156,14 @@ def _conditions(view: TrainerView, method: UnlearningMethod) -> Iterator[None]:
 
 
 def _working_as_gathered(view: TrainerView) -> contextlib.AbstractContextManager[None]:
-    """The precision and memory device of the memory in force."""
+    """The precision and memory device of the memory in force; without one, the precision of training."""
     try:
         memory = view.read_memory()
     except IAUError:  # raised again where the request is checked
         memory = None
-    settings = {} if memory is None else memory.settings
+    if memory is None:
+        return compute_settings(resolve_precision("auto", mixed_precision_of(view.args), view.args.device))
+    settings = memory.settings
     return compute_settings(settings.get("precision"), settings.get("memory_device"))
 
 
