@@ -149,7 +149,7 @@ def estimate(
     loss = choose_row_loss(
         row_loss=row_loss, compute_loss_func=compute_loss_func, label_smoothing_factor=label_smoothing_factor
     )
-    with compute_settings(config.precision, config.memory_device), full_parameters(model):
+    with compute_settings(config.pass_precision, config.memory_device), full_parameters(model):
         plan = plan_layers(model, kronecker=config.curvature == "ekfac", max_factor_size=config.max_factor_size)
         coverage, factors = _factors(model, plan, config)
         probed = _Probe(model, source, loss, config, plan, rows) if probe else None

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from accelerate.utils import convert_to_fp32
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -89,9 +89,9 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
         # Casts of weights are not kept, for the context outlasts changes of the weights.
         autocast = torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
         # Compiled code would be compiled anew for these few passes, and does not call hooks that come later.
-        with autocast, full_float32(), torch.compiler.set_stance("force_eager"), _recomputing(model):
-            with _returning_float32(model) if dtype is not None else contextlib.nullcontext():
-                yield
+        in_float32 = contextlib.nullcontext() if dtype is None else _returning_float32(model)
+        with autocast, full_float32(), torch.compiler.set_stance("force_eager"), _recomputing(model), in_float32:
+            yield
     finally:
         for module, flag in training_flags.items():
             module.training = flag

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from hf_iau.data.precision import Precision, resolve_precision
+from hf_iau.data.precision import PassPrecision, Precision, resolve_precision
 from hf_iau.utils.config_checks import check_choice, check_device, check_number
 
 GradientSumKind = Literal["full", "sampled", "none"]
@@ -104,6 +104,11 @@ class GatherConfig:
             device: of the model.
         """
         return replace(self, precision=resolve_precision(self.precision, mixed_precision, device))
+
+    @property
+    def pass_precision(self) -> PassPrecision:
+        """The precision of passes; of "auto" that is not resolved the one without autocast."""
+        return resolve_precision(self.precision, None, None)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON."""

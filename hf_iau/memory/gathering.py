@@ -138,7 +138,7 @@ def gather_without(
     memory = build_memory(model, remaining, row_loss, config, optimizer=optimizer)
     if out:
         memory.data = data_fingerprint(model, source.dataset)
-        with compute_settings(config.precision):
+        with compute_settings(config.pass_precision):
             memory.loss["probe"] = memory.probe_loss(model, row_loss, source)
         memory.forgotten_rows = int(forgotten.sum())
     memory.row_identity = None if identity is None else replace(identity, forgotten=forgotten)
@@ -225,7 +225,7 @@ def build_memory(
             "GatherConfig(curvature='adam') reads the optimizer's second moments, which fully_shard has spread over "
             "the processes. Use curvature='ekfac' or 'diagonal'."
         )
-    with sync_errors("gathering"), compute_settings(config.precision, config.memory_device), sharded_passes(model):
+    with sync_errors("gathering"), compute_settings(config.pass_precision, config.memory_device), sharded_passes(model):
         return _build_memory(model, source, row_loss, config, optimizer, decay)
 
 

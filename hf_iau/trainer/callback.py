@@ -164,7 +164,7 @@ class IAUCallback(TrainerCallback):
             source = self._source(args, model, kwargs["train_dataloader"])
             check_before_gathering(model, source.dataset)
             config = self._resolved_config(args)
-            with compute_settings(config.precision, config.memory_device):
+            with compute_settings(config.pass_precision, config.memory_device):
                 probe_additivity(self._choose_loss(args, model), model, source)
                 if config.reads_targets:
                     probe_targets(model, source)
@@ -191,9 +191,7 @@ class IAUCallback(TrainerCallback):
                 if rows is not None and rows.forgotten is not None and len(rows.forgotten) == len(source):
                     forgotten = rows.forgotten
                 config = self._resolved_config(args)
-                self._memory = gather_without(
-                    model, source, identity, forgotten, loss, config, kwargs.get("optimizer")
-                )
+                self._memory = gather_without(model, source, identity, forgotten, loss, config, kwargs.get("optimizer"))
                 if self.save and (args.should_save or self._memory.is_sharded):
                     self._memory.save(Path(args.output_dir or ".") / MEMORY_FOLDER)
             logger.info("Gathered a gradient memory: %s", dict(memory_summary(self._memory)))
