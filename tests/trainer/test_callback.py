@@ -41,7 +41,7 @@ from hf_iau import (
 )
 from hf_iau.memory.fingerprints import data_fingerprint, model_fingerprint
 
-CONFIG = GatherConfig(gradient_sum="full", curvature="none", batch_size=4, progress=False)
+CONFIG = GatherConfig(gradient_sum="full", curvature="none", batch_size=4, precision="float32", progress=False)
 ROWS = 16
 
 
@@ -118,7 +118,9 @@ RUNS: dict[str, dict[str, Any]] = {
 def processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Models trained here, their memories, and the memories that another process makes of the saved models."""
     root = tmp_path_factory.mktemp("runs")
-    config = GatherConfig(gradient_sum="full", curvature="ekfac", curvature_rows=8, batch_size=4, progress=False)
+    config = GatherConfig(
+        gradient_sum="full", curvature="ekfac", curvature_rows=8, batch_size=4, precision="float32", progress=False
+    )
     made: dict[str, dict[str, Any]] = {}
     for run, arguments in RUNS.items():
         trainer, callback = make_trainer(root / run, config=config, num_train_epochs=2, **arguments)
