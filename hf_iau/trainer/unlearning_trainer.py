@@ -48,6 +48,7 @@ from hf_iau.trainer.regather import gather_remaining, remaining_rows
 from hf_iau.trainer.restriction import GradientRestriction, RestrictionConfig
 from hf_iau.trainer.row_numbers import row_numbers_carried
 from hf_iau.trainer.saving import refuse_stale, rows_forgotten_on_disk, save_private_files, weights_on_disk
+from hf_iau.trainer.tracking import figures_to_log, without_printing
 from hf_iau.trainer.upload import hub_errors_explained
 from hf_iau.unlearn.output import UnlearnOutput
 from hf_iau.unlearn.record import Commit
@@ -458,7 +459,8 @@ class UnlearningTrainer(Trainer):
                 process; what it raises undoes the request.
 
         Returns:
-            The report, `revert()`, and the memory that belongs to the new weights.
+            The report, `revert()`, and the memory that belongs to the new weights. The report's main figures also go to
+            whatever `args.report_to` names, as `unlearn_…`.
 
         Raises:
             RequestError: the request itself is at fault (rows out of range, repeated, without labels, ...).
@@ -496,6 +498,8 @@ class UnlearningTrainer(Trainer):
             output = run_request(self.view, request, chosen, config, commit)
         if output.undo is not None:
             output.undo = self._locked(output.undo)
+            with without_printing(self):
+                self.log(figures_to_log(output.report))
         return output
 
     def _locked(self, undo: Callable[[], None]) -> Callable[[], None]:
