@@ -5,26 +5,20 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from hf_iau.report.report import UnlearningReport
 
-_FIGURES = (
-    "forget_accuracy",
-    "retain_accuracy",
-    "test_accuracy",
-    "forget_loss",
-    "retain_loss",
-    "held_out_loss",
-    "mia_auc",
-)
+_OF_FORGET_ROWS = ("forget_accuracy", "forget_loss", "mia_auc")
+_FIGURES = (*_OF_FORGET_ROWS, "retain_accuracy", "test_accuracy", "retain_loss", "held_out_loss")
 
 
-def figures_to_log(report: UnlearningReport) -> dict[str, float | str]:
+def figures_to_log(report: UnlearningReport) -> dict[str, Any]:
     """Rows, seconds, verdict, figures before and after, and the gap; of so few rows that a mean over them tells of one,
     no figure of the forget rows."""
-    logs: dict[str, float | str] = {
+    logs: dict[str, Any] = {
         "unlearn_rows": report.counts["forget_rows"],
         "unlearn_seconds": round(sum(report.seconds.values()), 3),
     }
@@ -32,7 +26,7 @@ def figures_to_log(report: UnlearningReport) -> dict[str, float | str]:
         logs["unlearn_verdict"] = report.verdict
     for when, figures in (("before", report.before), ("after", report.after)):
         for name in _FIGURES:
-            value, of_forget_rows = figures.get(name), name in ("forget_accuracy", "forget_loss", "mia_auc")
+            value, of_forget_rows = figures.get(name), name in _OF_FORGET_ROWS
             if (
                 isinstance(value, (int, float))
                 and math.isfinite(value)
