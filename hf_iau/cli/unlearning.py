@@ -22,7 +22,7 @@ from hf_iau.report.card import UnlearningCard
 from hf_iau.report.report import UnlearningReport
 from hf_iau.trainer.unlearning_trainer import UnlearningTrainer
 from hf_iau.unlearn.output import UnlearnOutput
-from hf_iau.utils.atomic_files import unmasked
+from hf_iau.utils.atomic_files import PRIVATE_FOLDER, unmasked
 
 
 def run_unlearn(
@@ -114,7 +114,7 @@ def _keep(
         _write(trainer, done.report, result.output, home, with_model=not result.dry_run and not withheld)
     elif result.in_place and done.applied:
         assert home is not None
-        done.report.save(home)
+        done.report.save(_report_folder(done.report, home))
         trainer.create_model_card()
 
 
@@ -131,12 +131,19 @@ def _write(
             trainer.save_model(str(staged))
             trainer.args.output_dir = str(staged)
             trainer.create_model_card(model_name=output.name)
-        report.save(staged)
+        folder = _report_folder(report, staged)
+        folder.mkdir(exist_ok=True, mode=PRIVATE_FOLDER)
+        report.save(folder)
         staged.chmod(unmasked(0o777))
         staged.replace(output)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
+
+
+def _report_folder(report: UnlearningReport, home: Path) -> Path:
+    """Where a report goes: one that tells of single rows lies where nothing is uploaded from."""
+    return home / MEMORY_FOLDER if report.per_row_suppressed else home
 
 
 def _tell(done: UnlearnOutput, home: Path | None, result: ResultOptions, out: Output, *, withheld: bool) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import nn
 
 from hf_iau.data import RowSource
@@ -111,6 +112,7 @@ def _change_weights(
     with timer.phase("measure_before"):
         splits = _measured_rows(context, test)
         before = measure_model(model, *splits)
+        _refuse_broken_rows(before)
         predictions = zip(
             splits, (before.forget, before.retain, before.held_out), strict=False
         )  # no method's: test rows
@@ -197,6 +199,21 @@ class _MeasuredRows(NamedTuple):
 def _measured_rows(context: ForgetContext, test: RowSource | None) -> _MeasuredRows:
     retained = context.retained_to_predict(_MEASURED_RETAINED_ROWS, context.seed)
     return _MeasuredRows(context.forget_to_predict, retained, context.held_out_sample(_MEASURED_HELD_OUT_ROWS), test)
+
+
+def _refuse_broken_rows(before: Measurement) -> None:
+    """Raise `RequestError` for rows beside the forget rows whose loss is not finite before anything is done."""
+    for name, seen in (("retained", before.retain), ("held-out", before.held_out), ("test", before.test)):
+        if seen is None:
+            continue
+        counted = seen.targets > 0
+        broken = counted & ~np.isfinite(seen.loss)
+        if 0 < broken.sum() < counted.sum():
+            raise RequestError(
+                f"{int(broken.sum())} of the {len(broken)} {name} rows looked at have a loss that is not finite, e.g. "
+                f"the one at position {int(np.flatnonzero(broken)[0])} of them: their inputs or labels hold NaN or "
+                "infinity. Mend them or leave them out."
+            )
 
 
 def _measured_retrained(

@@ -235,3 +235,15 @@ def test_other_errors_keep_their_kind(hub: FakeHub, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(trainer, "create_model_card", lambda **kwargs: json.loads("{"))
     with pytest.raises(json.JSONDecodeError):
         trainer.push_to_hub()
+
+
+def test_a_report_that_tells_of_single_rows_is_not_pushed(hub: FakeHub, tmp_path: Path) -> None:
+    trainer = trainer_on(tmp_path)
+    trainer.train()
+    report = trainer.unlearn(forget_indices=[3], config=IAUConfig(scale=0.1, damping=0.1)).report
+    report.save(tmp_path)
+    with pytest.raises(PublishError, match=r"would publish report\.json, the report of a request of so few rows"):
+        trainer.push_to_hub()
+    for path in tmp_path.glob("report.*"):
+        path.rename(tmp_path / "_iau" / path.name)
+    trainer.push_to_hub()

@@ -352,3 +352,21 @@ def test_gathering_anew_leaves_forgotten_rows_out(
     # The folder that a model was loaded from is looked at without being named.
     model.name_or_path = str(tmp_path)
     assert gather(model, rows, config=WITH_CURVATURE).forgotten_rows == 2
+
+
+# --- rows that cannot be measured -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argument", ["held_out_dataset", "test_dataset"])
+def test_a_broken_row_is_told_before_anything_is_changed(tmp_path: Path, argument: str) -> None:
+    trainer = make_trainer(tmp_path, "plain", rows=plain_rows(60), callbacks=[IAUCallback(WITH_CURVATURE)])
+    trainer.train()
+    before = state_of(trainer.model)
+    broken = plain_rows(20, seed=5)
+    broken[3]["features"] = [float("nan")] * 6
+    name = argument.removesuffix("_dataset").replace("_", "-")
+    with pytest.raises(
+        RequestError, match=f"1 of the 20 {name} rows looked at have a loss that is not finite.*position 3"
+    ):
+        trainer.unlearn(forget_indices=[1, 2], config=GIVEN, **{argument: as_dataset(broken)})
+    assert_bits(trainer.model, before)
