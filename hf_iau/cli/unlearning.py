@@ -111,17 +111,19 @@ def _keep(
     if not trainer.is_world_process_zero():
         return
     if result.output is not None:
-        _write(trainer, done.report, result.output, home, with_model=not result.dry_run and not withheld)
+        _write(trainer, done.report, result, home, with_model=not result.dry_run and not withheld)
     elif result.in_place and done.applied:
         assert home is not None
-        done.report.save(_report_folder(done.report, home))
+        done.report.save(_report_folder(done.report, home, result))
         trainer.create_model_card()
 
 
 def _write(
-    trainer: UnlearningTrainer, report: UnlearningReport, output: Path, home: Path | None, *, with_model: bool
+    trainer: UnlearningTrainer, report: UnlearningReport, result: ResultOptions, home: Path | None, *, with_model: bool
 ) -> None:
-    """Write everything beside `output` and move it into place at the end, so that a crash leaves nothing half done."""
+    """Write everything beside `--output` and move it into place at the end, so that a crash leaves nothing half done."""
+    output = result.output
+    assert output is not None
     output.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
     try:
@@ -131,7 +133,7 @@ def _write(
             trainer.save_model(str(staged))
             trainer.args.output_dir = str(staged)
             trainer.create_model_card(model_name=output.name)
-        folder = _report_folder(report, staged)
+        folder = _report_folder(report, staged, result)
         folder.mkdir(exist_ok=True, mode=PRIVATE_FOLDER)
         report.save(folder)
         staged.chmod(unmasked(0o777))
@@ -141,9 +143,9 @@ def _write(
         raise
 
 
-def _report_folder(report: UnlearningReport, home: Path) -> Path:
-    """Where a report goes: one that tells of single rows lies where nothing is uploaded from."""
-    return home / MEMORY_FOLDER if report.per_row_suppressed else home
+def _report_folder(report: UnlearningReport, home: Path, result: ResultOptions) -> Path:
+    """Where a report goes: before a push, one that tells of single rows lies where nothing is uploaded from."""
+    return home / MEMORY_FOLDER if report.per_row_suppressed and result.push_to_hub is not None else home
 
 
 def _tell(done: UnlearnOutput, home: Path | None, result: ResultOptions, out: Output, *, withheld: bool) -> None:
