@@ -76,7 +76,9 @@ def _has_bfloat16(device: torch.device | None) -> bool:
 def mixed_precision_of(args: Any) -> str:
     """The mixed precision of a Trainer's passes ("no", "bf16", "fp16", "fp8"), from its `TrainingArguments`."""
     named = getattr(args, "mixed_precision", None)  # what `accelerate launch --mixed_precision` asks for, too
-    return str(named) if named is not None else "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+    if named is not None:
+        return str(named)
+    return "bf16" if getattr(args, "bf16", False) else "fp16" if getattr(args, "fp16", False) else "no"
 
 
 def autocast_dtype() -> torch.dtype | None:

@@ -129,7 +129,7 @@ def test_the_budget_runs_through_requests_and_is_reset_by_rebase(tmp_path: Path)
     assert two["held_out_drift"] == pytest.approx((second.after["held_out_loss"] - start) / start)
     assert any("fewer than 16" in sentence for sentence in first.warnings)
     rebased = trainer.rebase()
-    assert rebased.settings == WITH_CURVATURE.to_dict()
+    assert rebased.settings == WITH_CURVATURE.resolved().to_dict()
     assert (rebased.n_rows, rebased.forgotten_rows, rebased.relative_path, rebased.held_out) == (44, 16, 0.0, None)
     third = trainer.unlearn(forget_indices=list(range(20, 28)), config=config).report
     budget = third.diagnostics["budget"]
