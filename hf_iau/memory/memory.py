@@ -46,10 +46,11 @@ from hf_iau.utils.atomic_files import (
 
 _SUM_PREFIX = "gradient_sum."
 _IDENTITY_PREFIX = "row_identity."
+_VISITS = "row_visits"
 _FILE_METADATA = {"format": "pt"}
 _PROBE_ROWS = 8
 # Fields with a form of their own in the files.
-_NOT_PLAIN = ("parameters", "gradient_sum", "curvature", "row_identity")
+_NOT_PLAIN = ("parameters", "gradient_sum", "curvature", "row_identity", "visits")
 
 
 @dataclass
@@ -79,6 +80,7 @@ class GradientMemory:
         curvature_path: what `relative_path` was when the curvature was estimated; 0 where that was when gathering.
         row_identity: keyed fingerprints of the training rows, forgotten ones among them; those made without a key of
             yours are not saved, so that None is read.
+        visits: how often each row of the data set was trained on, int32, `(rows,)`; None where it is not known.
         held_out: `loss` of the held-out rows at the weights that were gathered from and a digest (`content`) of those
             rows; None until the first request measures it.
         seconds: what gathering cost, by phase.
@@ -117,6 +119,7 @@ class GradientMemory:
     relative_path: float = 0.0
     curvature_path: float = 0.0
     row_identity: RowIdentity | None = None
+    visits: np.ndarray | None = None
     held_out: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=package_versions)
@@ -278,7 +281,7 @@ class GradientMemory:
     def nbytes(self) -> int:
         """Bytes of all tensors, those that other processes hold among them."""
         held = sum(t.numel() * t.element_size() for t in (self.gradient_sum or {}).values())
-        held += 0 if self.row_identity is None else self.row_identity.fingerprints.nbytes
+        held += 0 if self._saved_identity is None else self._saved_identity.fingerprints.nbytes
         return held + (self.curvature.nbytes() if self.curvature is not None else 0)
 
     def after_step(
@@ -345,6 +348,9 @@ class GradientMemory:
             tensors |= self.curvature.tensors()
         if self._saved_identity is not None:
             tensors |= self._saved_identity.tensors()
+        if self.visits is not None:
+            small = self.visits.max(initial=0) < 256
+            tensors[_VISITS] = torch.from_numpy(self.visits.astype(np.uint8 if small else np.int32))
         return tensors
 
     @property
@@ -446,10 +452,29 @@ class GradientMemory:
                 raise MemoryFileError(
                     f"The memory has {len(identity)} row fingerprints for {header['data']['rows']} rows: it is corrupt."
                 )
+        visits = tensors.get(_VISITS)
+        if visits is not None and (
+            visits.dtype not in (torch.uint8, torch.int32)
+            or tuple(visits.shape) != (header["data"]["rows"],)
+            or bool((visits < 0).any())
+        ):
+            raise MemoryFileError(
+                f"{_VISITS} is {visits.dtype} of shape {tuple(visits.shape)}, expected a count of at least 0 for each "
+                f"of {header['data']['rows']} rows: the memory is corrupt."
+            )
         curvature = None
         if header["curvature"] is not None:
-            rest = {name: t for name, t in tensors.items() if not name.startswith((_SUM_PREFIX, _IDENTITY_PREFIX))}
+            others = (_SUM_PREFIX, _IDENTITY_PREFIX, _VISITS)
+            rest = {name: t for name, t in tensors.items() if not name.startswith(others)}
             curvature = Curvature.from_tensors(rest, header["curvature"])
         plain = {name: header[name] for name in cls.__dataclass_fields__ if name not in _NOT_PLAIN}
         check_fields(plain)
-        return cls(parameters=shapes, gradient_sum=sums or None, curvature=curvature, row_identity=identity, **plain)
+        counted = None if visits is None else visits.numpy().astype(np.int32)
+        return cls(
+            parameters=shapes,
+            gradient_sum=sums or None,
+            curvature=curvature,
+            row_identity=identity,
+            visits=counted,
+            **plain,
+        )

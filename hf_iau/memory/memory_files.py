@@ -18,14 +18,14 @@ from torch import Tensor
 from hf_iau.errors import MemoryFileError, MemoryMismatchError
 from hf_iau.utils.atomic_files import file_digest, sync_folder
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 MEMORY_FOLDER = "_iau"
 MEMORY_HEADER = "memory.json"
 TENSOR_FILE = re.compile(r"memory-[0-9a-f]{32}\.safetensors")
 _PART_OF_MEMORY = re.compile(r"\.?memory-([0-9a-f]{32}|staged)\.safetensors.*|\.memory\.json\..*")
 _MAX_HEADER_BYTES = 64 * 2**20
 # As safetensors names types.
-_TYPES = {torch.float64: "F64", torch.float32: "F32", torch.uint8: "U8"}
+_TYPES = {torch.float64: "F64", torch.float32: "F32", torch.uint8: "U8", torch.int32: "I32"}
 
 
 def check_fields(plain: Mapping[str, Any]) -> None:

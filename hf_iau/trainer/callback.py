@@ -35,6 +35,7 @@ from hf_iau.memory.keys import find_key
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.memory.memory_files import MEMORY_FOLDER
 from hf_iau.memory.private_files import TRAINER_IGNORES, refuse_private_files
+from hf_iau.trainer.visits import VISITS_FILE, VisitCounter, visits_before
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +129,8 @@ class IAUCallback(TrainerCallback):
         self.dataset = dataset
         self.save = save
         self._memory: GradientMemory | None = None
+        self._visits: VisitCounter | None = None
+        self._visited_model: Any = None
         self.failure: Exception | None = None
         self._finished = False
 
@@ -158,6 +161,7 @@ class IAUCallback(TrainerCallback):
         # auto_find_batch_size enters the loop again and again; every entry starts afresh.
         self._memory, self.failure, self._finished = None, None, False
         model = unwrap_model(kwargs["model"])
+        self._watch_visits(args, state, model, kwargs["train_dataloader"])
         refuse_unsupported_engines(args)
         with sync_errors("the check before training"):
             find_key(args.output_dir)  # a key that cannot be used is better refused now than after training
@@ -178,6 +182,8 @@ class IAUCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self._visits is not None:
+            self._visits.stop()
         if state.is_hyper_param_search and not self._finished:
             return
         model = unwrap_model(kwargs["model"])
@@ -192,6 +198,7 @@ class IAUCallback(TrainerCallback):
                     forgotten = rows.forgotten
                 config = self._resolved_config(args)
                 self._memory = gather_without(model, source, identity, forgotten, loss, config, kwargs.get("optimizer"))
+                self._memory.visits = self._counted(forgotten)
                 if self.save and (args.should_save or self._memory.is_sharded):
                     self._memory.save(Path(args.output_dir or ".") / MEMORY_FOLDER)
             logger.info("Gathered a gradient memory: %s", dict(memory_summary(self._memory)))
@@ -199,9 +206,65 @@ class IAUCallback(TrainerCallback):
             self.failure = error
             logger.error("Gathering failed after training; the model is unharmed. %s: %s", type(error).__name__, error)
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._visits is not None:
+            self._visits.trained()
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._visits is not None:
+            self._visits.trained()
+
+    def _watch_visits(self, args: TrainingArguments, state: TrainerState, model: nn.Module, loader: Any) -> None:
+        """Begin to count, or go on: after an out-of-memory error, a checkpoint, or an earlier run of the same model."""
+        earlier, before = None, self._visits
+        if before is not None:
+            before.stop()
+        try:
+            rows = len(loader.dataset)
+        except TypeError:  # refused elsewhere
+            self._visits = None
+            return
+        skipped, known = 0, True
+        if state.global_step > 0:
+            steps = max(-(-len(loader) // args.gradient_accumulation_steps), 1)
+            if not args.ignore_data_skip:
+                skipped = (state.global_step % steps) * args.gradient_accumulation_steps
+            folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            earlier = visits_before(folder, rows)
+            known = earlier is not None
+            if not known:
+                logger.warning(
+                    "How often rows were trained on before step %d is not known (%s has no %s): all rows count as "
+                    "trained on.",
+                    state.global_step,
+                    folder,
+                    VISITS_FILE,
+                )
+        elif before is not None and model is self._visited_model and before.rows == rows:
+            earlier, known = before.own_counts(), before.known
+        self._visits = VisitCounter(rows, earlier, skipped)
+        self._visits.known = known
+        self._visits.watch(loader)
+        self._visited_model = model
+
+    def _counted(self, forgotten: np.ndarray) -> np.ndarray | None:
+        """How often each of the rows that are gathered from was trained on; None where it is not known."""
+        counts = None if self._visits is None else self._visits.counts()
+        if counts is None or len(counts) not in (len(forgotten), int((~forgotten).sum())):
+            return None
+        if len(counts) == len(forgotten):
+            return counts
+        whole = np.zeros(len(forgotten), dtype=np.int32)
+        whole[~forgotten] = counts
+        return whole
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         rows = _ROWS_OF_MODEL.get(unwrap_model(kwargs["model"])) if kwargs.get("model") is not None else None
         folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if self._visits is not None:
+            self._visits.save(folder)
         if rows is not None and rows.count and args.should_save and folder.is_dir():
             (folder / _CHECKPOINT_NOTE).write_text(json.dumps({"rows": rows.count}), encoding="utf-8")
 

@@ -38,7 +38,12 @@ def gather_remaining(view: TrainerView, config: GatherConfig, dataset: Any) -> G
     forgotten = np.zeros(len(source), dtype=bool) if identity is None else identity.forgotten
     if not forgotten.any() and view.state.forgotten:
         forgotten = ~np.isin(np.arange(len(source)), remaining_rows(view, source))
-    return gather_without(model, source, identity, forgotten, view.row_loss, config, view.trainer.optimizer)
+    memory = gather_without(model, source, identity, forgotten, view.row_loss, config, view.trainer.optimizer)
+    with contextlib.suppress(MissingMemoryError, MemoryFileError):
+        before = view.read_memory()
+        if before is not None and before.data == memory.data:
+            memory.visits = before.visits
+    return memory
 
 
 def remaining_rows(view: TrainerView, source: RowSource) -> list[int]:

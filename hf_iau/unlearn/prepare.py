@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from typing import Any
 
@@ -23,7 +24,15 @@ from hf_iau.data.validation import (
     rows_are_deterministic,
 )
 from hf_iau.distributed import is_sharded
-from hf_iau.errors import AlreadyForgottenError, ConfigError, RequestError
+from hf_iau.errors import (
+    AlreadyForgottenError,
+    ConfigError,
+    MemoryFileError,
+    MemoryMismatchError,
+    MissingMemoryError,
+    RequestError,
+    UnknownRowsError,
+)
 from hf_iau.memory.fingerprints import data_fingerprint
 from hf_iau.memory.gathering import count_labels
 from hf_iau.memory.gradient_sum import trainable_parameters
@@ -34,9 +43,11 @@ from hf_iau.methods.context import ForgetContext
 from hf_iau.unlearn.rows import (
     NamedRows,
     forgotten_before,
+    only_visited,
     refuse_repeated_rows,
     requested_rows,
     rows_apart,
+    unequal_visits,
     without_targets,
 )
 from hf_iau.unlearn.state import UnlearningState
@@ -57,8 +68,35 @@ def resolve_rows(view: TrainerView, forget_dataset: Any, forget_indices: Any) ->
     """
     if isinstance(forget_dataset, NamedRows):
         return forget_dataset
-    rows = requested_rows(view.rows, forget_dataset, forget_indices)
+    rows = requested_rows(view.rows, forget_dataset, forget_indices, _visits(view))
+    rows = _visited(view, rows) if rows.positions is None and len(rows) else rows
     return without_targets(rows, _without_labels(view, rows)) if len(rows) else rows
+
+
+def _visits(view: TrainerView) -> np.ndarray | None:
+    """How often each training row was trained on, where the memory knows it of the present rows; else None."""
+    with contextlib.suppress(MissingMemoryError, MemoryFileError, MemoryMismatchError):
+        memory, dataset = view.read_memory(), view.rows.dataset
+        if memory is not None and memory.visits is not None and dataset is not None and not memory.visits.all():
+            source = trainer_rows(view.trainer, dataset, "training rows")
+            if memory.data == data_fingerprint(view.model, source.dataset):
+                return memory.visits
+    return None
+
+
+def _visited(view: TrainerView, rows: NamedRows) -> NamedRows:
+    """Rows that are given by their content, without those of which no copy was ever trained on."""
+    with contextlib.suppress(MissingMemoryError, MemoryFileError, MemoryMismatchError, ConfigError, UnknownRowsError):
+        memory = view.read_memory()
+        identity = None if memory is None else memory.row_identity
+        if memory is not None and identity is not None and memory.visits is not None and not memory.visits.all():
+            key = process_key() if identity.of_process else find_key(view.args.output_dir)
+            if key is not None:
+                identity.check_key(key)
+                source = trainer_rows(view.trainer, rows.dataset, "forget rows")
+                places = identity.positions(keyed_fingerprints(key, view.model, source.dataset))
+                return only_visited(rows, memory.visits[places] > 0)
+    return rows
 
 
 def _without_labels(view: TrainerView, rows: NamedRows) -> np.ndarray:
@@ -160,6 +198,12 @@ def request_context(
     if trained is not None:
         copies_left = sum(trained[row] - count - state.forgotten[row] for row, count in digests.items())
         notes += [] if not copies_left else [_about_copies(copies_left)]
+    unequal = None if memory is None else unequal_visits(memory.visits)
+    if unequal is not None:
+        notes.append(
+            f"Training rows were met unequally often, {unequal[0]} to {unequal[1]} times (a sampler with weights?): "
+            "here each counts once, so rows that were met more often are forgotten less far than the others."
+        )
     return ForgetContext(
         model=model,
         row_loss=view.row_loss,

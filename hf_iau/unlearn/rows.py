@@ -200,11 +200,37 @@ def named_rows(train: TrainingRows, numbers: np.ndarray, visits: np.ndarray | No
         unvisited = int((~visited).sum())
         positions = positions[visited]
     if unvisited:
-        notes.append(
-            f"{unvisited} of the {len(numbers)} requested rows were never reached in training (it ended before they "
-            "were drawn): there is nothing to forget of them, and they were left out."
-        )
+        notes.append(_about_unvisited(unvisited, len(numbers)))
     return NamedRows(select_rows(train.dataset, positions), positions, None, dropped + unvisited, tuple(notes))
+
+
+def only_visited(rows: NamedRows, visited: np.ndarray) -> NamedRows:
+    """The rows that are `visited` (bool, `(m,)`): the others were never reached in training."""
+    if visited.all():
+        return rows
+    kept = np.flatnonzero(visited)
+    return NamedRows(
+        select_rows(rows.dataset, kept),
+        None if rows.positions is None else rows.positions[kept],
+        None if rows.fingerprints is None else rows.fingerprints[kept],
+        rows.left_out + len(rows) - len(kept),
+        (*rows.notes, _about_unvisited(len(rows) - len(kept), len(rows))),
+    )
+
+
+def _about_unvisited(unvisited: int, asked: int) -> str:
+    return (
+        f"{unvisited} of the {asked} requested rows were never reached in training (it ended before they were drawn): "
+        "there is nothing to forget of them, and they were left out."
+    )
+
+
+def unequal_visits(visits: np.ndarray | None) -> tuple[int, int] | None:
+    """How often the least and the most visited row was met, where that is more than a last, broken epoch explains."""
+    if visits is None or not (visits > 0).any():
+        return None
+    met = visits[visits > 0]
+    return (int(met.min()), int(met.max())) if met.max() - met.min() > 1 else None
 
 
 def without_targets(rows: NamedRows, empty: np.ndarray) -> NamedRows:

@@ -270,7 +270,6 @@ def test_counts() -> None:
     memory = make_memory(plain(), plain_rows())
     assert (memory.n_rows, memory.n_targets, memory.gradient_sum_rows) == (12, 12, 12)
     assert memory.label_counts == {"0": 4, "1": 4, "2": 4}
-    fingerprints = 12 * 16  # held in the process that gathered, also without a key
-    assert memory.nbytes() == 4 * sum(p.numel() for p in plain().parameters()) + fingerprints
+    assert memory.nbytes() == 4 * sum(p.numel() for p in plain().parameters())
     assert memory.parameters == {name: tuple(p.shape) for name, p in plain().named_parameters()}
-    assert memory.schema_version == 4 and memory.settings["gradient_sum"] == "full"
+    assert memory.schema_version == 5 and memory.settings["gradient_sum"] == "full"

@@ -337,7 +337,7 @@ def test_every_changed_count_is_noticed(saved: Path) -> None:
 @pytest.mark.parametrize(
     "content",
     [b"", b"null", b"[]", b"3", b'"memory"', b"{}", b"not json", b"\xff\xfe\x00", b"\x93NUMPY", b"[" * 200_000]
-    + [b'{"schema_version": 4}', b'{"schema_version": 4, "a": ' + b"[" * 900 + b"]" * 900 + b"}"],
+    + [b'{"schema_version": 5}', b'{"schema_version": 5, "a": ' + b"[" * 900 + b"]" * 900 + b"}"],
     ids=lambda content: repr(content[:20]),
 )
 def test_headers_that_are_none(content: bytes, saved: Path) -> None:
