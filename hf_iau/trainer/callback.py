@@ -161,7 +161,6 @@ class IAUCallback(TrainerCallback):
         # auto_find_batch_size enters the loop again and again; every entry starts afresh.
         self._memory, self.failure, self._finished = None, None, False
         model = unwrap_model(kwargs["model"])
-        self._watch_visits(args, state, model, kwargs["train_dataloader"])
         refuse_unsupported_engines(args)
         with sync_errors("the check before training"):
             find_key(args.output_dir)  # a key that cannot be used is better refused now than after training
@@ -172,6 +171,8 @@ class IAUCallback(TrainerCallback):
                 probe_additivity(self._choose_loss(args, model), model, source)
                 if config.reads_targets:
                     probe_targets(model, source)
+
+        self._watch_visits(args, state, model, kwargs["train_dataloader"])
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any

@@ -38,7 +38,7 @@ from hf_iau.memory.gathering import count_labels
 from hf_iau.memory.gradient_sum import trainable_parameters
 from hf_iau.memory.keys import find_key, process_key
 from hf_iau.memory.memory import GradientMemory
-from hf_iau.memory.row_identity import keyed_fingerprints
+from hf_iau.memory.row_identity import RowIdentity, keyed_fingerprints
 from hf_iau.methods.context import ForgetContext
 from hf_iau.unlearn.rows import (
     NamedRows,
@@ -80,8 +80,13 @@ def _visits(view: TrainerView) -> np.ndarray | None:
         if memory is not None and memory.visits is not None and dataset is not None and not memory.visits.all():
             source = trainer_rows(view.trainer, dataset, "training rows")
             if memory.data == data_fingerprint(view.model, source.dataset):
-                return memory.visits
+                return _not_forgotten(memory.visits, memory.row_identity)
     return None
+
+
+def _not_forgotten(visits: np.ndarray, identity: RowIdentity | None) -> np.ndarray:
+    """The visits, and one where a row is out: it was left out of the last run because it was known before."""
+    return visits if identity is None else np.maximum(visits, identity.forgotten)
 
 
 def _visited(view: TrainerView, rows: NamedRows) -> NamedRows:
@@ -95,7 +100,7 @@ def _visited(view: TrainerView, rows: NamedRows) -> NamedRows:
                 identity.check_key(key)
                 source = trainer_rows(view.trainer, rows.dataset, "forget rows")
                 places = identity.positions(keyed_fingerprints(key, view.model, source.dataset))
-                return only_visited(rows, memory.visits[places] > 0)
+                return only_visited(rows, _not_forgotten(memory.visits, identity)[places] > 0)
     return rows
 
 

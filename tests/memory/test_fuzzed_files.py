@@ -49,7 +49,7 @@ EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "90"))
 fuzz = settings(deadline=None, max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
 slow_fuzz = settings(fuzz, max_examples=EXAMPLES // 3)
 
-KEY = "fuzz" * 10
+KEY = "fuzz0123456789" * 3
 BIG = 10**400
 
 
