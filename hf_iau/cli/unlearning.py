@@ -121,7 +121,7 @@ def _keep(
 def _write(
     trainer: UnlearningTrainer, report: UnlearningReport, result: ResultOptions, home: Path | None, *, with_model: bool
 ) -> None:
-    """Write everything beside the output and move it into place at the end, so that a crash leaves nothing half done."""
+    """Write everything beside the output and move it into place at the end: a crash leaves nothing half done."""
     output = result.output
     assert output is not None
     output.parent.mkdir(parents=True, exist_ok=True)

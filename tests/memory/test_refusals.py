@@ -238,7 +238,7 @@ def begin(callback: IAUCallback, model: nn.Module, rows: Any, **changed: Any) ->
     loader = types.SimpleNamespace(dataset=rows, collate_fn=pad_right())
     callback.on_train_begin(
         types.SimpleNamespace(**(args | changed)),  # type: ignore[arg-type]
-        types.SimpleNamespace(),  # type: ignore[arg-type]
+        types.SimpleNamespace(global_step=0),  # type: ignore[arg-type]
         types.SimpleNamespace(),  # type: ignore[arg-type]
         model=model,
         train_dataloader=loader,
