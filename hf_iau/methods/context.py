@@ -48,6 +48,7 @@ class ForgetContext:
         weights: copies of the trained parameters as the request finds them, by name, which nothing may change; None
             where a method has to make its own.
         predicted: what the model makes of some rows at the weights that the request finds, where that was looked at.
+        reason: why the rows are to go, as far as the caller says: "random" or "wrong-label"; None to find out.
         seed, progress, timer: as their names say.
     """
 
@@ -71,6 +72,7 @@ class ForgetContext:
     trainer: Any = None
     weights: Mapping[str, Tensor] | None = None
     predicted: dict[RowSource, RowPredictions] = field(default_factory=dict)
+    reason: str | None = None
     seed: int = 0
     progress: bool = False
     timer: PhaseTimer = field(default_factory=PhaseTimer)

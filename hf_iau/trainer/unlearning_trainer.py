@@ -53,7 +53,7 @@ from hf_iau.trainer.upload import hub_errors_explained
 from hf_iau.unlearn.output import UnlearnOutput
 from hf_iau.unlearn.record import Commit
 from hf_iau.unlearn.rows import TrainingRows
-from hf_iau.unlearn.run import Request, checked_models, run_request
+from hf_iau.unlearn.run import REASONS, Request, checked_models, run_request
 from hf_iau.unlearn.state import UnlearningState
 from hf_iau.unlearn.unfinished import refuse_unfinished
 from hf_iau.unlearn.view import TrainerView
@@ -433,6 +433,7 @@ class UnlearningTrainer(Trainer):
         retain_dataset: Any = None,
         test_dataset: Any = None,
         retrained_model: nn.Module | Sequence[nn.Module] | None = None,
+        reason: str | None = None,
         dry_run: bool = False,
         commit: Commit | None = None,
     ) -> UnlearnOutput:
@@ -454,6 +455,9 @@ class UnlearningTrainer(Trainer):
             test_dataset: rows never trained on that nothing but the report looks at.
             retrained_model: a model trained without the forget rows, for comparison only; of several, the first is
                 the reference and the next gives the noise floor between two retrained models.
+            reason: why the rows are to go, which says what a model trained without them would make of them:
+                "wrong-label" (nothing else supports their labels: wrong, or poisoned) or "random" (they are rows like
+                any others); default: found out from the rows themselves.
             dry_run: do everything, report, and put the weights back.
             commit: is given a `FinishedRequest` while the changed weights are whole and not yet final, in every
                 process; what it raises undoes the request.
@@ -484,6 +488,8 @@ class UnlearningTrainer(Trainer):
         """
         if commit is not None and dry_run:
             raise RequestError("commit= and dry_run=True contradict each other: leave one out.")
+        if reason not in (None, *REASONS):
+            raise RequestError(f"reason={reason!r} is unknown: give one of {', '.join(map(repr, REASONS))}, or None.")
         chosen, config = find_method(method, config)
         request = Request(
             forget_dataset=forget_dataset,
@@ -492,6 +498,7 @@ class UnlearningTrainer(Trainer):
             retain_dataset=retain_dataset,
             test_dataset=test_dataset,
             retrained_models=checked_models(retrained_model),
+            reason=reason,
             dry_run=dry_run,
         )
         with self._alone():

@@ -46,6 +46,9 @@ _MEASURED_RETAINED_ROWS = ROWS_LOOKED_AT
 _MEASURED_HELD_OUT_ROWS = ROWS_LOOKED_AT
 
 
+REASONS = ("random", "wrong-label")
+
+
 @dataclass(frozen=True)
 class Request:
     """What was asked for, as given to `UnlearningTrainer.unlearn`."""
@@ -56,6 +59,7 @@ class Request:
     retain_dataset: Any = None
     test_dataset: Any = None
     retrained_models: Sequence[nn.Module] = ()
+    reason: str | None = None
     dry_run: bool = False
 
 
@@ -88,6 +92,7 @@ def _checked(
     """The context of a request that has passed every check, and the test rows."""
     again = makes_weights_anew(method)
     context = request_context(view, rows, request.held_out_dataset, request.retain_dataset, timer, again_allowed=again)
+    context.reason = request.reason
     test = test_rows(view, context, request.test_dataset)
     try:
         method.check(context, config)

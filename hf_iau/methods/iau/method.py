@@ -109,6 +109,7 @@ def _observations(run: CalibrationRun, step_length: float) -> Observations:
         retained_accuracy_lost=retained_accuracy_lost,
         accuracy_gap=accuracy_gap,
         attack=attack,
+        recited=run.recited(),
     )
 
 
@@ -127,5 +128,6 @@ def _diagnostics(run: CalibrationRun, observed: Observations) -> dict[str, Any]:
         **run.to_dict(),
         "retained_accuracy_lost": observed.retained_accuracy_lost,
         "accuracy_gap_to_held_out": observed.accuracy_gap,
+        "unsupported_labels_recited": observed.recited,
         "loss_attack_on_forget_rows": None if observed.attack is None else asdict(observed.attack),
     }

@@ -13,6 +13,7 @@ from hf_iau.errors import CalibrationError
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.methods.context import ROWS_LOOKED_AT, ForgetContext
 from hf_iau.methods.iau.config import ENOUGH_FORGET_ROWS, FEWEST_COMPARED_ROWS, FEWEST_HELD_OUT_ROWS, IAUConfig
+from hf_iau.methods.iau.label_support import LabelSupport
 from hf_iau.methods.iau.remembered import remembered_calibration
 from hf_iau.methods.iau.states import InitialState
 from hf_iau.methods.iau.trial import auc_distance
@@ -73,6 +74,8 @@ class CalibrationReference:
             does on rows that it was trained on. None where that was not measured, or does not count.
         shift: whether the forget rows are like any other training rows; None where they are too few, or there are too
             few others, to tell.
+        support: which forget rows have a label that nothing else supports; None where they are like any others, or it
+            could not be told.
         warnings: sentences for people.
     """
 
@@ -80,7 +83,13 @@ class CalibrationReference:
     whole_class: int | None = None
     advantage: float | None = None
     shift: ShiftTest | None = None
+    support: LabelSupport | None = None
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def has_unsupported(self) -> bool:
+        """Whether there are rows whose label nothing else supports."""
+        return self.support is not None and bool(self.support.unsupported.any())
 
     @property
     def like_any_others(self) -> bool:
@@ -96,6 +105,7 @@ class CalibrationReference:
         return {
             "advantage_of_training_rows": self.advantage,
             "shift_test": None if self.shift is None else self.shift.to_dict(),
+            "label_support": None if self.support is None else self.support.to_dict(),
         }
 
 
@@ -123,6 +133,8 @@ def choose_reference(
         reference.advantage = auc_distance(initial.retained, initial.held_out)
         if len(context.forget) >= FEWEST_COMPARED_ROWS:
             reference.shift = shift_test(initial.forget, initial.retained)
+    if config.multi_step and config.is_free and (context.reason is not None or _is_unlike_others(reference)):
+        reference.support = initial.label_support(context.reason)
     if remembered_calibration(config, memory) is not None:
         reference.source = "remembered"
         return reference
@@ -137,6 +149,10 @@ def choose_reference(
                 "target; that is unreliable for few or unusual rows."
             )
     return reference
+
+
+def _is_unlike_others(reference: CalibrationReference) -> bool:
+    return reference.shift is not None and not reference.shift.passed
 
 
 def find_whole_class(context: ForgetContext, memory: GradientMemory, initial: InitialState) -> int | None:

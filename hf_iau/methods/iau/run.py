@@ -134,12 +134,14 @@ class CalibrationRun:
 
     def _may_take_many(self) -> bool:
         free = self.config.scale is None and self.config.retain_weight is None
-        return self.config.multi_step and free and self.plan.reference.like_any_others
+        reference = self.plan.reference
+        return self.config.multi_step and free and (reference.like_any_others or reference.has_unsupported)
 
     def _look_after_one_step(self) -> None:
         initial = self.initial
         assert initial.retained_rows is not None
-        targets = ForgetTargets.of(initial.forget, initial.retained, initial.held_out)
+        support, positions = self.plan.reference.support, initial.forget_positions
+        targets = ForgetTargets.of(initial.forget, initial.retained, initial.held_out, support, positions)
         runner = initial.trial_runner(self.directions, initial.forget_rows)
         (forget,) = runner.look((initial.forget_rows,), *self._place)
         self.share_remaining = targets.share_remaining(forget.target_losses)
@@ -188,7 +190,7 @@ class CalibrationRun:
                 retained_to_predict=initial.retained_rows,
                 before=(forget, initial.held_out),
             ),
-            ForgetTargets.of(forget, initial.retained, initial.held_out),
+            ForgetTargets.of(forget, initial.retained, initial.held_out, self.plan.reference.support),
             MultiStepSettings(DAMPING if config.damping is None else config.damping, config.max_relative_step),
             progress=context.progress,
         ).run()
@@ -316,6 +318,16 @@ class CalibrationRun:
             return None
         after = self.final.retained or predict_rows(self.context.model, rows)
         return accuracy_difference(self.initial.retained, after)
+
+    def recited(self) -> float | None:
+        """Share of the labels that nothing else supports that are still predicted; None without any."""
+        support = self.plan.reference.support
+        if support is None or not support.unsupported.any():
+            return None
+        forget = self.final.forget
+        if forget is None or len(forget) < len(support.unsupported):
+            forget = predict_rows(self.context.model, self.context.forget_to_predict)
+        return float(forget.correct[support.unsupported].mean())
 
     def gaps_to_held_out(self) -> tuple[float | None, LossAttack | None]:
         """Accuracy on the forget rows minus that on held-out rows, and the loss attack that tells the two apart.

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from hf_iau.data import RowPredictions, RowSource, predict_rows
+from hf_iau.data.digests import sample_positions
+from hf_iau.data.targets import TaskKind
 from hf_iau.methods.context import ROWS_LOOKED_AT, ForgetContext
 from hf_iau.methods.iau.config import ENOUGH_FORGET_ROWS
 from hf_iau.methods.iau.directions import Directions
+from hf_iau.methods.iau.label_support import LabelSupport, find_label_support
 from hf_iau.methods.iau.trial import TrialRunner
 
 # The report's retained rows are drawn with the request's own seed: calibration does not choose by the rows that it is
@@ -29,6 +32,7 @@ class InitialState:
 
     Attributes:
         forget_rows: at most as many forget rows as there are held-out rows in the sample.
+        forget_positions: where these are among all forget rows, int64, `(rows,)`.
         held_out_rows: a sample of the held-out rows, or None.
         retained_rows: a sample of the retained rows, or None.
         held_out_at: (k, λ, c) → predictions of the held-out rows after that step of the request.
@@ -43,6 +47,7 @@ class InitialState:
         self.held_out_at: dict[tuple[float, float, float], RowPredictions] = {}
         self._every_row = context.forget_to_predict
         size = max(len(held_out) if held_out is not None else 0, ENOUGH_FORGET_ROWS)
+        self.forget_positions = sample_positions(len(self._every_row), size, 0)
         self.forget_rows = self._every_row if size >= len(self._every_row) else self._every_row.sample(size, 0)
         self.forget_rows.keep_batches()
         # Every request looks at them again at the end; later than now the weights may have moved.
@@ -61,6 +66,23 @@ class InitialState:
     def every_forget_row(self) -> RowPredictions:
         """Of all forget rows."""
         return self._predict(self._every_row)
+
+    def label_support(self, reason: str | None) -> LabelSupport | None:
+        """Which forget rows have a label that nothing else supports; None where that cannot be told.
+
+        Args:
+            reason: what the caller says of the rows; None to find out.
+        """
+        if self.retained_rows is None or self.held_out_rows is None or reason == "random":
+            return None
+        model, forget = self._context.model, self.every_forget_row()
+        if forget.kind is not TaskKind.SINGLE_LABEL:
+            return None
+        held_out = predict_rows(model, self.held_out_rows, keep_probabilities=True)
+        if reason == "wrong-label":
+            return LabelSupport.told(forget, held_out)
+        rows = (self._every_row, self.retained_rows, self.held_out_rows)
+        return find_label_support(model, rows, (forget, self.retained, held_out))
 
     @property
     def retained(self) -> RowPredictions:

@@ -15,6 +15,7 @@ import numpy as np
 from hf_iau.data import RowPredictions
 from hf_iau.data.targets import TaskKind
 from hf_iau.evaluation.attacks import attack_auc
+from hf_iau.methods.iau.label_support import LabelSupport
 from hf_iau.methods.iau.step_search import standard_error_of_auc
 
 # τ: between probabilities (1), which hardly see rows that are known for sure, and log-odds, which see nothing else.
@@ -46,8 +47,21 @@ class ForgetTargets:
     softness: float = _SOFTNESS
 
     @classmethod
-    def of(cls, rows: RowPredictions, retained: RowPredictions, held_out: RowPredictions) -> ForgetTargets:
-        """Targets of `rows` by their rank among `retained` training rows, all at the same weights."""
+    def of(
+        cls,
+        rows: RowPredictions,
+        retained: RowPredictions,
+        held_out: RowPredictions,
+        support: LabelSupport | None = None,
+        positions: np.ndarray | None = None,
+    ) -> ForgetTargets:
+        """Targets of `rows` by their rank among `retained` training rows, all at the same weights.
+
+        Args:
+            rows, retained, held_out: what the model makes of the rows.
+            support: which forget rows have a label that nothing else supports; those get targets of their own.
+            positions: of `rows` among the forget rows, `(rows,)`; default: they are all of these.
+        """
         loss, unseen = retained.loss[retained.targets > 0], held_out.loss[np.isfinite(held_out.loss)]
         ordered = np.sort(loss)
         below = np.searchsorted(ordered, rows.loss, side="left") + np.searchsorted(ordered, rows.loss, side="right")
@@ -56,6 +70,8 @@ class ForgetTargets:
         # A row without a target has no loss, and none to reach.
         if rows.token_losses is None:
             targets = np.where(rows.targets > 0, np.quantile(unseen, rank), np.nan)
+            if support is not None:
+                targets = support.targets(targets, np.arange(len(rows)) if positions is None else positions)
         else:
             assert held_out.token_losses is not None
             counterparts = np.flatnonzero(np.isfinite(held_out.loss))[np.argsort(unseen)]

@@ -80,6 +80,8 @@ class Observations:
         accuracy_gap: accuracy on the forget rows minus that on held-out rows, after the step, where the forget rows
             are like any others; a retrained model has about 0.
         attack: the loss attack on the same rows, after the step.
+        recited: share of the rows whose label nothing else supports that are still predicted to be of it; a retrained
+            model has about 0.
     """
 
     relative_step: float
@@ -89,6 +91,7 @@ class Observations:
     retained_accuracy_lost: float | None = None
     accuracy_gap: float | None = None
     attack: LossAttack | None = None
+    recited: float | None = None
 
 
 def assess(calibration: Calibration, observed: Observations) -> tuple[str, list[str]]:
@@ -168,6 +171,11 @@ def _of_attack(calibration: Calibration, observed: Observations) -> Reasons:
         )
 
 
+def _of_recited(calibration: Calibration, observed: Observations) -> Reasons:
+    if observed.recited is not None and observed.recited >= ACCURACY_GAP:
+        yield CHECK, f"{observed.recited:.0%} of the labels that nothing else supports are still predicted"
+
+
 def _of_share(calibration: Calibration, observed: Observations) -> Reasons:
     if observed.share_forgotten >= LARGE_SHARE:
         verdict = RETRAIN if observed.share_forgotten >= TOO_LARGE_SHARE else CHECK
@@ -209,6 +217,7 @@ _LOOKS: tuple[Callable[[Calibration, Observations], Reasons], ...] = (
     _of_retained_rows,
     _of_accuracy_gap,
     _of_attack,
+    _of_recited,
     _of_share,
     _of_target,
     _of_draws,
