@@ -145,7 +145,7 @@ def explain(report: UnlearningReport, setting: Setting) -> str:
         [
             f"Before: the model gives the wrong label on {percent(before, 'forget_accuracy')} of the "
             f"{setting.forget_rows} rows to forget; it knows them by heart.",
-            f"After one step of unlearning: {percent(after, 'forget_accuracy')}. A model that was retrained without "
+            f"After unlearning: {percent(after, 'forget_accuracy')}. A model that was retrained without "
             f"those rows, which is the aim: {percent(retrained, 'forget_accuracy')}.",
             f"Correct on the test rows: {percent(before, 'test_accuracy')} before, {percent(after, 'test_accuracy')} "
             f"after, {percent(retrained, 'test_accuracy')} retrained. The labels that stay, wrong ones among them: "
