@@ -45,6 +45,7 @@ def agree_on_request(context: ForgetContext, method: str, config: dict[str, Any]
         "forget": sorted((digest.hex(), count) for digest, count in context.digests.items()),
         "rows": [None if rows is None else len(rows) for rows in others],
         "excluded": len(context.excluded),
+        "reason": context.reason,
         "seed": context.seed,
     }
     digest = hashlib.blake2b(json.dumps(request, default=str, sort_keys=True).encode()).hexdigest()
