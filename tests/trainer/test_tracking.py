@@ -28,7 +28,13 @@ class Tracker(TrainerCallback):
 
 def test_figures_are_logged_and_stand_in_the_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tracker = Tracker()
-    trainer = make_trainer(tmp_path, "plain", rows=plain_rows(60), callbacks=[tracker, IAUCallback(WITH_CURVATURE)])
+    trainer = make_trainer(
+        tmp_path,
+        "plain",
+        rows=plain_rows(60),
+        settings={"per_device_train_batch_size": 20},
+        callbacks=[tracker, IAUCallback(WITH_CURVATURE)],
+    )
     trainer.train()
     capsys.readouterr()
     tracker.told.clear()

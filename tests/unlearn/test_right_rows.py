@@ -301,7 +301,7 @@ def test_an_id_whose_row_has_copies_is_one_row(tmp_path: Path) -> None:
 
 def test_held_out_and_test_rows_are_no_training_rows(tmp_path: Path) -> None:
     rows, fresh = plain_rows(200), plain_rows(100, seed=5)
-    trainer = make_trainer(tmp_path, "plain", rows=rows, settings={"per_device_train_batch_size": 64})
+    trainer = make_trainer(tmp_path, "plain", rows=rows, settings={"per_device_train_batch_size": 70})
     trainer.train()
     before = state_of(trainer.model)
     train, held_out = as_dataset(rows), as_dataset(fresh)
@@ -359,7 +359,10 @@ def test_gathering_anew_leaves_forgotten_rows_out(
 
 @pytest.mark.parametrize("argument", ["held_out_dataset", "test_dataset"])
 def test_a_broken_row_is_told_before_anything_is_changed(tmp_path: Path, argument: str) -> None:
-    trainer = make_trainer(tmp_path, "plain", rows=plain_rows(60), callbacks=[IAUCallback(WITH_CURVATURE)])
+    settings = {"per_device_train_batch_size": 20}
+    trainer = make_trainer(
+        tmp_path, "plain", rows=plain_rows(60), settings=settings, callbacks=[IAUCallback(WITH_CURVATURE)]
+    )
     trainer.train()
     before = state_of(trainer.model)
     broken = plain_rows(20, seed=5)

@@ -170,7 +170,7 @@ def test_a_single_row_alone_cannot_set_the_target(scene, trainer_of):
 
 
 def test_mislabelled_rows_are_recognised_and_raise_accuracy(scene, trainer_of, tmp_path):
-    """Rows with flipped labels look unlike training rows, so they must not set the target themselves."""
+    """Rows with flipped labels look unlike training rows: they get the losses of labels that nobody taught."""
     from memorising_network import Classifier, Rows, fit
 
     from hf_iau import GatherConfig, gather
@@ -182,11 +182,19 @@ def test_mislabelled_rows_are_recognised_and_raise_accuracy(scene, trainer_of, t
     torch.manual_seed(0)
     model = fit(Classifier(), train, epochs=40, seed=0)
     memory = gather(model, train, config=GatherConfig(gradient_sum="full", batch_size=128, progress=False))
+    trained = {name: value.clone() for name, value in model.state_dict().items()}
     trainer = trainer_of(model=model, train_dataset=train, memory=memory)
     report = trainer.unlearn(forget_indices=wrong, test_dataset=scene.test).report
     assert not report.diagnostics["shift_test"]["passed"]
-    assert report.diagnostics["calibration"]["source"] == "proxies"
+    assert report.diagnostics["calibration"]["source"] == "multi-step"
+    assert report.diagnostics["label_support"]["unsupported"] > 200
     assert report.after["test_accuracy"] > report.before["test_accuracy"] or report.verdict == RETRAIN
+    assert report.after["forget_accuracy"] < report.before["forget_accuracy"] - 0.5
+    # As they were treated before: proxies alone set the step.
+    trainer = trainer_of(model=fit(Classifier(), train, epochs=0, seed=0), train_dataset=train, memory=memory)
+    trainer.model.load_state_dict(trained)
+    report = trainer.unlearn(forget_indices=wrong, reason="random").report
+    assert report.diagnostics["calibration"]["source"] == "proxies" and report.diagnostics["label_support"] is None
     assert report.after["forget_accuracy"] < report.before["forget_accuracy"] - 0.1
 
 

@@ -49,7 +49,7 @@ def test_it_is_the_curvature_that_gathering_now_would_find(tmp_path: Path) -> No
     fresh = gather(trainer.model, rows, data_collator=collator(torch.float64), config=WITH_CURVATURE)
     source = RowSource(rows, collator(torch.float64), batch_size=7)
     settings = renewal_settings(before, progress=False)
-    assert settings == WITH_CURVATURE
+    assert settings == WITH_CURVATURE.resolved()
     renewed = renew_curvature(before, trainer.model, ModelRowLoss(), source, settings)
     assert not same(renewed, before)
     for name, tensor in factors(renewed).items():
