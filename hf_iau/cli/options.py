@@ -146,6 +146,10 @@ class MethodOptions:
 
     method: Annotated[str, typer.Option(help="Name of the method.")] = "iau"
     config: Annotated[str | None, typer.Option(help="Its settings, a JSON object.")] = None
+    reason: Annotated[
+        str | None,
+        typer.Option(help="Why the rows are to go: 'wrong-label' or 'random'; default: found out."),
+    ] = None
     memory: Annotated[
         Path | None, typer.Option("--memory", help="Folder of the memory; default: _iau in the model's folder.")
     ] = None
@@ -153,6 +157,8 @@ class MethodOptions:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ConfigError(f"--method {self.method!r} is unknown: choose one of {', '.join(METHODS)}.")
+        if self.reason not in (None, "random", "wrong-label"):
+            raise ConfigError(f"--reason {self.reason!r} is unknown: give 'wrong-label' or 'random', or leave it out.")
         if self.memory is not None and not self.memory.is_dir():
             raise MemoryFileError(f"No gradient memory at {self.memory}: make one with `hf-iau gather`.")
         _ = self.settings

@@ -42,6 +42,7 @@ def run_unlearn(
         asked: dict[str, Any] = {
             "method": how.method,
             "config": settings,
+            "reason": how.reason,
             "test_dataset": loaded.test,
             "retrained_model": _others(options, compare, loaded),
         }
