@@ -100,6 +100,7 @@ def gather(
         (64, 'ekfac')
     """
     config, model = config or GatherConfig(), unwrap_model(model)
+    check_placement(model)
     loss = choose_row_loss(
         row_loss=row_loss, compute_loss_func=compute_loss_func, label_smoothing_factor=label_smoothing_factor
     )

@@ -92,7 +92,7 @@ class UnlearningTrainer(Trainer):
         >>> sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
         >>> model = BertForSequenceClassification(BertConfig(vocab_size=13, max_position_embeddings=8, **sizes))
         >>> folder = tempfile.mkdtemp()
-        >>> args = TrainingArguments(folder, max_steps=5, report_to="none", disable_tqdm=True, use_cpu=True)
+        >>> args = TrainingArguments(folder, num_train_epochs=1, report_to="none", disable_tqdm=True, use_cpu=True)
         >>> trainer = UnlearningTrainer(model=model, args=args, train_dataset=train, eval_dataset=held_out)
         >>> output = trainer.train()
         {'train_runtime': ...}
@@ -112,6 +112,7 @@ class UnlearningTrainer(Trainer):
         self._given_row_loss = row_loss
         self._restriction_config = _restriction_config(restriction)
         self._restriction: GradientRestriction | None = None
+        self._rows_left: tuple[Any, np.ndarray | None, int] | None = None
         with row_numbers_carried(self, UnlearningTrainer, args, kwargs) as carried:
             super().__init__(*carried.args, **carried.kwargs)
         self._given_rows = carried.rows
@@ -131,6 +132,8 @@ class UnlearningTrainer(Trainer):
         model = super().call_model_init(trial)
         if hasattr(self, "row_loss"):
             self._prepare_model(model)
+        if self._rows_left is not None:
+            announce_training_rows(unwrap_model(model), *self._rows_left)
         return model
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -178,7 +181,8 @@ class UnlearningTrainer(Trainer):
             return
         forgotten = self._forgotten_rows()
         whole, model = self.train_dataset, model_of(self)
-        announce_training_rows(model, whole, forgotten, count)
+        self._rows_left = (whole, forgotten, count)
+        announce_training_rows(model, *self._rows_left)
         if forgotten is not None and forgotten.any():
             if is_main_process():
                 logger.warning("%d forgotten rows are left out of this training.", int(forgotten.sum()))

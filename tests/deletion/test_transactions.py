@@ -430,7 +430,8 @@ def test_a_later_training_run_has_requests_of_its_own(trainer: UnlearningTrainer
     trainer.gather(WITH_CURVATURE)
     with pytest.raises(AlreadyForgottenError):
         serve(trainer)
-    assert serve(trainer, [33, 35]).applied
+    reached = [number for number, visits in enumerate(trainer.memory.visits) if visits]
+    assert serve(trainer, reached[:2]).applied
 
 
 def test_saving_needs_a_key(trainer: UnlearningTrainer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,6 +136,7 @@ def test_beside_a_living_optimizer(case: str, tmp_path: Path) -> None:
             found = [highest(trainer.train)]
             assert trainer.optimizer is not None and bool(trainer.optimizer.state) == (settings.get("optim") != "sgd")
             if requests:
+                trainer.memory.visits = None  # the few steps do not reach all rows that are to go
                 found.append(highest(lambda: trainer.unlearn(forget_indices=FORGET, config=GIVEN).revert()))
                 if length == LONG and not settings:
                     found.append(highest(lambda: trainer.unlearn(forget_indices=MANY, config=IAUConfig(damping=0.1))))

@@ -55,7 +55,7 @@ def trainer_on(folder: Path, *, callbacks: Any = None, **settings: Any) -> Unlea
         rows=rows_with_secrets(),
         eval_dataset=as_dataset(text_rows(40, seed=1)),
         callbacks=[IAUCallback(WITH_CURVATURE)] if callbacks is None else callbacks,
-        settings={"hub_model_id": "me/model", "hub_token": TOKEN, **settings},
+        settings={"hub_model_id": "me/model", "hub_token": TOKEN, "per_device_train_batch_size": 20, **settings},
     )
 
 
