@@ -154,8 +154,8 @@ class Ledger:
         match = weights_are(self.path.parent.parent, entries[-1].weights_after, entries[-1].files)
         if match is False:
             logger.warning(
-                "The weights in %s are not those that entry %d of the ledger left: the model was trained on, or older "
-                "weights were put back, with the rows that it had forgotten.",
+                "The weights in %s are not those that entry %d of the ledger left: the model was trained on since, or "
+                "older weights were put back, which still know the forgotten rows.",
                 self.path.parent.parent,
                 entries[-1].number,
             )

@@ -192,6 +192,7 @@ class DeletionService:
             still, notes = rows_still_in(self.trainer.view, numbers, self._key) if len(numbers) else (numbers, [])
             all_out = len(numbers) > 0 and len(still) == 0
             forget_indices = numbers if all_out else still
+        _refuse_no_rows("unlearn", forget_dataset, forget_indices)
         rows = resolve_rows(self.trainer.view, forget_dataset, forget_indices)
         fingerprints = keyed_fingerprints(self._key, model_of(self.trainer), rows.dataset)
         return replace(rows, fingerprints=fingerprints), notes, all_out
@@ -293,6 +294,7 @@ class DeletionService:
             if forget_dataset is not None or forget_indices is not None:
                 raise RequestError("queue() was given ids= and other rows: pass one of them.")
             forget_indices = rows_of_ids(self.trainer.view.rows.given, self.id_column, ids)
+        _refuse_no_rows("queue", forget_dataset, forget_indices)
         waiting = self._enqueue(forget_dataset, forget_indices)
         return self.serve_queue(**settings) if waiting >= FEWEST_ROWS else None
 
@@ -566,6 +568,11 @@ def _checked_key(key: Key | str | bytes | None, folder: Path) -> Key:
             f"key is a {type(key).__name__}: give a Key, a secret as str or bytes, or leave it out and set HF_IAU_KEY."
         )
     return Key.from_secret(key, "key")
+
+
+def _refuse_no_rows(method: str, forget_dataset: Any, forget_indices: Any) -> None:
+    if forget_dataset is None and forget_indices is None:
+        raise RequestError(f"{method}() was given no rows: pass ids=, forget_indices= or forget_dataset=.")
 
 
 def _refuse_settings(settings: dict[str, Any]) -> None:

@@ -23,9 +23,9 @@ class _Terminated(BaseException):
 class Termination:
     """A context in which SIGTERM and SIGINT raise, so that everything is put back, or wait while `deferred` is true.
 
-    Afterwards the signal is sent again to whoever handled it before: a process without a handler ends by SIGTERM, and
-    Ctrl-C raises `KeyboardInterrupt`. Outside the main thread Python allows no handlers, and the signals do what they
-    always do.
+    Only the first raises; those that follow wait until everything is put back. Afterwards the last is sent again to
+    whoever handled it before: a process without a handler ends by SIGTERM, and Ctrl-C raises `KeyboardInterrupt`.
+    Outside the main thread Python allows no handlers, and the signals do what they always do.
     """
 
     def __init__(self) -> None:
@@ -41,8 +41,8 @@ class Termination:
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._received = number
-        if not self.deferred:
+        first, self._received = self._received is None, number
+        if first and not self.deferred:  # a second one would come in between what is being put back
             raise _Terminated
 
     def __exit__(

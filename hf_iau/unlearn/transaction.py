@@ -12,6 +12,7 @@ from hf_iau.distributed import to_local
 from hf_iau.errors import RequestError
 from hf_iau.memory.fingerprints import weights_fingerprint
 from hf_iau.methods.weights import WeightSnapshot, model_state
+from hf_iau.utils.interrupts import interrupts_deferred
 from hf_iau.utils.vectors import pieces
 
 
@@ -61,8 +62,9 @@ class WeightTransaction:
         return _Moved(dict(self.model.named_parameters()), {name: self._copies[name] for name in names})
 
     def rollback(self) -> None:
-        """Put every parameter and buffer back, bit for bit."""
-        WeightSnapshot(self.model, self._copies).restore()
+        """Put every parameter and buffer back, bit for bit; Ctrl-C meanwhile waits until all are."""
+        with interrupts_deferred():
+            WeightSnapshot(self.model, self._copies).restore()
 
     def commit(self) -> Callable[[], None]:
         """Keep the change. Returns the function that undoes it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import threading
@@ -28,6 +29,7 @@ from hf_iau import (
 )
 from hf_iau.memory.fingerprints import weights_fingerprint
 from hf_iau.methods.baselines.retrain import RetrainConfig
+from hf_iau.methods.weights import WeightSnapshot
 
 GIVEN = IAUConfig(scale=0.1, damping=1.0)
 KEY = "the key of rows that do not come back"
@@ -229,6 +231,37 @@ def test_ctrl_c_around_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.parametrize("recorded", [True, False], ids=["service", "in memory"])
+def test_a_second_ctrl_c_does_not_leave_half_of_the_old_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: bool
+) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    trainer = trained(tmp_path)
+    trainer.save_model()
+    service = DeletionService(trainer, KEY)
+    before, restore, calls = state_of(trainer.model), WeightSnapshot.restore, []
+
+    def interrupted(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def impatient(snapshot: WeightSnapshot) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        restore(snapshot)
+
+    monkeypatch.setattr(service, "_storage", type("Storage", (), {"write": staticmethod(interrupted)})())
+    monkeypatch.setattr(WeightSnapshot, "restore", impatient)
+    unlearn: Any = service.unlearn if recorded else functools.partial(trainer.unlearn, commit=interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        unlearn(forget_indices=[2, 7], config=GIVEN)
+    assert calls
+    assert_bits(trainer.model, before)
+    assert_bits(on_disk(tmp_path), before)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert service.ledger.verify().count == 0
+
+
 # --- records ----------------------------------------------------------------------------------------------------------
 
 
@@ -243,6 +276,13 @@ def test_a_deleted_ledger_is_noticed_before_receipts_are_written_over(tmp_path: 
     with pytest.raises(StorageError, match=r"receipt of entry 1 .* has 0 entries"):
         DeletionService(trainer, KEY).unlearn(forget_indices=[3], config=GIVEN)
     assert receipt.read_text() == written
+
+
+def test_a_request_without_rows_is_told_of_all_ways_to_name_them(tmp_path: Path) -> None:
+    service = DeletionService(trained(tmp_path), KEY, id_column="user_id")
+    for request in (service.unlearn, service.queue):
+        with pytest.raises(RequestError, match=r"no rows: pass ids=, forget_indices= or forget_dataset="):
+            request()
 
 
 def test_rows_served_approximately_can_be_served_by_retraining(tmp_path: Path) -> None:
