@@ -71,6 +71,34 @@ def announce_training_rows(model: nn.Module, dataset: Any, forgotten: np.ndarray
     _ROWS_OF_MODEL[model] = TrainingRowsLeft(dataset, forgotten, count)
 
 
+@dataclass(frozen=True)
+class _CountedRows:
+    """Which rows counts are of: those of `dataset` that are `left` (bool, all of its rows), trained on by `model`."""
+
+    model: weakref.ref[nn.Module]
+    dataset: Any
+    left: np.ndarray
+
+    @classmethod
+    def of(cls, model: nn.Module, dataset: Any) -> _CountedRows:
+        """Those of `dataset`, which may be what its trainer left of all training rows."""
+        rows = _ROWS_OF_MODEL.get(model)
+        if rows is not None and rows.forgotten is not None and len(dataset) == int((~rows.forgotten).sum()):
+            return cls(weakref.ref(model), rows.dataset, ~rows.forgotten)
+        whole = dataset if rows is None or rows.dataset is None else rows.dataset
+        return cls(weakref.ref(model), whole, np.ones(len(dataset), dtype=bool))
+
+    def moved(self, counts: np.ndarray, before: _CountedRows) -> np.ndarray | None:
+        """Counts of the rows of `before` as counts of these; None where they are of another data set."""
+        prints = [getattr(rows.dataset, "_fingerprint", None) for rows in (self, before)]
+        same = self.dataset is before.dataset or (prints[0] is not None and prints[0] == prints[1])
+        if not same or len(self.left) != len(before.left):
+            return None
+        whole = np.zeros(len(self.left), dtype=np.int32)
+        whole[before.left] = counts
+        return whole[self.left]
+
+
 _CHECKPOINT_NOTE = "forgotten_rows.json"
 
 
@@ -130,7 +158,7 @@ class IAUCallback(TrainerCallback):
         self.save = save
         self._memory: GradientMemory | None = None
         self._visits: VisitCounter | None = None
-        self._visited_model: Any = None
+        self._counted_rows: _CountedRows | None = None
         self.failure: Exception | None = None
         self._finished = False
 
@@ -185,6 +213,8 @@ class IAUCallback(TrainerCallback):
     ) -> None:
         if self._visits is not None:
             self._visits.stop()
+            self._best_visits(args, state, unwrap_model(kwargs["model"]))
+            self._visits.ended = True
         if state.is_hyper_param_search and not self._finished:
             return
         model = unwrap_model(kwargs["model"])
@@ -207,48 +237,87 @@ class IAUCallback(TrainerCallback):
             self.failure = error
             logger.error("Gathering failed after training; the model is unharmed. %s: %s", type(error).__name__, error)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._visits is not None:
-            self._visits.trained()
+            self._visits.epoch_begins()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._visits is not None:
+            self._visits.epoch_ends(whole=not (control.should_training_stop or control.should_epoch_stop))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._visits is not None:  # float16 skips steps whose gradients overflow
+            self._visits.step_ends(taken=not getattr(kwargs.get("optimizer"), "step_was_skipped", False))
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._visits is not None:
-            self._visits.trained()
+            self._visits.batch_ends()
 
     def _watch_visits(self, args: TrainingArguments, state: TrainerState, model: nn.Module, loader: Any) -> None:
         """Begin to count, or go on: after an out-of-memory error, a checkpoint, or an earlier run of the same model."""
-        earlier, before = None, self._visits
+        before, counted = self._visits, self._counted_rows
         if before is not None:
             before.stop()
+        if counted is None or counted.model() is not model:
+            before = None
         try:
             rows = len(loader.dataset)
         except TypeError:  # refused elsewhere
             self._visits = None
             return
-        skipped, known = 0, True
-        if state.global_step > 0:
+        self._counted_rows = now = _CountedRows.of(model, loader.dataset)
+        earlier, known, skipped = None, True, 0
+        if state.global_step > 0 and not args.ignore_data_skip:
             steps = max(-(-len(loader) // args.gradient_accumulation_steps), 1)
-            if not args.ignore_data_skip:
-                skipped = (state.global_step % steps) * args.gradient_accumulation_steps
+            skipped = (state.global_step % steps) * args.gradient_accumulation_steps
+        following = VisitCounter(rows, None, skipped)
+        following.watch(loader)
+        # auto_find_batch_size begins the loop again, with smaller batches and the weights as they are.
+        smaller = before and not before.ended and (following.batch_size or 0) < (before.batch_size or 0)
+        if state.global_step > 0 and not (args.auto_find_batch_size and smaller):
             folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            earlier = visits_before(folder, rows)
+            earlier = visits_before(folder, rows, model)
             known = earlier is not None
             if not known:
                 logger.warning(
-                    "How often rows were trained on before step %d is not known (%s has no %s): all rows count as "
-                    "trained on.",
+                    "How often rows were trained on before step %d is not known (%s has no %s, or is not the "
+                    "checkpoint that training goes on from): all rows count as trained on.",
                     state.global_step,
                     folder,
                     VISITS_FILE,
                 )
-        elif before is not None and model is self._visited_model and before.rows == rows:
-            earlier, known = before.own_counts(), before.known
-        self._visits = VisitCounter(rows, earlier, skipped)
+        elif before is not None and counted is not None:
+            earlier = now.moved(before.own_counts(), counted)
+            known = before.known and earlier is not None
+            if earlier is None:
+                logger.warning("This model was trained on other rows before: all rows count as trained on.")
+        self._visits = following
+        if earlier is not None:
+            following.own_counts()[:] = earlier
+        following.known &= known
+
+    def _best_visits(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+        """Where the best checkpoint was loaded at the end: the counts that belong to it."""
+        best = state.best_model_checkpoint
+        if self._visits is None or not args.load_best_model_at_end or best is None:
+            return
+        earlier = visits_before(Path(best), self._visits.rows, model)
+        if earlier is None:
+            logger.warning(
+                "How often rows had been trained on in the best checkpoint is not known (%s has no %s of these "
+                "weights): all rows count as trained on.",
+                best,
+                VISITS_FILE,
+            )
+        known = self._visits.known and earlier is not None
+        self._visits = VisitCounter(self._visits.rows, earlier)
         self._visits.known = known
-        self._visits.watch(loader)
-        self._visited_model = model
 
     def _counted(self, forgotten: np.ndarray) -> np.ndarray | None:
         """How often each of the rows that are gathered from was trained on; None where it is not known."""
@@ -265,7 +334,7 @@ class IAUCallback(TrainerCallback):
         rows = _ROWS_OF_MODEL.get(unwrap_model(kwargs["model"])) if kwargs.get("model") is not None else None
         folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if self._visits is not None:
-            self._visits.save(folder)
+            self._visits.save(folder, unwrap_model(kwargs["model"]))
         if rows is not None and rows.count and args.should_save and folder.is_dir():
             (folder / _CHECKPOINT_NOTE).write_text(json.dumps({"rows": rows.count}), encoding="utf-8")
 
