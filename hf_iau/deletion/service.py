@@ -169,6 +169,8 @@ class DeletionService:
                 return DeletionOutput(**vars(self.trainer.unlearn(rows, **settings)))
             anew = find_method(settings.get("method", "iau"), settings.get("config"))[0]
             entry = self._entry_of(entries, rows, request_id, memory, exact=not all_out)
+            if entry is not None and request_id is None and self._are_other_copies(rows, memory):
+                entry = None
             if entry is not None and (entry.method == anew.name or not makes_weights_anew(anew)):
                 return DeletionOutput(_report_of(entry), applied=False, memory=self.trainer.memory, entry=entry)
             if all_out and not makes_weights_anew(anew):
@@ -196,6 +198,16 @@ class DeletionService:
         rows = resolve_rows(self.trainer.view, forget_dataset, forget_indices)
         fingerprints = keyed_fingerprints(self._key, model_of(self.trainer), rows.dataset)
         return replace(rows, fingerprints=fingerprints), notes, all_out
+
+    def _are_other_copies(self, rows: NamedRows, memory: GradientMemory | None) -> bool:
+        """Whether rows that are named by number are still in: copies of those that an earlier request was of."""
+        trainer, identity = self.trainer, None if memory is None else memory.row_identity
+        if memory is None or identity is None or rows.positions is None or trainer.train_dataset is None:
+            return False
+        source = trainer_rows(trainer, trainer.train_dataset, "training rows", 1)
+        if memory.data != data_fingerprint(model_of(trainer), source.dataset):
+            return False
+        return not bool(identity.forgotten[rows.positions].all())
 
     def _carry_out(
         self,

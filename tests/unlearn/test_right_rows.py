@@ -373,3 +373,15 @@ def test_a_broken_row_is_told_before_anything_is_changed(tmp_path: Path, argumen
     ):
         trainer.unlearn(forget_indices=[1, 2], config=GIVEN, **{argument: as_dataset(broken)})
     assert_bits(trainer.model, before)
+
+
+def test_a_copy_of_another_person_is_a_request_of_its_own(tmp_path: Path) -> None:
+    rows = [row | {"user": f"u{i}"} for i, row in enumerate(with_copies())]
+    trainer = make_trainer(tmp_path, "plain", rows=rows, callbacks=[IAUCallback(WITH_CURVATURE)])
+    trainer.train()
+    trainer.save_model()
+    service = DeletionService(trainer, KEY, id_column="user")
+    assert service.unlearn(ids=["u3"], config=GIVEN).applied
+    assert service.unlearn(ids=["u8"], config=GIVEN).applied  # the same content, another row
+    assert not service.unlearn(ids=["u3"], config=GIVEN).applied
+    assert np.flatnonzero(trainer.memory.row_identity.forgotten).tolist() == [3, 8]
