@@ -504,7 +504,7 @@ class DeletionService:
 
     def _check_receipts(self, entries: int) -> None:
         """Raise `StorageError` where there are receipts of more entries than the ledger has."""
-        found = (self.folder / MEMORY_FOLDER / RECEIPT_FOLDER).glob("[0-9]*.md")
+        found = (self.folder / MEMORY_FOLDER / RECEIPT_FOLDER).glob("[0-9]*.*")
         last = max((int(path.stem) for path in found if path.stem.isdigit()), default=0)
         if last > entries:
             raise StorageError(

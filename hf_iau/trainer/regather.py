@@ -23,13 +23,16 @@ from hf_iau.unlearn.view import TrainerView
 logger = logging.getLogger(__name__)
 
 
-def gather_remaining(view: TrainerView, config: GatherConfig, dataset: Any) -> GradientMemory:
+def gather_remaining(
+    view: TrainerView, config: GatherConfig, dataset: Any, out: np.ndarray | None = None
+) -> GradientMemory:
     """A memory of the trainer's present weights, from the rows of `dataset` that were not forgotten.
 
     Args:
         view: of the trainer whose model, loss and optimizer it is.
         config: what to gather.
         dataset: all training rows.
+        out: which of them are known to be out, for where no memory tells: bool, `(rows,)`.
     """
     config = config.resolved(mixed_precision_of(view.args), view.args.device)
     source = trainer_rows(view.trainer, dataset, "training rows", config.batch_size)
@@ -38,6 +41,8 @@ def gather_remaining(view: TrainerView, config: GatherConfig, dataset: Any) -> G
     forgotten = np.zeros(len(source), dtype=bool) if identity is None else identity.forgotten
     if not forgotten.any() and view.state.forgotten:
         forgotten = ~np.isin(np.arange(len(source)), remaining_rows(view, source))
+    if not forgotten.any() and out is not None:
+        forgotten = out
     memory = gather_without(model, source, identity, forgotten, view.row_loss, config, view.trainer.optimizer)
     with contextlib.suppress(MissingMemoryError, MemoryFileError):
         before = view.read_memory()

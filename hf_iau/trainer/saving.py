@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from torch import nn
 
 from hf_iau.distributed import full_parameters
-from hf_iau.errors import IAUError, StorageError
+from hf_iau.errors import IAUError, RequestError, StorageError
 from hf_iau.memory.fingerprints import weights_fingerprint
+from hf_iau.memory.keys import Key
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.memory.memory_files import MEMORY_HEADER, read_header, remove_memory
+from hf_iau.memory.row_identity import keyed_fingerprints
 from hf_iau.unlearn.state import UnlearningState
 
 
@@ -47,9 +52,8 @@ def weights_on_disk(folder: Path) -> str | None:
     """
     with contextlib.suppress(IAUError, KeyError, TypeError):
         return str(read_header(folder / MEMORY_HEADER)["model"]["weights"])
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
-        return str(json.loads(_ledger(folder).read_text(encoding="utf-8").splitlines()[-1])["weights_after"])
-    return None
+    lines = _ledger_lines(folder)
+    return str(lines[-1].get("weights_after")) if lines else None
 
 
 def rows_forgotten_on_disk(folder: Path) -> int:
@@ -57,21 +61,48 @@ def rows_forgotten_on_disk(folder: Path) -> int:
     rows = 0
     with contextlib.suppress(IAUError, KeyError, TypeError, ValueError):
         rows = int(read_header(folder / MEMORY_HEADER)["forgotten_rows"])
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        lines = _ledger(folder).read_text(encoding="utf-8").splitlines()
-        rows = max(rows, sum(int(json.loads(line)["rows"]) for line in lines))
-    return rows
+    return max(rows, len({row for line in _ledger_lines(folder) for row in line.get("row_ids", ())}))
 
 
-def refuse_stale(folder: Path, known: set[str], memory: GradientMemory | None, argument: str) -> None:
+def forgotten_by_ledger(folder: Path, key: Key | None, model: nn.Module, dataset: Any) -> np.ndarray | None:
+    """Which rows of `dataset` the ledger in `folder` says are out: bool, `(rows,)`; None where it has no entry.
+
+    Raises:
+        RequestError: there is no key to recognise them by.
+    """
+    names = Counter(str(row) for line in _ledger_lines(folder) for row in line.get("row_ids", ()))
+    if not names:
+        return None
+    if key is None:
+        raise RequestError(
+            f"The ledger in {folder} says that {len(names)} rows were forgotten, and without its key nobody can tell "
+            "which: set HF_IAU_KEY, or give another output_dir."
+        )
+    out = np.zeros(len(dataset), dtype=bool)
+    for i, row in enumerate(keyed_fingerprints(key, model, dataset)):
+        name = row.tobytes().hex()
+        out[i] = names[name] > 0
+        names[name] -= 1
+    return out
+
+
+def refuse_stale(folder: Path, model: nn.Module, known: set[str], memory: GradientMemory | None, argument: str) -> None:
     """Raise `StorageError` where saving would put older weights over a model that requests have changed since.
 
     Args:
         folder: the `_iau/` that is to be written.
+        model: the bare model.
         known: weights that this trainer has found there, or left there itself.
         memory: that is to be saved.
         argument: where the folder is named, for the error.
     """
+    lines = _ledger_lines(folder)
+    before, after = ({str(line.get(name)) for line in lines} for name in ("weights_before", "weights_after"))
+    if lines and weights_fingerprint(model) in before - after:
+        raise StorageError(
+            f"{argument}={folder.parent}: the model has weights from before a request that was served there, so saving "
+            "would bring forgotten rows back. Load the model that lies there, or save elsewhere."
+        )
     there = weights_on_disk(folder)
     if there is None or there in known or not rows_forgotten_on_disk(folder):
         return
@@ -84,8 +115,13 @@ def refuse_stale(folder: Path, known: set[str], memory: GradientMemory | None, a
     )
 
 
-def _ledger(folder: Path) -> Path:
-    return folder / "ledger.jsonl"
+def _ledger_lines(folder: Path) -> list[dict[str, Any]]:
+    """The ledger's lines as they are, not verified; none where there is no ledger, or it cannot be read."""
+    try:
+        lines = [json.loads(line) for line in (folder / "ledger.jsonl").read_text(encoding="utf-8").splitlines()]
+        return lines if all(isinstance(line, dict) for line in lines) else []
+    except (OSError, ValueError, RecursionError):
+        return []
 
 
 def _memory_is_of_other_weights(folder: Path, model: nn.Module) -> bool:

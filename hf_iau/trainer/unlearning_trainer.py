@@ -31,6 +31,7 @@ from hf_iau.errors import (
 )
 from hf_iau.memory.config import GatherConfig
 from hf_iau.memory.gathering import choose_row_loss, forgotten_before
+from hf_iau.memory.keys import find_key
 from hf_iau.memory.memory import GradientMemory
 from hf_iau.memory.memory_files import MEMORY_FOLDER, MEMORY_HEADER
 from hf_iau.memory.private_files import TRAINER_IGNORES, refuse_private_files
@@ -47,7 +48,13 @@ from hf_iau.trainer.callback import (
 from hf_iau.trainer.regather import gather_remaining, remaining_rows
 from hf_iau.trainer.restriction import GradientRestriction, RestrictionConfig
 from hf_iau.trainer.row_numbers import row_numbers_carried
-from hf_iau.trainer.saving import refuse_stale, rows_forgotten_on_disk, save_private_files, weights_on_disk
+from hf_iau.trainer.saving import (
+    forgotten_by_ledger,
+    refuse_stale,
+    rows_forgotten_on_disk,
+    save_private_files,
+    weights_on_disk,
+)
 from hf_iau.trainer.tracking import figures_to_log, without_printing
 from hf_iau.trainer.upload import hub_errors_explained
 from hf_iau.unlearn.output import UnlearnOutput
@@ -199,12 +206,16 @@ class UnlearningTrainer(Trainer):
             return None
         with contextlib.suppress(MissingMemoryError, MemoryFileError, MemoryMismatchError):
             memory = self.memory
-        if not state.forgotten and (memory is None or not memory.forgotten_rows):
+        by_ledger = memory is None and not state.forgotten and rows_forgotten_on_disk(self._private_folder) > 0
+        if not state.forgotten and (memory is None or not memory.forgotten_rows) and not by_ledger:
             return None
         refuse_iterable(self.train_dataset, "training rows, some of which were forgotten,")
         source = trainer_rows(self, self.train_dataset, "training rows")
         if state.forgotten:
             return ~np.isin(np.arange(len(source)), remaining_rows(self.view, source))
+        if by_ledger:  # a request has ended the memory
+            key = find_key(self.args.output_dir)
+            return forgotten_by_ledger(self._private_folder, key, model_of(self), source.dataset)
         return forgotten_before(model_of(self), source.dataset, memory)
 
     def training_step(
@@ -322,7 +333,7 @@ class UnlearningTrainer(Trainer):
         if rows is None:
             raise RequestError("gather(): the trainer has no train_dataset. Give it one, or pass dataset=.")
         with self._alone():
-            memory = gather_remaining(self.view, config, rows)
+            memory = gather_remaining(self.view, config, rows, self._forgotten_rows() if dataset is None else None)
             self.unlearning_state.latest, self.unlearning_state.ended = memory, False
         return memory
 
@@ -373,7 +384,7 @@ class UnlearningTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir or ".") / MEMORY_FOLDER
         if beside_weights:
             refuse_unfinished(self.args.output_dir)
-            refuse_stale(folder, self.unlearning_state.on_disk, self._memory_read(), "output_dir")
+            refuse_stale(folder, model_of(self), self.unlearning_state.on_disk, self._memory_read(), "output_dir")
         # Accelerate writes what it has sharded itself.
         alone = self.model is None or self.is_fsdp_enabled
         with contextlib.nullcontext() if alone else full_parameters(model_of(self)):
@@ -563,7 +574,9 @@ class UnlearningTrainer(Trainer):
         if self.is_world_process_zero():
             refuse_private_files(self.args.output_dir or ".", TRAINER_IGNORES)
         refuse_unfinished(self.args.output_dir)
-        refuse_stale(self._private_folder, self.unlearning_state.on_disk, self._memory_read(), "output_dir")
+        refuse_stale(
+            self._private_folder, model_of(self), self.unlearning_state.on_disk, self._memory_read(), "output_dir"
+        )
         self._save_private_files(self._private_folder, self.is_world_process_zero())
         with hub_errors_explained(self._repository()):
             return super().push_to_hub(*args, **kwargs)

@@ -336,3 +336,42 @@ def test_errors_and_logs_name_no_id(tmp_path: Path, caplog: pytest.LogCaptureFix
 def test_keys_that_can_be_guessed_are_refused(tmp_path: Path, secret: str) -> None:
     with pytest.raises(ConfigError, match="different characters, so it can be guessed"):
         DeletionService(trained(tmp_path), secret)
+
+
+def test_rows_that_were_retrained_away_stay_out_in_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trained(tmp_path)
+    trainer.save_model()
+    anew = RetrainConfig(model_init=lambda: plain())
+    DeletionService(trainer, KEY).unlearn(forget_indices=[2, 7], method="retrain", config=anew)
+    again = trained(tmp_path, model=on_disk(tmp_path))
+    with pytest.raises(RequestError, match="The ledger in .* says that 2 rows were forgotten"):
+        again.train()
+    monkeypatch.setenv("HF_IAU_KEY", KEY)
+    again.train()
+    assert again.trained_on() == set(range(12)) - {2, 7}
+    assert np.flatnonzero(again.memory.row_identity.forgotten).tolist() == [2, 7]
+    other = trained(tmp_path / "other", model=plain())
+    (tmp_path / "other" / "_iau").mkdir(parents=True)
+    (tmp_path / "_iau" / "ledger.jsonl").rename(tmp_path / "other" / "_iau" / "ledger.jsonl")
+    assert np.flatnonzero(other.gather(WITH_CURVATURE).row_identity.forgotten).tolist() == [2, 7]
+
+
+def test_older_weights_are_not_saved_over_a_served_request(tmp_path: Path) -> None:
+    trained(tmp_path).save_model()
+    older = on_disk(tmp_path)
+    trainer = trained(tmp_path, model=on_disk(tmp_path))
+    DeletionService(trainer, KEY).unlearn(forget_indices=[2, 7], config=GIVEN)
+    late = trained(tmp_path, model=older)  # made after the request, of a copy from before
+    with pytest.raises(StorageError, match="weights from before a request that was served there"):
+        late.save_model()
+
+
+def test_without_a_key_a_second_time_is_told(tmp_path: Path) -> None:
+    trainer = trained(tmp_path)
+    trainer.unlearn(forget_indices=[2, 7], config=GIVEN)
+    trainer.save_model()
+    again = trained(tmp_path, model=on_disk(tmp_path))
+    told = again.unlearn(forget_indices=[2, 7], config=GIVEN).report.warnings
+    assert any("2 rows were forgotten before this trainer was made" in sentence for sentence in told)
