@@ -203,13 +203,11 @@ def request_context(
     if trained is not None:
         copies_left = sum(trained[row] - count - state.forgotten[row] for row, count in digests.items())
         notes += [] if not copies_left else [_about_copies(copies_left)]
-    unknown = (
-        0 if memory is None or memory.row_identity is not None else memory.forgotten_rows - state.forgotten.total()
-    )
-    if unknown > 0:
+    if memory is not None and memory.row_identity is None and memory.forgotten_rows > state.forgotten.total():
         notes.append(
-            f"{unknown} rows were forgotten before this trainer was made, and the memory, which was gathered without a "
-            "key (HF_IAU_KEY), does not know which: rows of this request that are among them are forgotten a second time."
+            f"{memory.forgotten_rows - state.forgotten.total()} rows were forgotten before this trainer was made, and "
+            "the memory, which was gathered without a key (HF_IAU_KEY), does not know which: rows of this request that "
+            "are among them are forgotten a second time."
         )
     unequal = None if memory is None else unequal_visits(memory.visits)
     if unequal is not None:

@@ -346,7 +346,7 @@ def test_rows_that_were_retrained_away_stay_out_in_another_process(
     anew = RetrainConfig(model_init=lambda: plain())
     DeletionService(trainer, KEY).unlearn(forget_indices=[2, 7], method="retrain", config=anew)
     again = trained(tmp_path, model=on_disk(tmp_path))
-    with pytest.raises(RequestError, match="The ledger in .* says that 2 rows were forgotten"):
+    with pytest.raises(RequestError, match=r"The ledger in .* says that 2 rows were forgotten"):
         again.train()
     monkeypatch.setenv("HF_IAU_KEY", KEY)
     again.train()
