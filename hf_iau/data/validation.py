@@ -54,6 +54,18 @@ def refuse_wrapped(model: nn.Module) -> None:
         )
 
 
+def refuse_inference_mode(what: str) -> None:
+    """Raise `RequestError` inside `torch.inference_mode()`, where nothing has a gradient.
+
+    Args:
+        what: was called.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RequestError(
+            f"{what} was called inside torch.inference_mode(), where nothing has a gradient: call it outside."
+        )
+
+
 def check_placement(model: nn.Module) -> None:
     """Refuse parameters that are not at hand, or lie where there is no float64.
 
@@ -68,6 +80,11 @@ def check_placement(model: nn.Module) -> None:
                 "accelerators that have room for all of it."
             )
         refuse_device(parameter.device.type)
+        if parameter.numel() == 0:
+            raise UnsupportedModelError(
+                f"Parameter {name!r} has no elements (shape {tuple(parameter.shape)}), as parameters have whose values "
+                "DeepSpeed (ZeRO-3) keeps elsewhere: load the whole weights, or leave the parameter out of the model."
+            )
 
 
 def refuse_device(kind: str) -> None:
@@ -175,7 +192,24 @@ def check_before_gathering(model: nn.Module, dataset: Any) -> None:
 
 
 def rows_are_deterministic(dataset: Dataset[Any] | datasets.Dataset, probes: int = 4) -> bool:
-    """Whether a few rows read twice have the same content; random transforms (augmentation) do not."""
+    """Whether a few rows read twice have the same content; random transforms (augmentation) do not.
+
+    Raises:
+        RequestError: a transform (`with_transform`) reads a column that was removed as unused.
+    """
+    try:
+        return _same_twice(dataset, probes)
+    except KeyError as error:
+        if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
+            raise RequestError(
+                f"The transform of the data set (with_transform) reads the column {error}, which is not there: the "
+                "Trainer removes columns that the model does not take. Set TrainingArguments("
+                "remove_unused_columns=False)."
+            ) from error
+        raise
+
+
+def _same_twice(dataset: Dataset[Any] | datasets.Dataset, probes: int) -> bool:
     positions = sample_positions(len(dataset), probes, seed=0)  # type: ignore[arg-type]
     return all(row_bytes(dataset[int(i)]) == row_bytes(dataset[int(i)]) for i in positions)
 

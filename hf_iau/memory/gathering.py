@@ -33,7 +33,7 @@ from hf_iau.data.precision import compute_settings
 from hf_iau.data.row_loss import UserLossFunction
 from hf_iau.data.rows import Collator, refuse_iterable
 from hf_iau.data.targets import find_real_valued_labels, input_columns
-from hf_iau.data.validation import check_before_gathering, check_placement, refuse_wrapped
+from hf_iau.data.validation import check_before_gathering, check_placement, refuse_inference_mode, refuse_wrapped
 from hf_iau.distributed import SAME_START, assert_same_on_ranks, is_sharded, sharded_passes, sync_errors
 from hf_iau.distributed.wrappers import unwrap_model
 from hf_iau.errors import ConfigError, MemoryFileError, MemoryMismatchError, RequestError, UnsupportedModelError
@@ -100,6 +100,7 @@ def gather(
         (64, 'ekfac')
     """
     config, model = config or GatherConfig(), unwrap_model(model)
+    refuse_inference_mode("gather()")
     check_placement(model)
     loss = choose_row_loss(
         row_loss=row_loss, compute_loss_func=compute_loss_func, label_smoothing_factor=label_smoothing_factor

@@ -19,6 +19,7 @@ from hf_iau.data import RowLoss
 from hf_iau.data.row_loss import TrainerRowLoss, UserLossFunction
 from hf_iau.data.rows import refuse_iterable, select_rows
 from hf_iau.data.trainer_rows import model_of, trainer_rows
+from hf_iau.data.validation import refuse_inference_mode
 from hf_iau.distributed import full_parameters, is_main_process, is_sharded
 from hf_iau.distributed.wrappers import unwrap_model
 from hf_iau.errors import (
@@ -327,6 +328,7 @@ class UnlearningTrainer(Trainer):
             RequestError: there are no training rows.
             IAUError: as `hf_iau.gather`.
         """
+        refuse_inference_mode("gather()")
         callback = self._gathering_callback()
         config = config or (callback.config if callback is not None else GatherConfig())
         rows = dataset if dataset is not None else self.train_dataset
@@ -505,6 +507,7 @@ class UnlearningTrainer(Trainer):
             raise RequestError("commit= and dry_run=True contradict each other: leave one out.")
         if reason not in (None, *REASONS):
             raise RequestError(f"reason={reason!r} is unknown: give one of {', '.join(map(repr, REASONS))}, or None.")
+        refuse_inference_mode("unlearn()")
         chosen, config = find_method(method, config)
         request = Request(
             forget_dataset=forget_dataset,
