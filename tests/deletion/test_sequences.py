@@ -170,7 +170,11 @@ class Sequences(RuleBasedStateMachine):
         return {"method": "test-count-rows"}
 
     def too_many(self, numbers: set[int]) -> bool:
-        """A request of all rows that are left is refused, whatever else is wrong with it: not tried here."""
+        """Not tried here: a request of all rows that are left, which is refused whatever else is wrong with it; and one
+        of a copy of a row that waits, which takes the waiting one along, as the queue goes by content."""
+        waiting = {CONTENT[i] for i in self.waiting - numbers}
+        if any(CONTENT[i] in waiting for i in numbers):
+            return True
         return len(self.gone | self.saved) + len(self.waiting) + len(numbers) >= ROWS
 
     def service(self, trainer: UnlearningTrainer | None = None) -> DeletionService:
