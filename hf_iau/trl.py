@@ -75,16 +75,10 @@ class UnlearningSFTTrainer(UnlearningTrainer, SFTTrainer):
 
     def _choose_row_loss(self) -> RowLoss:
         if self._given_row_loss is None:
-            loss_type = self._sft_args.loss_type
-            if loss_type != "nll":
-                raise UnsupportedModelError(
-                    f"loss_type={loss_type!r} weights each token by its own probability without a gradient of that, so "
-                    "no loss of a row has the gradient that is trained on: use loss_type='nll'."
-                )
             if getattr(self, "aux_loss_enabled", False):
                 raise UnsupportedModelError(
                     "The auxiliary loss of a mixture of experts couples the rows of a batch: set "
-                    "model.config.output_router_logits=False."
+                    "SFTConfig(router_aux_loss_coef=0.0)."
                 )
         return choose_row_loss(
             row_loss=self._given_row_loss,

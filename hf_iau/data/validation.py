@@ -165,6 +165,12 @@ def refuse_trainer(args: TrainingArguments) -> None:
                 f"{refused[0]} cannot forget rows: its loss {refused[1]}, so it is no sum over rows that this package "
                 "could read. Fine-tune with Trainer, Seq2SeqTrainer or TRL's SFTTrainer, or remove the IAUCallback."
             )
+    loss_type = getattr(args, "loss_type", None)
+    if any(kind.__name__ == "SFTConfig" for kind in type(args).__mro__) and loss_type not in (None, "nll"):
+        raise UnsupportedModelError(
+            f"loss_type={loss_type!r} of TRL is not served: gathering would take the plain loss for it. Use "
+            "loss_type='nll'."
+        )
     for option in ("packing", "padding_free", "eval_packing"):
         if getattr(args, option, None):
             raise UnsupportedModelError(

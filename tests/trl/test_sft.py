@@ -180,6 +180,9 @@ def test_packing_is_refused_before_training(tmp_path: Path, packing: dict[str, A
 def test_losses_that_are_none_of_rows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="loss_type='dft'"):
         sft(tmp_path, "text", settings={"loss_type": "dft"})
+    plain = sft(tmp_path, "text", trainer_class=SFTTrainer, settings={"loss_type": "dft"})
+    with pytest.raises(UnsupportedModelError, match="loss_type='dft'"):
+        plain.train()
 
 
 def test_a_callback_on_a_plain_sft_trainer_and_a_fresh_process(tmp_path: Path) -> None:
